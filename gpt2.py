@@ -1,9 +1,9 @@
 """GPT-2 in one file: read it from top to bottom, run it, copy it.
 
-GPT-2 is a stack of equal blocks on a stream of vectors, one vector for each token. Every block adds
-to the stream twice: what attention gathers from earlier tokens, and what a two-layer MLP makes of
-each token by itself; both read a layer-normed copy of it. Positions are a learned table, added once
-at the bottom. The output head is the token table again, used the other way round.
+GPT-2 is a stack of identical blocks on a stream of vectors, one vector for each token. Each block
+adds to the stream twice: what attention gathers from earlier tokens, and what a two-layer MLP makes
+of each token by itself; both read a layer-normed copy of the stream. Positions are a learned table,
+added once at the bottom. The output head is the token table again, transposed.
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); Vaswani
 et al. 2017, "Attention Is All You Need". Reference: modeling_gpt2.py of Hugging Face transformers.
@@ -19,12 +19,14 @@ MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one
 """
 
 import json
+import math
 import re
 import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -36,14 +38,17 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-# ------------------------------------------------------------------------------------------ config
+# ------------------------------------------------------------------------------------------- config
 
 class InputError(ValueError):
-    """Something that the caller can put right; the message says what and how."""
+    """Something that the caller can fix; the message says what is wrong and what to do."""
 
-gelu_tanh = partial(jax.nn.gelu, approximate=True)  # what the published GPT-2s learned with
+gelu_tanh = partial(jax.nn.gelu, approximate=True)  # what the published GPT-2s were trained with
 ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "relu": jax.nn.relu,
                "gelu": partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
+SIBLINGS = {"opt": "opt.py", "llama": "llama.py", "gemma": "gemma.py", "gemma2": "gemma.py",
+            "gemma3": "gemma.py", "gemma3_text": "gemma.py", "mistral": "mistral.py",
+            "mixtral": "mistral.py"}  # the files that read the other kinds of config.json
 
 @dataclass(frozen=True)
 class Config:
@@ -61,25 +66,29 @@ class Config:
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
-    scale_attn_weights: bool = True  # divide attention scores by sqrt(Dh),
-    scale_attn_by_inverse_layer_idx: bool = False  # and by 1, 2, 3, ... in layer 0, 1, 2, ...
+    scale_attn_weights: bool = True  # divide attention scores by sqrt(Dh)
+    scale_attn_by_inverse_layer_idx: bool = False  # and also by layer index + 1
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
-    padded_vocab_size: int | None = None  # rows of wte in training; `save` writes vocab_size rows
+    padded_vocab_size: int | None = None  # for training: more rows in wte, which `save` drops
 
     @classmethod
-    def from_hf(cls, json: dict) -> "Config":
-        """Reads the contents of a config.json. InputError: not a GPT-2, or one this file lacks."""
-        kind = json.get("model_type", "gpt2")
+    def from_hf(cls, values: dict) -> "Config":
+        """From the contents of a config.json. InputError: not a GPT-2, or an unsupported one."""
+        kind = values.get("model_type", "gpt2")
         if kind != "gpt2":
-            raise InputError(f"config.json is of a {kind!r} model, and gpt2.py reads 'gpt2' only"
-                             + (f": {OTHERS[kind]} is the file for it" if kind in OTHERS else ""))
-        values = {f.name: json[f.name] for f in fields(cls) if f.name in json}
-        config = cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
-        if config.activation_function not in ACTIVATIONS or json.get("add_cross_attention"):
-            raise InputError(f"config.json wants what gpt2.py has not: add_cross_attention, or an "
-                             f"activation_function other than {', '.join(ACTIVATIONS)}")
+            hint = f"; {SIBLINGS[kind]} is the file for it" if kind in SIBLINGS else ""
+            raise InputError(f"config.json describes a {kind!r}; gpt2.py reads only 'gpt2'{hint}")
+        if values.get("add_cross_attention"):
+            raise InputError("config.json: add_cross_attention is not supported by gpt2.py")
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if isinstance(known.get("eos_token_id"), list):
+            known["eos_token_id"] = tuple(known["eos_token_id"])
+        config = cls(**known)
+        if config.activation_function not in ACTIVATIONS:
+            raise InputError(f"config.json: activation_function {config.activation_function!r} is "
+                             f"not supported; gpt2.py has {', '.join(ACTIVATIONS)}")
         if config.n_embd % config.n_head:
             raise InputError(f"config.json: n_embd {config.n_embd} does not split into "
                              f"n_head {config.n_head} equal heads")
@@ -90,10 +99,6 @@ class Config:
         values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **asdict(self)}
         del values["padded_vocab_size"]
         return values
-
-OTHERS = {"opt": "opt.py", "llama": "llama.py", "gemma": "gemma.py", "gemma2": "gemma.py",
-          "gemma3": "gemma.py", "gemma3_text": "gemma.py", "mistral": "mistral.py",
-          "mixtral": "mistral.py"}  # which file of the project reads which model_type
 
 def preset(parameters: int, download: float, gated: bool = False, **sizes):
     """A published checkpoint: parameter count, download in GB, whether it is gated, and config."""
@@ -108,27 +113,28 @@ PRESETS = {  # the first is the default
     "distilbert/distilgpt2": preset(81_912_576, 0.35, n_layer=6),
 }
 
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 normal = nnx.initializers.normal
 
 def norm(config: Config, **options):
-    """LayerNorm over D, in float32; flax's own defaults are another epsilon and variance."""
-    options |= {"epsilon": config.layer_norm_epsilon, "use_fast_variance": False}
-    return nnx.LayerNorm(config.n_embd, **options)
+    """LayerNorm over D, in float32 inside; flax's default epsilon and variance formula differ."""
+    epsilon = config.layer_norm_epsilon
+    return nnx.LayerNorm(config.n_embd, epsilon=epsilon, use_fast_variance=False, **options)
 
 def attend(q, k, v, q_positions, k_positions, scale, dropout=lambda probs: probs):
     """Each query gathers the values of the keys at its own and at earlier positions.
 
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
-    The mask comes from positions alone: a key is seen where 0 <= its position <= the query's.
+    The mask comes from positions alone: a key is visible where 0 <= its position <= the query's.
     Padding, and slots that are empty, have position -1. Vaswani et al. 2017, equation (1).
     """
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
-    q_positions, k_positions = q_positions[:, None, :, None], k_positions[:, None, None, :]
-    seen = (k_positions >= 0) & (k_positions <= q_positions)  # [B, 1, T, S]
-    # Not -inf: a padding query sees no key at all, and softmax of -inf everywhere is NaN.
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
+    visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
+    # Not -inf: a padding query sees no key, and softmax over nothing but -inf is NaN. As it is, it
+    # gets the mean of all values, which no other token ever sees.
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     probs = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)  # softmax in float32
     return jnp.einsum("bhts,bshd->bthd", probs, v)
 
@@ -142,31 +148,31 @@ class Attention(nnx.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
         self.c_attn = nnx.Linear(D, 3 * D, kernel_init=normal(std), **options)
-        std /= (2 * config.n_layer) ** 0.5
-        self.c_proj = nnx.Linear(D, D, kernel_init=normal(std), **options)
+        proj_std = std / (2 * config.n_layer) ** 0.5
+        self.c_proj = nnx.Linear(D, D, kernel_init=normal(proj_std), **options)
         self.attn_dropout = nnx.Dropout(config.attn_pdrop)
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     def __call__(self, x, positions, k_positions, past=None, start=0, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], (k, v)), the new k and v put into `past` from slot start."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)); with past: its (k, v), these tokens written in."""
         B, T, D = x.shape
-        train = {"deterministic": rngs is None, "rngs": rngs}
+        drop = {"deterministic": rngs is None, "rngs": rngs}
         qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, Dh] each
         if past is not None:
             k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, H, Dh]
-        x = attend(q, k, v, positions, k_positions, self.scale, partial(self.attn_dropout, **train))
-        return self.resid_dropout(self.c_proj(x.reshape(B, T, D)), **train), (k, v)
+        x = attend(q, k, v, positions, k_positions, self.scale, partial(self.attn_dropout, **drop))
+        return self.resid_dropout(self.c_proj(x.reshape(B, T, D)), **drop), (k, v)
 
 class MLP(nnx.Module):
-    """Widens each token's vector to F, applies GELU, and narrows it again."""
+    """Widens each token's vector to F, applies the activation, and narrows it again."""
 
     def __init__(self, config: Config, **options):
         D, F, std = config.n_embd, config.n_inner or 4 * config.n_embd, config.initializer_range
         self.act = ACTIVATIONS[config.activation_function]
         self.c_fc = nnx.Linear(D, F, kernel_init=normal(std), **options)
-        std /= (2 * config.n_layer) ** 0.5
-        self.c_proj = nnx.Linear(F, D, kernel_init=normal(std), **options)
+        proj_std = std / (2 * config.n_layer) ** 0.5
+        self.c_proj = nnx.Linear(F, D, kernel_init=normal(proj_std), **options)
         self.dropout = nnx.Dropout(config.resid_pdrop)
 
     def __call__(self, x, rngs=None):
@@ -193,34 +199,33 @@ class Model(nnx.Module):
     """GPT-2: tokens [B, T] -> logits [B, T, V].
 
     From scratch with GPT-2's own initialisation: normal(0.02), biases 0, norms 1, and the two
-    projections back into the stream scaled by 1 / sqrt(2 * n_layer), the number of additions to it.
-    `dtype` is what is computed in, `param_dtype` what is stored; norms, softmax and logits are
-    always float32. `remat` recomputes a block in the backward pass instead of keeping its insides.
+    projections back into the stream scaled by 1 / sqrt(2 * n_layer), as it is added to that often.
+    `dtype` is what is computed in, `param_dtype` what is stored; norms and softmax work, and logits
+    are summed up, in float32. `remat` recomputes a block's activations in the backward pass.
     """
 
     def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
                  remat=False):
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        init = normal(config.initializer_range)
-        rows = config.padded_vocab_size or config.vocab_size
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.wte = nnx.Embed(rows, config.n_embd, embedding_init=init, **options)
-        self.wpe = nnx.Embed(config.n_positions, config.n_embd, embedding_init=init, **options)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        D, V, init = config.n_embd, config.vocab_size, normal(config.initializer_range)
+        V = config.padded_vocab_size or V
+        self.wte = nnx.Embed(V, D, embedding_init=init, **options)
+        self.wpe = nnx.Embed(config.n_positions, D, embedding_init=init, **options)
         self.embd_dropout = nnx.Dropout(config.embd_pdrop)
         self.h = nnx.List([Block(config, layer, **options) for layer in range(config.n_layer)])
         self.ln_f = norm(config, **options)
         if not config.tie_word_embeddings:
-            options |= {"use_bias": False, "kernel_init": init}
-            self.lm_head = nnx.Linear(config.n_embd, rows, **options)
+            self.lm_head = nnx.Linear(D, V, use_bias=False, kernel_init=init, **options)
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
-        """tokens [B, T] -> (x [B, T, D], cache): what the head is applied to.
+        """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
 
-        positions [B, T]: 0, 1, 2, ... after those of the cache, unless given; -1 for padding.
-        rngs: an nnx.Rngs from which dropout is drawn; None: no dropout.
+        positions [B, T]: -1 for padding; needed where rows are padded, else 0, 1, 2, ... goes on.
+        rngs: an nnx.Rngs that dropout is drawn from; None: no dropout.
         """
         B, T = tokens.shape
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.filled
         if positions is None:
             if self.config.n_positions < T:
                 raise InputError(f"{T} tokens, but the context is {self.config.n_positions}")
@@ -228,19 +233,21 @@ class Model(nnx.Module):
         k_positions = positions if cache is None else write(cache.positions, positions, start)
         x = self.wte(tokens) + self.wpe(jnp.maximum(positions, 0))  # [B, T, D]
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
-        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
         layers = []
         for i, block in enumerate(self.h):
             past = None if cache is None else cache.layers[i]
-            x, kv = run(block, x, positions, k_positions, past, start, rngs)
+            x, kv = call(block, x, positions, k_positions, past, start, rngs)
             layers.append(kv)
-        cache = None if cache is None else Cache(tuple(layers), k_positions, start + T)
+        if cache is not None:
+            cache = Cache(tuple(layers), k_positions, start + T)
         return self.ln_f(x), cache
 
     def head(self, x):
-        """x [..., D] -> logits [..., V] in float32; rows that only pad the table are cut off."""
-        w = self.wte.embedding[...] if self.config.tie_word_embeddings else self.lm_head.kernel.T
-        w = w.astype(x.dtype)  # [V, D]
+        """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
+        tied = self.config.tie_word_embeddings
+        w = self.wte.embedding[...] if tied else self.lm_head.kernel[...].T  # [V, D]
+        w = w.astype(x.dtype)
         logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]
 
@@ -249,18 +256,18 @@ class Model(nnx.Module):
         x, new_cache = self.hidden(tokens, positions, cache, rngs=rngs)
         return self.head(x) if cache is None else (self.head(x), new_cache)
 
-# ---------------------------------------------------------------------------------------- KV cache
+# ----------------------------------------------------------------------------------------- KV cache
 
 class Cache(NamedTuple):
     """The keys and values of all tokens so far, so that a new token computes only its own.
 
-    All rows fill the same slots; shorter rows are padded on the left. `positions` tells what a slot
-    holds: a token's position, or -1 for padding and for a slot that is still empty.
+    All rows fill the same slots; shorter rows are padded on the left. `positions` is the position
+    of the token in each slot, or -1 for padding and for a slot that is still empty.
     """
 
     layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
     positions: jax.Array  # [B, S]
-    length: jax.Array  # how many slots are filled
+    filled: jax.Array  # how many of the slots are in use
 
 def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     """An empty cache of `length` slots."""
@@ -272,7 +279,7 @@ def write(slots, new, start):
     """Puts new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 
-# ---------------------------------------------------------------------------------- the next token
+# ----------------------------------------------------------------------------------- the next token
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -287,7 +294,7 @@ class Sampling:
 
     @classmethod
     def of(cls, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
-        """From the arguments of `generate`. InputError: one of them is out of its range."""
+        """From the arguments of `generate`. InputError: one of them is out of range."""
         for fits, rule in [
             (temperature >= 0, "temperature must be 0 (the likeliest token) or more"),
             (top_k is None or top_k >= 1, "top_k must be 1 or more"),
@@ -297,11 +304,13 @@ class Sampling:
         ]:
             if not fits:
                 raise InputError(rule)
-        draw = (temperature, top_k, top_p, min_p) if temperature else (None, None, None, None)
-        return cls(*draw, None if repetition_penalty == 1 else repetition_penalty)
+        if temperature == 0:
+            top_k = top_p = min_p = temperature = None
+        top_p, penalty = (None if x == 1 else x for x in (top_p, repetition_penalty))
+        return cls(temperature, top_k, top_p, min_p, penalty)
 
-def sample(logits, keys, sampling: Sampling, seen=None):
-    """Draws a token for each row: logits [B, V], keys [B], seen [B, V] (earlier tokens) -> [B].
+def sample(logits, rng_keys, sampling: Sampling, occurred=None):
+    """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B].
 
     The penalty is from Keskar et al. 2019 (CTRL), top_p from Holtzman et al. 2019, min_p from
     Nguyen et al. 2024; the steps and their order are those of transformers.
@@ -309,62 +318,68 @@ def sample(logits, keys, sampling: Sampling, seen=None):
     if sampling.repetition_penalty is not None:
         penalty = sampling.repetition_penalty
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(seen, penalised, logits)
+        logits = jnp.where(occurred, penalised, logits)
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1)
     logits, ids = logits / sampling.temperature, None
-    if sampling.top_k is not None or sampling.top_p is not None:  # from here on best first
+    if sampling.top_k is not None or sampling.top_p is not None:  # from here on sorted, best first
         V = logits.shape[-1]
         logits, ids = jax.lax.top_k(logits, min(sampling.top_k or V, V))
     probs = jax.nn.softmax(logits, axis=-1)
-    if sampling.top_p is not None:  # as long as the better tokens hold less than top_p together
+    if sampling.top_p is not None:  # keep a token if those before it sum to less than top_p
         logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < sampling.top_p, logits, -jnp.inf)
     if sampling.min_p is not None:
         best = probs.max(axis=-1, keepdims=True)
         logits = jnp.where(probs >= sampling.min_p * best, logits, -jnp.inf)
-    choice = jax.vmap(jax.random.categorical)(keys, logits)
+    choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **options) -> list[int]:
-    """What `generate` does to a single row, without a cache: the whole text again for each token."""
+    """What `generate` does to one row, without a cache: the whole text again for each token."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
-    text, end = list(prompt), len(prompt) + max_new_tokens
+    ids, end = list(prompt), len(prompt) + max_new_tokens
     for n in range(len(prompt), end):
-        logits = forward(state, jnp.array([text + [0] * (end - n)]))[:, n - 1]  # 0s: unseen
-        seen = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(text))
-        keys = jax.random.fold_in(jax.random.fold_in(key, 0), n)[None]  # of row 0, position n
-        text += sample(logits, keys, Sampling.of(**options), seen).tolist()
-    return text[len(prompt) :]
+        padded = jnp.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
+        occurred = jnp.isin(jnp.arange(model.config.vocab_size), padded[:, :n])
+        rng_keys = jax.random.fold_in(jax.random.fold_in(key, 0), n)[None]  # of row 0, position n
+        logits = forward(state, padded)[:, n - 1]
+        ids += sample(logits, rng_keys, Sampling.of(**options), occurred).tolist()
+    return ids[len(prompt) :]
 
 class Rows(NamedTuple):
     """A batch in the middle of generation: all that the next step needs."""
 
     cache: Cache
-    seen: jax.Array | None  # [B, V] which tokens occurred; None without a repetition penalty
+    occurred: jax.Array | None  # [B, V] tokens so far; None without a repetition penalty
     token: jax.Array | None = None  # [B] drawn last, and not in the cache yet
-    position: jax.Array | None = None  # [B] where that token stands
+    position: jax.Array | None = None  # [B] its position
+
+def advance(model, rows: Rows, tokens, positions, keys, sampling: Sampling) -> Rows:
+    """Puts tokens [B, T] into the cache and draws the token that follows the last of them."""
+    x, cache = model.hidden(tokens, positions, rows.cache)
+    occurred, next_position = rows.occurred, positions[:, -1] + 1
+    if occurred is not None:  # padding marks nothing
+        occurred = occurred.at[jnp.arange(len(tokens))[:, None], tokens].max(positions >= 0)
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, next_position)  # so that none is used twice
+    token = sample(model.head(x[:, -1]), rng_keys, sampling, occurred)
+    return Rows(cache, occurred, token, next_position)
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="rows")
 def prefill(graphdef, state, rows: Rows, tokens, positions, keys, sampling: Sampling) -> Rows:
-    """Puts tokens [B, T] into the cache and draws the token that follows the last of them."""
-    model, seen, position = nnx.merge(graphdef, state), rows.seen, positions[:, -1] + 1
-    x, cache = model.hidden(tokens, positions, rows.cache)
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(tokens))[:, None], tokens].max(positions >= 0)
-    keys = jax.vmap(jax.random.fold_in)(keys, position)  # so that no key is used twice
-    return Rows(cache, seen, sample(model.head(x[:, -1]), keys, sampling, seen), position)
+    """The first compiled program: all prompts [B, T] at once, up to their first new token."""
+    return advance(nnx.merge(graphdef, state), rows, tokens, positions, keys, sampling)
 
-STEPS = 32  # the most tokens of one call of `decode`; between calls text is shown, and Ctrl-C works
+STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="rows")
 def decode(graphdef, state, rows: Rows, keys, sampling: Sampling, steps):
-    """Draws `steps` <= STEPS more tokens, one by one -> (rows, new tokens [B, STEPS])."""
+    """The second: `steps` <= STEPS more tokens, one by one -> (rows, new tokens [B, STEPS])."""
+    model = nnx.merge(graphdef, state)
 
     def step(i, carry):
         rows, new = carry
-        tokens, positions = rows.token[:, None], rows.position[:, None]
-        rows = prefill(graphdef, state, rows, tokens, positions, keys, sampling)
+        rows = advance(model, rows, rows.token[:, None], rows.position[:, None], keys, sampling)
         return rows, new.at[:, i].set(rows.token)
 
     return jax.lax.fori_loop(0, steps, step, (rows, jnp.zeros((len(rows.token), STEPS), int)))
@@ -372,51 +387,50 @@ def decode(graphdef, state, rows: Rows, keys, sampling: Sampling, steps):
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S).
 
-    T is a power of two and S, the cache's length, a multiple of 128, so that many lengths share few
-    programs. InputError: an empty prompt, ids of another vocabulary, a text beyond the context.
+    T is a power of two from 64 on and S, the slots of the cache, a multiple of 128, so that many
+    lengths share few compiled programs. InputError: no tokens, foreign ones, or too many.
     """
-    B, T = len(prompts), max(64, 1 << (max(map(len, prompts)) - 1).bit_length())
+    if not prompts or not all(prompts) or max_new_tokens < 1:
+        raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > config.n_positions:
+        raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
+                         f"the context of {config.n_positions}")
+    B, T = len(prompts), max(64, 2 ** math.ceil(math.log2(longest)))
     tokens, positions = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
     for i, prompt in enumerate(prompts):
-        n = len(prompt)
-        if n == 0 or max_new_tokens < 1:
-            raise InputError("a prompt needs at least one token, and so does its continuation")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
-        if n + max_new_tokens > config.n_positions:
-            raise InputError(f"a prompt of {n} tokens and {max_new_tokens} new ones do not fit the "
-                             f"context of {config.n_positions}")
-        tokens[i, T - n :], positions[i, T - n :] = prompt, range(n)
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128
+        tokens[i, T - len(prompt) :] = prompt
+        positions[i, T - len(prompt) :] = range(len(prompt))
+    return tokens, positions, 128 * math.ceil((T + max_new_tokens) / 128)
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
     """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only.
 
-    A row ends before its first stop id. `key` is a jax.random.key, or one for each row: a row's
-    tokens follow from its own key and prompt, whatever the rows beside it. temperature 0 always
-    takes the likeliest token. InputError: an argument out of its range, or a text too long.
+    A row ends before its first stop id. key: a jax.random.key, which is folded with the row's
+    index, or one for each row. A row depends on its own key and prompt, not on other rows (but for
+    rounding). temperature 0 takes the likeliest token. InputError: an argument out of its range.
     """
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
     tokens, positions, length = pack(model.config, prompts, max_new_tokens)
-    B, V = len(prompts), model.config.vocab_size
-    keys = key if key.ndim else jax.vmap(partial(jax.random.fold_in, key))(np.arange(B))
-    seen = jnp.zeros((B, V), bool) if sampling.repetition_penalty is not None else None
-    rows = Rows(init_cache(model.config, B, length, model.dtype), seen)
+    B, V, stops = len(prompts), model.config.vocab_size, list(stop_ids)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    occurred = None if sampling.repetition_penalty is None else jnp.zeros((B, V), bool)
+    rows = Rows(init_cache(model.config, B, length, model.dtype), occurred)
     graphdef, state = nnx.split(model)
     rows = prefill(graphdef, state, rows, tokens, positions, keys, sampling)
     new = np.array(rows.token)[:, None]  # a copy: decode overwrites its rows
-    while new.shape[1] < max_new_tokens and not np.isin(new, stop_ids).any(axis=1).all():
+    while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
         steps = min(STEPS, max_new_tokens - new.shape[1])
         rows, more = decode(graphdef, state, rows, keys, sampling, steps)
         new = np.concatenate([new, more[:, :steps]], axis=1)
-    stops = [np.flatnonzero(np.isin(row, stop_ids)) for row in new]
-    return [row[: end[0] if end.size else None].tolist()
-            for row, end in zip(new, stops, strict=True)]
+    return [list(takewhile(lambda token: token not in stops, row)) for row in new.tolist()]
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-# Parameter path -> its name in a checkpoint, and whether the matrix is turned round there: like
+# Parameter path -> its name in a checkpoint, and whether its matrix is transposed there: like
 # nnx.Linear, OpenAI's layers keep [in, out] (Conv1D in transformers); a separate head is [out, in].
 PREFIX = "transformer."
 CHECKPOINT = [
@@ -424,15 +438,15 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale|kernel)", PREFIX + r"\1.weight", False),
     (r"(.+)\.bias", PREFIX + r"\1.bias", False),
 ]
-# Tensors that are not read: causal masks in old files, and a head that repeats the token table.
+# Skipped where a file has them: causal masks of old files, and a copy of the token table as head.
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
-# The files of a repository that are wanted, of its many formats.
+# What is downloaded of a repository, which also has the weights in other formats.
 DOWNLOADS = ["config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
              "model.safetensors.index.json", "tokenizer*.json", "vocab.json", "merges.txt"]
 
 def fetch(name, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `name` if that is a folder, else the Hub's cache, brought up to
-    date where there is a network. HF_HOME, HF_TOKEN and the like work as everywhere."""
+    date if there is a network. HF_HOME and HF_TOKEN work as usual; errors are huggingface_hub's."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
@@ -443,86 +457,93 @@ def fetch(name, revision: str | None = None) -> Path:
 
 @contextmanager
 def reading(path: Path):
-    """Turns what goes wrong while a file is read into an InputError that says what it is."""
+    """Turns an error while `path` is read into an InputError that says what the file is."""
     try:
         yield path
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: the checkpoint is incomplete, or is none") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        head = path.read_bytes()[:64].lstrip().lower()
+        raise InputError(f"{path} is missing: not a checkpoint, or an incomplete one") from None
+    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip().lower()
         what = f"damaged or cut short ({error}): download it again"
-        if head.startswith(b"version https://git-lfs"):
+        if start.startswith(b"version https://git-lfs"):
             what = "a Git LFS pointer and not the file itself: run `git lfs pull`"
-        elif head.startswith((b"<!doctype", b"<html")):
+        elif start.startswith((b"<!doctype", b"<html")):
             what = "a web page and not the file itself: download it again"
         raise InputError(f"{path} is {what}") from None
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: a single one, or the shards that its index names."""
-    if not (folder / "model.safetensors.index.json").exists():
-        return [folder / "model.safetensors"]
-    with reading(folder / "model.safetensors.index.json") as index:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    return [folder / file for file in sorted(set(weight_map.values()))]
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
+    with reading(index):
+        shards = json.loads(index.read_text())["weight_map"].values()
+    return [folder / file for file in sorted(set(shards))]
 
-def parameters(state):
-    """(path such as "h.0.attn.c_attn.kernel", parameter, checkpoint name, turned there) of all."""
-    for keys, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, keys))
-        matches = ((re.fullmatch(pattern, path), *rule) for pattern, *rule in CHECKPOINT)
-        match, name, turned = next(found for found in matches if found[0])
-        yield path, param, match.expand(name), turned
+def named_parameters(state):
+    """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
+    for parts, param in nnx.to_flat_state(state):
+        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        for pattern, name, transposed in CHECKPOINT:
+            if match := re.fullmatch(pattern, path):
+                yield path, param, match.expand(name), transposed
+                break
 
-def load(name, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, read tensor by tensor: none is held twice.
+def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
+    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
 
     dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
     mesh: each tensor goes straight to the devices where SHARDING puts its parts.
-    InputError: not to be had, not a GPT-2, or tensors missing, unexpected or of the wrong shape.
+    InputError: no GPT-2, a damaged file, or tensors missing, unexpected or of the wrong shape.
     """
-    folder = fetch(name, revision)
+    folder = fetch(source, revision)
     with reading(folder / "config.json") as file:
         config = Config.from_hf(json.loads(file.read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    key = jax.random.key(0)  # one for all, as nothing is drawn: one for each takes ten times longer
+    # A skeleton: shapes without numbers. Its one key stands in for nnx.Rngs, since nothing is drawn
+    # from it; making a key for each parameter takes ten times as long as all the rest.
+    key = jax.random.key(0)
     rngs = SimpleNamespace(params=lambda: key)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
-    stored = {}  # name -> its file
-    for path in weight_files(folder):
-        with reading(path), safe_open(path, "np") as file:
-            stored |= dict.fromkeys(file.keys(), path)
-    bare = not any(name.startswith(PREFIX) for name in stored)  # saved without the head
-    names = {PREFIX * (bare and name != "lm_head.weight") + name: name for name in stored}
-    wanted = {name for _, _, name, _ in parameters(state)}
-    extra = {name for name in names.keys() - wanted if not re.fullmatch(IGNORED, name)}
-    for problem, some in [("lacks", wanted - names.keys()), ("has unexpected", extra)]:
-        if some:
-            more = f" and {len(some) - 5} more" * (len(some) > 5)
-            raise InputError(f"{folder} {problem} {', '.join(sorted(some)[:5])}{more}")
-    for path, param, name, turned in parameters(state):
-        file = stored[names[name]]
-        with reading(file), safe_open(file, "np") as tensors:  # anew: its pages count as ours
-            tensor = tensors.get_tensor(names[name])
-        tensor = tensor.T if turned else tensor
+    stored = {}  # the checkpoint's tensors: name -> file
+    for file in weight_files(folder):
+        with reading(file), safe_open(file, "np") as tensors:
+            stored |= dict.fromkeys(tensors.keys(), file)
+    # Files that were saved without a head have names without the prefix.
+    bare = not any(key.startswith(PREFIX) for key in stored)
+    keys = {PREFIX + key if bare and key != "lm_head.weight" else key: key for key in stored}
+    wanted = {name for _, _, name, _ in named_parameters(state)}
+    extra = {name for name in keys.keys() - wanted if not re.fullmatch(IGNORED, name)}
+    for problem, names in [("lacks", wanted - keys.keys()), ("has unexpected", extra)]:
+        if names:
+            few = ", ".join(sorted(names)[:9])
+            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {few}")
+    for path, param, name, transposed in named_parameters(state):
+        file = stored[keys[name]]
+        # Opened anew for each tensor: pages of an open file stay mapped and count as our memory.
+        with reading(file), safe_open(file, "np") as tensors:
+            tensor = tensors.get_tensor(keys[name])
+        tensor = tensor.T if transposed else tensor
         if tensor.shape != param.shape:
             raise InputError(f"{file}: {name} makes {path} {list(tensor.shape)}, but config.json "
                              f"says {list(param.shape)}")
-        tensor = tensor.astype(param.dtype, copy=False)
-        param.set_value(jax.device_put(tensor, mesh and sharding(mesh, path)))
+        where = mesh and sharding(mesh, path)
+        param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)
 
 def save(model: Model, folder) -> None:
-    """Writes the config.json and model.safetensors of transformers. OSError: neither is written."""
-    tensors = {}
-    for path, param, name, turned in parameters(nnx.state(model)):
+    """Writes config.json and model.safetensors in transformers' format. OSError: could not."""
+    tensors, V = {}, model.config.vocab_size
+    for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...])
-        tensor = tensor.T if turned else tensor
-        rows = model.config.vocab_size if path in ("wte.embedding", "lm_head.kernel") else None
-        tensors[name] = np.ascontiguousarray(tensor[:rows])
-    config = {**model.config.to_hf(), "dtype": tensor.dtype.name}
+        tensor = tensor.T if transposed else tensor
+        in_vocabulary = path in ("wte.embedding", "lm_head.kernel")
+        tensors[name] = np.ascontiguousarray(tensor[:V] if in_vocabulary else tensor)
+    config = {**model.config.to_hf(), "dtype": tensors[PREFIX + "wte.weight"].dtype.name}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as part:  # moved to the folder when all is there
+    with tempfile.TemporaryDirectory(dir=folder) as part:  # moved up only when all is written
         try:
             save_file(tensors, f"{part}/model.safetensors", metadata={"format": "pt"})
         except SafetensorError as error:
@@ -531,7 +552,8 @@ def save(model: Model, folder) -> None:
         for file in Path(part).iterdir():
             file.replace(Path(folder, file.name))
 
-# Which dimensions of a parameter may be split over a mesh that has axes "fsdp" and "tensor".
+# Which dimensions of a parameter may be split over a mesh that has axes "fsdp" and "tensor". The
+# vocabulary must be padded to split evenly.
 SHARDING = [
     (r"wte\.embedding", ("tensor", "fsdp")),
     (r"wpe\.embedding", (None, "fsdp")),
@@ -548,9 +570,9 @@ def sharding(mesh, path: str):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 def tokenizer(name, revision: str | None = None):
-    """An object with encode(text) -> ids and decode(ids) -> text, of a folder or a Hub id.
+    """An object with encode(text) -> ids and decode(ids) -> text, from a folder or a Hub id.
 
-    Read from tokenizer.json, else from vocab.json and merges.txt. GPT-2 puts nothing before a text.
+    Reads tokenizer.json, else vocab.json and merges.txt. GPT-2 begins without a BOS token.
     """
     import tokenizers
 
@@ -568,7 +590,6 @@ if __name__ == "__main__":
     text = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
     name = sys.argv[2] if len(sys.argv) > 2 else next(iter(PRESETS))
     codec, model = tokenizer(name), load(name)
-    stop_ids = np.atleast_1d(model.config.eos_token_id or ())
-    options = {"key": jax.random.key(0), "temperature": 0.8, "top_k": 50, "stop_ids": stop_ids}
-    [new] = generate(model, [codec.encode(text)], 100, **options)
+    options = {"temperature": 0.8, "top_k": 50, "stop_ids": np.ravel(model.config.eos_token_id)}
+    [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), **options)
     print(text + codec.decode(new))

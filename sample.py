@@ -1,0 +1,374 @@
+"""Continues a text with any of the model files, on any device.
+
+    python sample.py                                     # the bundled tiny GPT-2; needs no network
+    python sample.py --model gpt2 --prompt "Hello, I am" # openai-community/gpt2 from the Hub
+    python sample.py --model gpt2 --weights my/folder    # a checkpoint in Hugging Face's format
+    python sample.py --list                              # what there is, and how large it is
+
+The text goes to standard output as it is made; what is said about it goes to standard error.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import select
+import signal
+import stat
+import sys
+import time
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).resolve().parent
+MODELS = [m for m in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{m}.py").exists()]
+
+# --------------------------------------------------------------------------------- the command line
+
+def fail(message):
+    """One line that says what is wrong and what to do; exit code 2."""
+    print("sample.py: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+def arguments():
+    """The command line, read and checked as far as that needs no model."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        usage="python sample.py [--model NAME] [--weights WEIGHTS] [--prompt TEXT] [options]",
+    )
+    parser.error = fail
+    group = parser.add_argument_group("model").add_argument
+    group("--model", metavar="NAME", help=f"model file: {', '.join(MODELS)} (default: gpt2)")
+    group("--weights", metavar="WEIGHTS", help="'tiny' (bundled), a Hub id, or a folder (default: "
+          "the first preset of --model; tiny if --model is not given either)")
+    group("--revision", help="branch, tag or commit of a Hub id")
+    group("--list", action="store_true", help="print the published checkpoints and stop")
+    group = parser.add_argument_group("text").add_argument
+    group("--prompt", action="append", default=[], metavar="TEXT",
+          help="may be given several times")
+    group("--prompt-file", action="append", default=[], metavar="FILE",
+          help="a file whose whole text is a prompt; may be given several times. "
+               "Without any of the two, a prompt is read from standard input where that is piped")
+    group("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
+    group("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
+    group("--stop", action="append", default=[], metavar="TEXT",
+          help="end before this text; may be given several times")
+    group = parser.add_argument_group("sampling").add_argument
+    group("--temperature", type=float, default=0.8, metavar="X",
+          help="0 takes the likeliest token always, 1 samples as trained (default: %(default)s)")
+    group("--top-k", type=int, metavar="N", help="only among the N likeliest tokens")
+    group("--top-p", type=float, metavar="X", help="only among the likeliest that hold X together")
+    group("--min-p", type=float, metavar="X",
+          help="only tokens at least X times as likely as the likeliest")
+    group("--repetition-penalty", type=float, default=1.0, metavar="X",
+          help="above 1: repeats less (default: %(default)s)")
+    group("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    group = parser.add_argument_group("machine").add_argument
+    group("--dtype", choices=["float32", "bfloat16", "float16"],
+          help="default: float32 on a CPU, bfloat16 elsewhere")
+    group("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
+    group("--parallel", choices=["pmap"],
+          help="pmap: spread the texts over all devices of that kind")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jax-one-file-models"
+    group("--compile-cache", default=cache, metavar="DIR",
+          help="where compiled programs are kept, or 'off' (default: the user's cache folder)")
+    group = parser.add_argument_group("output").add_argument
+    group("--no-stream", action="store_true", help="print a text only when it is complete")
+    group("--json", action="store_true", help="one JSON object a line for each text")
+    args = parser.parse_args()
+    if args.model not in (None, *MODELS):
+        fail(f"there is no model file {args.model}.py; take one of: {', '.join(MODELS)}")
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be 1 or more")
+    if "" in args.stop:
+        fail("--stop needs a text; leave it out to go on to --max-new-tokens")
+    return args
+
+def read_prompts(args) -> list[str]:
+    """The prompts of --prompt, --prompt-file or standard input; [] where there is none."""
+    prompts = list(args.prompt)
+    for file in args.prompt_file:
+        try:
+            prompts.append(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--prompt-file {file} cannot be read: {error}")
+    mode = os.fstat(0).st_mode if sys.stdin else 0
+    if not prompts and (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        if not select.select([sys.stdin], [], [], 1)[0]:
+            print("reading the prompt from standard input ...", file=sys.stderr)
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            fail(f"standard input is not UTF-8 text: {error}")
+        return [text] if text else []
+    if not all(prompts):
+        fail("an empty prompt: give at least one character, or leave --prompt out")
+    return prompts
+
+def print_presets():
+    """A table of the published checkpoints that each model file names."""
+    print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
+    for name in MODELS:
+        for hub_id, preset in importlib.import_module(name).PRESETS.items():
+            gated = "  gated: accept its terms on the Hub first" if preset.gated else ""
+            size = f"{preset.download:.2f} GB"
+            print(f"{name:9}{hub_id:34}{preset.parameters:>14,}{size:>11}{gated}")
+        if (HERE / "tiny" / name).is_dir():
+            size = sum(file.stat().st_size for file in (HERE / "tiny" / name).iterdir())
+            print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
+
+# --------------------------------------------------------------------------- weights and the device
+
+def checkout(model_file, name, revision) -> Path:
+    """The folder of a checkpoint: a folder, or a Hub id that is cached or is downloaded now."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    options = {"revision": revision, "allow_patterns": model_file.DOWNLOADS}
+    try:  # what is cached whole needs no network
+        folder = Path(snapshot_download(name, local_files_only=True, **options))
+        files = [folder / "config.json", *model_file.weight_files(folder)]
+        if all(file.exists() for file in files):
+            return folder
+    except (errors.LocalEntryNotFoundError, model_file.InputError):
+        pass  # a download that was cut short is taken up again
+    except errors.HFValidationError:
+        fail(f"--weights {name}: no such folder, and not a name on the Hub (try --list)")
+    tiny = HERE / "tiny" / model_file.__name__
+    instead = " or use the bundled --weights tiny," if tiny.is_dir() else ""
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=3)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings
+                 if any(fnmatch(file.rfilename, pattern) for pattern in model_file.DOWNLOADS)}
+        size = sum(sizes.values())
+        size = f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
+        print(f"downloading {name}: {size} in {len(sizes)} files", file=sys.stderr)
+        return Path(snapshot_download(name, **options))
+    except errors.GatedRepoError:
+        fail(f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
+             "then log in with `hf auth login` or set HF_TOKEN")
+    except errors.RevisionNotFoundError:
+        fail(f"{name} has no revision {revision}")
+    except errors.RepositoryNotFoundError:
+        fail(f"the Hub has no {name} (see --list), or it is private: then set HF_TOKEN")
+    except (errors.HTTPError, OSError) as error:
+        fail(f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
+             f"({type(error).__name__}: {error}): try again online,{instead} or name a folder that "
+             "holds the checkpoint with --weights")
+
+def pick_devices(wanted, parallel):
+    """The device of --device, or the first there is; with --parallel pmap all of its kind."""
+    import jax
+
+    kind, _, index = (wanted or "").partition(":")
+    if kind == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # leaves a GPU's memory alone
+    try:
+        devices = jax.devices(kind or None)
+        device = devices[int(index or 0)]
+    except (RuntimeError, ValueError, IndexError):
+        found = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+        fail(f"there is no device {wanted}; this machine has {found}")
+    jax.config.update("jax_default_device", device)
+    return devices if parallel else [device]
+
+# --------------------------------------------------------------------------------------- generation
+
+class Text:
+    """One row as it grows: its tokens so far, and how much of their text is settled.
+
+    Not settled are a character of which only some bytes are there, and the beginning of what may
+    become a stop string.
+    """
+
+    def __init__(self, codec, prompt, stops):
+        self.codec, self.prompt, self.stops = codec, prompt, stops
+        self.prompt_ids, self.ids = codec.encode(prompt), []
+        self.completion, self.reason = "", None
+
+    def add(self, ids, stop_ids, limit):
+        """Takes new tokens, up to a stop id, a stop string or the limit."""
+        before = len(self.codec.decode(self.prompt_ids))
+        for token in ids:
+            if self.reason:
+                return
+            if token in stop_ids:
+                self.reason = "stop"
+                text = self.codec.decode(self.prompt_ids + self.ids)[before:]
+            else:
+                self.ids.append(int(token))
+                text = self.codec.decode(self.prompt_ids + self.ids)[before:]
+                cuts = [text.find(stop) for stop in self.stops if stop in text]
+                if cuts:
+                    self.reason, text = "stop", text[: min(cuts)]
+                elif len(self.ids) == limit:
+                    self.reason = "length"
+            if not self.reason:
+                text = text.rstrip("\ufffd")
+                text = text[: len(text) - max(map(partial(overlap, text), self.stops), default=0)]
+            self.completion = text
+
+    def record(self, timing) -> dict:
+        """What --json prints of this text."""
+        return {
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "prompt_ids": self.prompt_ids,
+            "completion_ids": self.ids,
+            "finish_reason": self.reason,
+            "time_to_first_token_s": round(timing.first, 4),
+            "decode_tokens_per_s": round(timing.steps / timing.decode, 2) if timing.steps else None,
+        }
+
+def overlap(text, stop) -> int:
+    """How many characters at the end of text are the beginning of stop."""
+    return max(n for n in range(min(len(text), len(stop)) + 1) if text.endswith(stop[:n]))
+
+def generate(model_file, model, devices, prompts, limit, sampling, seed, streaming, timing):
+    """Yields new tokens [B, n] of all rows as they are drawn, and leaves its timings in `timing`.
+
+    One row for each of the prompts (lists of ids). On several devices the rows are spread by pmap:
+    every array then has a leading axis of devices, and the programs are otherwise the same.
+    """
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    B, n = len(prompts), len(devices)
+    prompts = prompts + prompts[-1:] * (-B % n)  # pmap wants as many rows on each device
+    tokens, positions, length = model_file.pack(model.config, prompts, limit)
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(prompts)))
+    per_device, V = len(prompts) // n, model.config.vocab_size
+    occurred = None if sampling.repetition_penalty is None else np.zeros((per_device, V), bool)
+    cache = model_file.init_cache(model.config, per_device, length, model.dtype)
+    rows = model_file.Rows(cache, occurred)
+    graphdef, state = nnx.split(model)
+    if n > 1:
+        mesh = jax.sharding.Mesh(devices, "devices")
+        each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+        copy = lambda x: jax.device_put(np.broadcast_to(x, (n, *x.shape)), each)  # noqa: E731
+        split = lambda x: jax.device_put(x.reshape(n, per_device, *x.shape[1:]), each)  # noqa: E731
+        state, rows = jax.tree.map(copy, (state, rows))
+        tokens, positions, keys = split(tokens), split(positions), split(keys)
+
+    def compiled(function, *inputs, shared):
+        """The program for these inputs; the last `shared` of them are the same on all devices."""
+        start, function = time.perf_counter(), partial(function, graphdef)
+        if n == 1:
+            function = jax.jit(function, donate_argnums=1)
+        else:
+            axes = (0,) * (len(inputs) - shared) + (None,) * shared
+            function = jax.pmap(function, in_axes=axes, devices=devices, donate_argnums=1)
+        program = function.lower(*inputs).compile()
+        timing.compile += time.perf_counter() - start
+        return program
+
+    inputs = (state, rows, tokens, positions, keys, sampling)
+    prefill = compiled(model_file.prefill, *inputs, shared=1)
+    start = time.perf_counter()
+    rows = prefill(*inputs)
+    new = np.array(rows.token).reshape(-1, 1)[:B]
+    timing.first = time.perf_counter() - start
+    yield new
+    decode = compiled(model_file.decode, state, rows, keys, sampling, 1, shared=2)
+    steps = 1 if streaming else model_file.STEPS
+    while timing.steps + 1 < limit:
+        steps = min(steps, limit - timing.steps - 1)
+        start = time.perf_counter()
+        rows, new = decode(state, rows, keys, sampling, steps)
+        new = np.asarray(new).reshape(-1, model_file.STEPS)[:B, :steps]
+        elapsed = time.perf_counter() - start
+        timing.decode += elapsed
+        timing.steps += steps
+        if streaming:  # as many steps as take a tenth of a second, so that the text flows
+            steps = max(1, min(model_file.STEPS, int(0.1 * steps / elapsed)))
+        yield new
+
+# --------------------------------------------------------------------------------------------- main
+
+def main():
+    """From the command line to the last line on standard error."""
+    args = arguments()
+    if args.list:
+        return print_presets()
+    texts = read_prompts(args)
+    model_file = importlib.import_module(args.model or "gpt2")
+    try:
+        return run(args, model_file, texts)
+    except model_file.InputError as error:
+        fail(error)
+
+def run(args, model_file, texts):
+    """Loads the model, and writes each text as it grows."""
+    import jax
+    import jax.numpy as jnp
+
+    devices = pick_devices(args.device, args.parallel)
+    if args.compile_cache != "off":
+        jax.config.update("jax_compilation_cache_dir", str(args.compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    sampling = model_file.Sampling.of(args.temperature, args.top_k, args.top_p, args.min_p,
+                                      args.repetition_penalty)
+    default = next(iter(model_file.PRESETS))
+    name = args.weights or (default if args.model else "tiny")
+    if name == "tiny":
+        folder = HERE / "tiny" / model_file.__name__
+        if not folder.is_dir():
+            fail(f"{model_file.__name__}.py has no bundled checkpoint; leave --weights out")
+        size = f"{model_file.PRESETS[default].download:.2f} GB"
+        print(f"This is the tiny model that comes with the project. The real one, {size} from the "
+              f"Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
+    else:
+        folder = checkout(model_file, name, args.revision)
+    dtype = jnp.dtype(args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16"))
+    codec, model = model_file.tokenizer(folder), model_file.load(folder, dtype=dtype)
+    stop_ids = model.config.eos_token_id
+    if (folder / "generation_config.json").exists():
+        generation_config = json.loads((folder / "generation_config.json").read_text())
+        stop_ids = generation_config.get("eos_token_id", stop_ids)
+    stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
+
+    texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
+    texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
+    timing = SimpleNamespace(compile=0.0, first=0.0, decode=0.0, steps=0)
+    shown, written = 0, 0  # texts that are out whole, and characters of the one after them
+    streaming = not (args.no_stream or args.json)
+    for new in generate(model_file, model, devices, [text.prompt_ids for text in texts],
+                        args.max_new_tokens, sampling, args.seed, streaming, timing):
+        for text, ids in zip(texts, new, strict=True):
+            text.add(ids, stop_ids, args.max_new_tokens)
+        while shown < len(texts) and (streaming or texts[shown].reason):
+            text = texts[shown]
+            if args.json:
+                print(json.dumps(text.record(timing), ensure_ascii=False), flush=True)
+            else:
+                whole = text.prompt + text.completion
+                print(whole[written:], end="" if not text.reason else "\n", flush=True)
+                written = len(whole)
+            if not text.reason:
+                break
+            shown, written = shown + 1, 0
+            if shown < len(texts) and not args.json:
+                print("-" * 40)
+        if shown == len(texts):
+            break
+    prompt_tokens = sum(len(text.prompt_ids) for text in texts)
+    new_tokens = len(texts) * timing.steps
+    print(f"{len(devices)} x {devices[0].device_kind}, {dtype.name}: compiled in "
+          f"{timing.compile:.1f} s, prefill {prompt_tokens / timing.first:,.0f} tokens/s, "
+          f"decode {new_tokens / (timing.decode or 1):,.1f} tokens/s", file=sys.stderr)
+
+if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other tools end under `| head`
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
