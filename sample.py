@@ -156,7 +156,8 @@ def checkout(model_file, name, revision) -> Path:
     except errors.RevisionNotFoundError:
         fail(f"{name} has no revision {revision}")
     except errors.RepositoryNotFoundError:
-        fail(f"the Hub has no {name} (see --list), or it is private: then set HF_TOKEN")
+        fail(f"there is no folder {name}, and the Hub has no model of that name (see --list); "
+             "if it is private, set HF_TOKEN")
     except (errors.HTTPError, OSError) as error:
         fail(f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
              f"({type(error).__name__}: {error}): try again online,{instead} or name a folder that "
@@ -327,7 +328,7 @@ def run(args, model_file, texts):
     else:
         folder = checkout(model_file, name, args.revision)
     dtype = jnp.dtype(args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16"))
-    codec, model = model_file.tokenizer(folder), model_file.load(folder, dtype=dtype)
+    model, codec = model_file.load(folder, dtype=dtype), model_file.tokenizer(folder)
     stop_ids = model.config.eos_token_id
     if (folder / "generation_config.json").exists():
         generation_config = json.loads((folder / "generation_config.json").read_text())
@@ -370,5 +371,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        print("\nstopped", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: the usual clean-up can crash under a computation that still runs

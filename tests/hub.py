@@ -16,13 +16,14 @@ COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 class Hub:
     """Serves `files` (name -> bytes) as the repository `repo`; `with Hub(...) as hub:`.
 
-    gated: answers as for a repository whose terms are not accepted. cut: the name of a file whose
-    first transfer ends in the middle. `requests` records what was asked: (method, path, headers).
+    gated: answers as for a repository whose terms are not accepted. cut, stall: the name of a file
+    whose first transfer breaks off, or stops and waits, shortly before its end; `stalled` is set
+    then. `requests` records what was asked: (method, path, headers).
     """
 
-    def __init__(self, repo, files, gated=False, cut=None):
-        self.repo, self.files, self.gated, self.cut = repo, files, gated, cut
-        self.requests = []
+    def __init__(self, repo, files, gated=False, cut=None, stall=None):
+        self.repo, self.files, self.gated, self.cut, self.stall = repo, files, gated, cut, stall
+        self.requests, self.stalled, self.closing = [], threading.Event(), threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -31,6 +32,7 @@ class Hub:
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -39,7 +41,7 @@ class Hub:
         paths = (path for method, path, _ in self.requests if method == "GET")
         return {path.split("/", 5)[-1] for path in paths if "/resolve/" in path}
 
-    def handler(hub):  # noqa: N805 (the handler's own self is another)
+    def handler(hub):  # not self: that is the request handler below
         """The request handler of this hub."""
 
         class Handler(BaseHTTPRequestHandler):
@@ -72,7 +74,8 @@ class Hub:
                 if path == "" or path.startswith("/revision/"):
                     if path not in ("", "/revision/main", f"/revision/{COMMIT}"):
                         return self.answer(404, X_Error_Code="RevisionNotFound")
-                    files = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                    files = [{"rfilename": name, "size": len(data)}
+                             for name, data in hub.files.items()]
                     gated = "auto" if hub.gated else False
                     return self.answer_json(
                         {"id": hub.repo, "sha": COMMIT, "siblings": files, "gated": gated}
@@ -96,17 +99,20 @@ class Hub:
                 if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
                     start = int(match[1])
                     headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                if self.command == "GET" and name == hub.cut:
-                    hub.cut = None
+                if self.command == "GET" and name in (hub.cut, hub.stall):
                     self.send_response(200)
-                    for key, value in {"Content-Length": len(data), "X-Repo-Commit": COMMIT,
-                                       "ETag": headers["ETag"]}.items():
-                        self.send_header(key, str(value))
+                    self.send_header("Content-Length", str(len(data)))
+                    self.send_header("X-Repo-Commit", COMMIT)
+                    self.send_header("ETag", headers["ETag"])
                     self.end_headers()
-                    self.wfile.write(data[: len(data) // 2])
+                    self.wfile.write(data[:-1000])
                     self.wfile.flush()
+                    if name == hub.stall:
+                        hub.stalled.set()
+                        hub.closing.wait(60)
+                    hub.cut = hub.stall = None
                     self.close_connection = True
-                    return self.connection.close()
+                    return
                 self.answer(206 if start else 200, data[start:], **headers)
 
         return Handler

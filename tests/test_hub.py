@@ -1,0 +1,147 @@
+"""`python sample.py --model gpt2` against a Hub on the loopback address: no internet is needed."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from small import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+REPO = "openai-community/gpt2"
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A repository as OpenAI's: the same weights in several formats, of which one is wanted."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("gpt2"), n_positions=50_000, n_embd=64)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(files["model.safetensors"]) > 12e6  # more than one chunk of huggingface_hub's 10 MB
+    others = ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/config.json"]
+    return files | dict.fromkeys(others, b"not wanted")
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the exact command of the README, with a Hub and a cache folder of the test's own."""
+
+    def popen(endpoint, *options, **env):
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env = {**outside, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, **env}
+        command = [sys.executable, "sample.py", "--model", "gpt2", *options]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return popen
+
+@pytest.fixture
+def sample(start):
+    """Runs that command to its end."""
+
+    def run(endpoint, *options, **env):
+        process = start(endpoint, *options, **env)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+def one_line(result):
+    """The error of a run that failed as it should: exit code 2, a single line, no text."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("sample.py: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+def test_first_run_downloads_with_its_size_and_the_second_needs_no_hub(files, sample):
+    with Hub(REPO, files) as hub:
+        first = sample(hub.endpoint)
+    assert first.returncode == 0, first.stderr
+    wanted = {"config.json", "model.safetensors", "tokenizer.json"}
+    size = sum(len(files[name]) for name in wanted) / 1e6
+    assert f"downloading {REPO}: {size:.2f} MB in 3 files" in first.stderr
+    assert "100%" in first.stderr  # the progress bar
+    assert hub.downloaded() == wanted
+    second = sample(hub.endpoint)  # nothing listens there any more
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout and len(first.stdout) > 200
+    assert "downloading" not in second.stderr
+
+def test_a_connection_that_is_cut_is_taken_up_where_it_broke(files, sample):
+    with Hub(REPO, files, cut="model.safetensors") as hub:
+        result = sample(hub.endpoint)
+    assert result.returncode == 0, result.stderr
+    transfers = [{key.lower(): value for key, value in headers.items()}
+                 for method, path, headers in hub.requests
+                 if method == "GET" and path.endswith("model.safetensors")]
+    assert len(transfers) == 2
+    assert "range" not in transfers[0]
+    assert transfers[1]["range"] == "bytes=10485760-"  # what huggingface_hub had written
+
+def test_a_download_that_was_killed_is_finished_by_the_next_run(files, start, sample):
+    with Hub(REPO, files, stall="model.safetensors") as hub:
+        process = start(hub.endpoint)
+        assert hub.stalled.wait(60)
+        process.kill()
+        process.communicate()
+    with Hub(REPO, files) as hub:
+        result = sample(hub.endpoint)
+    assert result.returncode == 0, result.stderr
+    assert "downloading" in result.stderr
+    assert hub.downloaded() >= {"model.safetensors"}
+
+def test_a_gated_model_names_the_page_to_accept_and_how_to_log_in(files, sample):
+    with Hub(REPO, files, gated=True) as hub:
+        error = one_line(sample(hub.endpoint))
+    assert f"{hub.endpoint}/{REPO}" in error
+    assert "hf auth login" in error and "HF_TOKEN" in error
+
+def test_the_token_of_the_environment_is_sent(files, sample):
+    with Hub(REPO, files) as hub:
+        sample(hub.endpoint, HF_TOKEN="hf_test_token")
+    sent = [{k.lower(): v for k, v in headers.items()}.get("authorization")
+            for _, path, headers in hub.requests if "/resolve/" in path]
+    assert sent and set(sent) == {"Bearer hf_test_token"}
+
+def test_without_network_and_cache_it_fails_at_once_and_says_what_to_do(sample, tmp_path):
+    with socket.socket() as closed:  # a port at which nothing listens
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    start = time.monotonic()
+    error = one_line(sample(endpoint))
+    assert time.monotonic() - start < 5
+    for hint in [REPO, str(tmp_path / "hf" / "hub"), "--weights tiny", "folder"]:
+        assert hint in error
+
+def test_a_hub_that_never_answers_is_given_up(sample):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        start = time.monotonic()
+        error = one_line(sample(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    # The time limit of the request is 3 s; the rest is the start of the program.
+    assert time.monotonic() - start < 10
+    assert REPO in error and "Timeout" in error
+
+def test_offline_mode_of_the_hub_is_respected(files, sample):
+    with Hub(REPO, files) as hub:
+        error = one_line(sample(hub.endpoint, HF_HUB_OFFLINE="1"))
+    assert hub.requests == []
+    assert REPO in error and "HF_HUB_OFFLINE" in error
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--revision", "no-such-branch"], "no revision no-such-branch"),
+    (["--weights", "no/such-model"], "the Hub has no model of that name"),
+    (["--weights", "./no/such/folder"], "no such folder"),
+    (["--weights", "two words"], "no such folder"),
+])
+def test_what_the_hub_does_not_have_is_named(files, sample, options, said):
+    with Hub(REPO, files) as hub:
+        assert said in one_line(sample(hub.endpoint, *options))
+
+def test_a_revision_can_be_asked_for(files, sample):
+    with Hub(REPO, files) as hub:
+        result = sample(hub.endpoint, "--revision", "main", "--max-new-tokens", "5")
+    assert result.returncode == 0, result.stderr
+    assert any(path.endswith("/revision/main") for _, path, _ in hub.requests)
