@@ -118,7 +118,7 @@ PRESETS = {  # the first is the default
 normal = nnx.initializers.normal
 
 def norm(config: Config, **options):
-    """LayerNorm over D, in float32 inside; flax's default epsilon and variance formula differ."""
+    """LayerNorm over D, in float32 inside; GPT-2's epsilon and variance formula, not flax's."""
     epsilon = config.layer_norm_epsilon
     return nnx.LayerNorm(config.n_embd, epsilon=epsilon, use_fast_variance=False, **options)
 
@@ -132,8 +132,8 @@ def attend(q, k, v, q_positions, k_positions, scale, dropout=lambda probs: probs
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: a padding query sees no key, and softmax over nothing but -inf is NaN. As it is, it
-    # gets the mean of all values, which no other token ever sees.
+    # Not -inf: a padding query sees no key, and softmax over only -inf is NaN. With the lowest
+    # number it gets the mean of all values; no other token ever sees that result.
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     probs = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)  # softmax in float32
     return jnp.einsum("bhts,bshd->bthd", probs, v)
@@ -154,7 +154,7 @@ class Attention(nnx.Module):
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     def __call__(self, x, positions, k_positions, past=None, start=0, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], (k, v)); with past: its (k, v), these tokens written in."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)); with `past`, k and v are it with these put in."""
         B, T, D = x.shape
         drop = {"deterministic": rngs is None, "rngs": rngs}
         qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, D // self.n_head)
@@ -200,16 +200,16 @@ class Model(nnx.Module):
 
     From scratch with GPT-2's own initialisation: normal(0.02), biases 0, norms 1, and the two
     projections back into the stream scaled by 1 / sqrt(2 * n_layer), as it is added to that often.
-    `dtype` is what is computed in, `param_dtype` what is stored; norms and softmax work, and logits
-    are summed up, in float32. `remat` recomputes a block's activations in the backward pass.
+    `dtype` is what is computed in, `param_dtype` what is stored; norms, attention scores, softmax
+    and logits are float32 regardless. `remat` recomputes a block's activations for its gradient.
     """
 
     def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
                  remat=False):
         self.config, self.dtype, self.remat = config, dtype, remat
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        D, V, init = config.n_embd, config.vocab_size, normal(config.initializer_range)
-        V = config.padded_vocab_size or V
+        D, V = config.n_embd, config.padded_vocab_size or config.vocab_size
+        init = normal(config.initializer_range)
         self.wte = nnx.Embed(V, D, embedding_init=init, **options)
         self.wpe = nnx.Embed(config.n_positions, D, embedding_init=init, **options)
         self.embd_dropout = nnx.Dropout(config.embd_pdrop)
@@ -221,7 +221,8 @@ class Model(nnx.Module):
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
 
-        positions [B, T]: -1 for padding; needed where rows are padded, else 0, 1, 2, ... goes on.
+        positions [B, T]: below n_positions, -1 for padding; default: counts on from the cache,
+        right where no row is padded. The cache must have T slots left.
         rngs: an nnx.Rngs that dropout is drawn from; None: no dropout.
         """
         B, T = tokens.shape
@@ -321,7 +322,7 @@ def sample(logits, rng_keys, sampling: Sampling, occurred=None):
         logits = jnp.where(occurred, penalised, logits)
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits, ids = logits / sampling.temperature, None
+    logits, ids = logits / sampling.temperature, None  # ids: which tokens, once sorted
     if sampling.top_k is not None or sampling.top_p is not None:  # from here on sorted, best first
         V = logits.shape[-1]
         logits, ids = jax.lax.top_k(logits, min(sampling.top_k or V, V))
@@ -374,7 +375,7 @@ STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="rows")
 def decode(graphdef, state, rows: Rows, keys, sampling: Sampling, steps):
-    """The second: `steps` <= STEPS more tokens, one by one -> (rows, new tokens [B, STEPS])."""
+    """The second: up to STEPS more tokens, one by one -> (rows, new tokens [B, STEPS])."""
     model = nnx.merge(graphdef, state)
 
     def step(i, carry):
@@ -388,7 +389,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S).
 
     T is a power of two from 64 on and S, the slots of the cache, a multiple of 128, so that many
-    lengths share few compiled programs. InputError: no tokens, foreign ones, or too many.
+    lengths share few compiled programs. InputError: no tokens, foreign ids, or too many.
     """
     if not prompts or not all(prompts) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -410,18 +411,18 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only.
 
     A row ends before its first stop id. key: a jax.random.key, which is folded with the row's
-    index, or one for each row. A row depends on its own key and prompt, not on other rows (but for
+    index, or one for each row, [B]. A row depends on its key and prompt, not on other rows (but for
     rounding). temperature 0 takes the likeliest token. InputError: an argument out of its range.
     """
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
-    tokens, positions, length = pack(model.config, prompts, max_new_tokens)
+    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
     B, V, stops = len(prompts), model.config.vocab_size, list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     occurred = None if sampling.repetition_penalty is None else jnp.zeros((B, V), bool)
-    rows = Rows(init_cache(model.config, B, length, model.dtype), occurred)
+    rows = Rows(init_cache(model.config, B, S, model.dtype), occurred)
     graphdef, state = nnx.split(model)
     rows = prefill(graphdef, state, rows, tokens, positions, keys, sampling)
-    new = np.array(rows.token)[:, None]  # a copy: decode overwrites its rows
+    new = np.array(rows.token)[:, None]  # a copy: decode reuses the memory of rows
     while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
         steps = min(STEPS, max_new_tokens - new.shape[1])
         rows, more = decode(graphdef, state, rows, keys, sampling, steps)
@@ -430,8 +431,8 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-# Parameter path -> its name in a checkpoint, and whether its matrix is transposed there: like
-# nnx.Linear, OpenAI's layers keep [in, out] (Conv1D in transformers); a separate head is [out, in].
+# Parameter path -> its name in a checkpoint, and whether it is transposed there. GPT-2's Conv1D
+# keeps [in, out], as nnx.Linear does; only a separate head is [out, in].
 PREFIX = "transformer."
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
@@ -495,15 +496,15 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
 
     dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
     mesh: each tensor goes straight to the devices where SHARDING puts its parts.
-    InputError: no GPT-2, a damaged file, or tensors missing, unexpected or of the wrong shape.
+    InputError: not a GPT-2, a damaged file, or tensors missing, unexpected or of the wrong shape.
     """
     folder = fetch(source, revision)
     with reading(folder / "config.json") as file:
         config = Config.from_hf(json.loads(file.read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    # A skeleton: shapes without numbers. Its one key stands in for nnx.Rngs, since nothing is drawn
-    # from it; making a key for each parameter takes ten times as long as all the rest.
+    # A skeleton: shapes without numbers. As nothing is drawn, one key serves every parameter; an
+    # nnx.Rngs would make one for each, which takes ten times as long as all the rest.
     key = jax.random.key(0)
     rngs = SimpleNamespace(params=lambda: key)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
@@ -512,24 +513,25 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
         with reading(file), safe_open(file, "np") as tensors:
             stored |= dict.fromkeys(tensors.keys(), file)
     # Files that were saved without a head have names without the prefix.
-    bare = not any(key.startswith(PREFIX) for key in stored)
-    keys = {PREFIX + key if bare and key != "lm_head.weight" else key: key for key in stored}
+    bare = not any(raw.startswith(PREFIX) for raw in stored)
+    in_file = {PREFIX + raw if bare and raw != "lm_head.weight" else raw: raw for raw in stored}
     wanted = {name for _, _, name, _ in named_parameters(state)}
-    extra = {name for name in keys.keys() - wanted if not re.fullmatch(IGNORED, name)}
-    for problem, names in [("lacks", wanted - keys.keys()), ("has unexpected", extra)]:
+    extra = {name for name in in_file.keys() - wanted if not re.fullmatch(IGNORED, name)}
+    for problem, names in [("lacks", wanted - in_file.keys()), ("has unexpected", extra)]:
         if names:
             few = ", ".join(sorted(names)[:9])
             raise InputError(f"{folder} {problem} {len(names)} tensors, such as {few}")
-    for path, param, name, transposed in named_parameters(state):
-        file = stored[keys[name]]
+    # The largest first: while it is converted there are two more copies of it.
+    for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
+        file = stored[in_file[name]]
         # Opened anew for each tensor: pages of an open file stay mapped and count as our memory.
         with reading(file), safe_open(file, "np") as tensors:
-            tensor = tensors.get_tensor(keys[name])
+            tensor = tensors.get_tensor(in_file[name])
         tensor = tensor.T if transposed else tensor
         if tensor.shape != param.shape:
             raise InputError(f"{file}: {name} makes {path} {list(tensor.shape)}, but config.json "
                              f"says {list(param.shape)}")
-        where = mesh and sharding(mesh, path)
+        where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)
 
@@ -539,8 +541,8 @@ def save(model: Model, folder) -> None:
     for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...])
         tensor = tensor.T if transposed else tensor
-        in_vocabulary = path in ("wte.embedding", "lm_head.kernel")
-        tensors[name] = np.ascontiguousarray(tensor[:V] if in_vocabulary else tensor)
+        has_padding = path in ("wte.embedding", "lm_head.kernel")  # by now both are [V, D]
+        tensors[name] = np.ascontiguousarray(tensor[:V] if has_padding else tensor)
     config = {**model.config.to_hf(), "dtype": tensors[PREFIX + "wte.weight"].dtype.name}
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:  # moved up only when all is written
@@ -550,10 +552,10 @@ def save(model: Model, folder) -> None:
             raise OSError(f"cannot write {folder}/model.safetensors: {error}") from None
         Path(part, "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in Path(part).iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
             file.replace(Path(folder, file.name))
 
-# Which dimensions of a parameter may be split over a mesh that has axes "fsdp" and "tensor". The
-# vocabulary must be padded to split evenly.
+# Which dimensions of a parameter are split over a mesh that has axes "fsdp" and "tensor".
 SHARDING = [
     (r"wte\.embedding", ("tensor", "fsdp")),
     (r"wpe\.embedding", (None, "fsdp")),
@@ -563,10 +565,11 @@ SHARDING = [
     (r".+", ()),
 ]
 
-def sharding(mesh, path: str):
-    """Where the parts of the parameter at `path` go, by SHARDING."""
+def sharding(mesh, path: str, shape):
+    """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    spec = (axis if axis in mesh.axis_names else None for axis in axes)
+    spec = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+            for axis, size in zip(axes, shape, strict=False)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 def tokenizer(name, revision: str | None = None):

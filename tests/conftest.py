@@ -1,0 +1,51 @@
+"""Checkpoints that many tests share. They are small, random and made once."""
+
+import jax
+import pytest
+import torch
+from families import FAMILIES
+from reference import Case, write_random
+
+# GPUs and TPUs round the inputs of a float32 product unless told otherwise; parity needs all bits.
+jax.config.update("jax_default_matmul_precision", "highest")
+# The reference models are tiny: threads that wait for each other take longer than their work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_case(tmp_path_factory):
+    """(family, name of a config) -> its Case; the same one every time."""
+    cases = {}
+
+    def make(family, name="plain"):
+        if (family.name, name) not in cases:
+            folder = tmp_path_factory.mktemp(family.name)
+            write_random(family, family.config(name), folder)
+            cases[family.name, name] = Case(family, folder)
+        return cases[family.name, name]
+
+    return make
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def plain(make_case, family):
+    """The Case of a family's plain config."""
+    return make_case(family)
+
+
+@pytest.fixture(scope="session")
+def model(plain):
+    return plain.model
+
+
+EVERY_CONFIG = [(family, name) for family in FAMILIES for name in family.configs]
+
+
+@pytest.fixture(scope="session", params=EVERY_CONFIG, ids=lambda p: f"{p[0].name}: {p[1]}")
+def case(request, make_case):
+    return make_case(*request.param)

@@ -1,0 +1,114 @@
+"""The mask and the cache: no token sees a later one or padding, and a cache changes no result.
+
+Where two programs of different shapes are compared, sums of float32 run in another order: logits of
+about 1 to 10 may then differ by 1e-5. A wrong mask or position moves them by 1e-2 and more.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import FAMILIES
+from flax import nnx
+
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def forward(model):
+    """model(...) compiled; with a cache it gives (logits, cache)."""
+    graphdef, state = nnx.split(model)
+    compiled = jax.jit(lambda state, *rest: nnx.merge(graphdef, state)(*rest))
+    return lambda *rest: compiled(state, *rest)
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return np.random.default_rng(2).integers(0, model.config.vocab_size, (3, 20))
+
+
+def left_padded(tokens, padding):
+    """(tokens [B, padding + T], positions) with arbitrary tokens in front, of position -1."""
+    B, T = tokens.shape
+    front = np.random.default_rng(padding).integers(0, tokens.max(), (B, padding))
+    positions = np.tile(np.r_[np.full(padding, -1), np.arange(T)], (B, 1))
+    return np.concatenate([front, tokens], axis=1), positions
+
+
+@pytest.mark.parametrize("place", [1, 7, 19])
+def test_a_changed_token_leaves_all_earlier_logits_bit_for_bit_the_same(forward, tokens, place):
+    changed = tokens.copy()
+    changed[:, place] = (changed[:, place] + 1) % tokens.max()
+    before, after = np.asarray(forward(tokens)), np.asarray(forward(changed))
+    np.testing.assert_array_equal(before[:, :place], after[:, :place])
+    assert (np.abs(before - after).max(axis=(0, 2))[place:] > 1e-3).all()  # and moves the others
+
+
+@pytest.mark.parametrize("padding", [1, 12])
+def test_left_padded_rows_give_the_logits_of_unpadded_ones(forward, tokens, padding):
+    logits = forward(*left_padded(tokens, padding))[:, padding:]
+    np.testing.assert_allclose(logits, forward(tokens), rtol=0, atol=ROUNDING)
+
+
+def test_what_stands_in_the_padding_does_not_matter_at_all(forward, tokens):
+    padded, positions = left_padded(tokens, 5)
+    other = padded.copy()
+    other[:, :5] = 1
+    logits, same = forward(padded, positions), forward(other, positions)
+    np.testing.assert_array_equal(np.asarray(logits)[:, 5:], np.asarray(same)[:, 5:])
+
+
+def test_a_row_of_nothing_but_padding_is_finite_and_leaves_its_neighbours_alone(forward, tokens):
+    positions = np.tile(np.arange(20), (3, 1))
+    whole = np.asarray(forward(tokens, positions))
+    positions[1] = -1
+    logits = np.asarray(forward(tokens, positions))
+    assert np.isfinite(logits).all()
+    np.testing.assert_array_equal(logits[[0, 2]], whole[[0, 2]])
+
+
+@pytest.mark.parametrize("pieces", [[20], [1] * 20, [12] + [1] * 8, [9, 11], [5, 1, 14]],
+                         ids=["at once", "one by one", "then one by one", "two", "three"])
+def test_the_cache_gives_the_logits_of_the_whole_text(family, model, forward, tokens, pieces):
+    cache = family.module.init_cache(model.config, 3, 32, jnp.float32)
+    found = []
+    for piece in np.split(tokens, np.cumsum(pieces)[:-1], axis=1):
+        logits, cache = forward(piece, None, cache)  # positions go on by themselves
+        found.append(logits)
+    found = np.concatenate(found, axis=1)
+    np.testing.assert_allclose(found, forward(tokens), rtol=0, atol=ROUNDING)
+
+
+def test_the_cache_holds_padded_rows_as_well(family, model, forward, tokens):
+    padded, positions = left_padded(tokens, 6)
+    positions[0], positions[1, :9] = np.arange(26), -1  # three rows of 26, 17 and 20 tokens
+    positions[1, 9:] = np.arange(17)
+    cache = family.module.init_cache(model.config, 3, 64, jnp.float32)
+    _, cache = forward(padded[:, :10], positions[:, :10], cache)
+    logits, cache = forward(padded[:, 10:], positions[:, 10:], cache)
+    np.testing.assert_array_equal(np.asarray(cache.positions)[:, :26], positions)
+    assert (np.asarray(cache.positions)[:, 26:] == -1).all()
+    for row, length in enumerate([26, 17, 20]):
+        alone = np.asarray(forward(padded[row : row + 1, -length:]))[0, -16:]
+        np.testing.assert_allclose(logits[row], alone, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family):
+    """attend() alone: key slots in any order, some of them empty, against NumPy in float64."""
+    rng = np.random.default_rng(3)
+    q, k, v = rng.normal(size=(3, 2, 6, 3, 8)).astype(np.float32)  # [B, T, H, Dh] each
+    q_positions, k_positions = np.array([[0, 1, 2, 3, 4, 5]] * 2), np.array([[3, -1, 0, 5, 1, 2],
+                                                                             [2, 1, 0, -1, -1, 9]])
+    out = family.module.attend(q, k, v, q_positions, k_positions, 0.5)
+    for b, t, h in np.ndindex(2, 6, 3):
+        keys = [s for s in range(6) if 0 <= k_positions[b, s] <= q_positions[b, t]]
+        weights = np.exp(0.5 * k[b, keys, h].astype(float) @ q[b, t, h])
+        expected = weights @ v[b, keys, h] / weights.sum()
+        np.testing.assert_allclose(out[b, t, h], expected, rtol=0, atol=1e-6)  # numbers of about 1
+
+
+def test_a_text_longer_than_the_position_table_is_refused(family, model):
+    limit = model.config.n_positions
+    with pytest.raises(family.module.InputError, match=f"{limit + 1} tokens.*context is {limit}"):
+        model(jnp.zeros((1, limit + 1), int))

@@ -1,0 +1,328 @@
+"""Checkpoints: what load reads, what it refuses and how it says so, and what save writes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from families import GPT2
+from flax import nnx
+from reference import ROOT, read_hf
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
+
+OLD_GPT2_CONFIG = {  # of openai-community/gpt2 as it was published, in the order of its keys
+    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+    "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+    "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+    "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+    "summary_use_proj": True, "vocab_size": 50257, "torch_dtype": "float32",
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}
+A_TENSOR = "transformer.h.1.mlp.c_fc.weight"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+HTML = b"<!DOCTYPE html>\n<html><body>Log in to see this file</body></html>"
+
+
+def state_of(model):
+    return {".".join(map(str, keys)): param[...] for keys, param in nnx.to_flat_state(
+        nnx.state(model))}
+
+
+def assert_same_model(one, other):
+    assert one.config == other.config
+    one, other = state_of(one), state_of(other)
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        assert value.dtype == other[path].dtype
+        np.testing.assert_array_equal(value, other[path], err_msg=path)
+
+
+@pytest.fixture
+def tensors(plain):
+    """The tensors of the plain checkpoint under the names of its file."""
+    return load_file(plain.folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(plain, tmp_path):
+    """A folder with the plain checkpoint's config.json, and no weights yet."""
+    (tmp_path / "config.json").write_text((plain.folder / "config.json").read_text())
+    return tmp_path
+
+
+def write(folder, tensors):
+    save_file(tensors, folder / "model.safetensors")
+
+
+def run(script, timeout=120, **environment):
+    """Runs a script in a process of its own, from which gpt2.py can be imported."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment,
+                          capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------- what is read
+
+
+def test_every_parameter_is_the_tensor_of_its_name(plain, tensors):
+    for path, param, name, turned in plain.family.module.named_parameters(nnx.state(plain.model)):
+        tensor = tensors[name]
+        np.testing.assert_array_equal(param[...], tensor.T if turned else tensor, err_msg=path)
+
+
+def test_shards_give_the_same_model_as_one_file(family, plain, tmp_path):
+    plain.hf32.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_same_model(family.module.load(tmp_path), plain.model)
+
+
+def test_names_without_transformer_in_front_are_those_of_the_bare_model(family, plain, folder):
+    plain.hf32.transformer.save_pretrained(folder)
+    assert not any(key.startswith("transformer.")
+                   for key in load_file(folder / "model.safetensors"))
+    assert_same_model(family.module.load(folder), plain.model)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."], ids=["bare", "with prefix"])
+def test_mask_buffers_and_a_repeated_tied_head_are_skipped(family, plain, folder, tensors, prefix):
+    old = {prefix + name.removeprefix("transformer."): t for name, t in tensors.items()}
+    for layer in range(2):
+        old[f"{prefix}h.{layer}.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
+        old[f"{prefix}h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    old["lm_head.weight"] = tensors["transformer.wte.weight"]
+    write(folder, old)
+    assert_same_model(family.module.load(folder), plain.model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_parameters_are_stored_as_dtype_or_param_dtype_says(family, plain, dtype):
+    model = family.module.load(plain.folder, dtype=dtype)
+    for path, value in state_of(model).items():
+        expected = np.asarray(state_of(plain.model)[path]).astype(dtype)
+        assert value.dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(value, expected, err_msg=path)
+    mixed = family.module.load(plain.folder, dtype=dtype, param_dtype=jnp.float32)
+    assert {value.dtype for value in state_of(mixed).values()} == {jnp.dtype("float32")}
+    assert mixed.hidden(jnp.array([[1, 2]]))[0].dtype == jnp.dtype(dtype)
+
+
+def test_half_precision_files_are_read_into_any_dtype(family, plain, folder):
+    half = read_hf(plain.family, plain.folder, torch.bfloat16)
+    half.save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    assert {tensor.dtype.name for tensor in stored.values()} == {"bfloat16"}
+    assert_same_model(family.module.load(folder, dtype=jnp.bfloat16),
+                      family.module.load(plain.folder, dtype=jnp.bfloat16))
+    assert {v.dtype.name for v in state_of(family.module.load(folder)).values()} == {"float32"}
+
+
+def test_a_model_on_several_devices_gives_the_logits_of_one(family, make_case):
+    """On 4 emulated devices. NPROC lets as many threads wait for each other as there are devices;
+    sums over split dimensions run in another order, so logits of about 5 differ by 1e-5."""
+    even = str(make_case(family, "square head").folder)  # a vocabulary of 48
+    odd = str(make_case(family).folder)  # of 97, like the 50257 of GPT-2: not split
+    run(f"""
+        import jax, numpy as np, {family.name} as module
+        from flax import nnx
+        jax.config.update("jax_default_matmul_precision", "highest")
+        tokens = np.arange(40).reshape(2, 20)
+
+        def logits(model):
+            graphdef, state = nnx.split(model)
+            return np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens))(state))
+
+        assert jax.device_count() == 4
+        for folder in ({even!r}, {odd!r}):
+            expected = logits(module.load(folder))
+            for shape, names in [((1,), ("fsdp",)), ((4,), ("fsdp",)), ((4,), ("data",)),
+                                 ((2, 2), ("fsdp", "tensor"))]:
+                devices = np.array(jax.devices())[: np.prod(shape)].reshape(shape)
+                model = module.load(folder, mesh=jax.sharding.Mesh(devices, names))
+                np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-5)
+                parts = 1
+                for path, param, *_ in module.named_parameters(nnx.state(model)):
+                    assert len(param[...].sharding.device_set) == len(devices.flat), path
+                    parts = max(parts, param.size // param[...].addressable_shards[0].data.size)
+                assert parts == (1 if names == ("data",) else len(devices.flat)), (shape, parts)
+    """, XLA_FLAGS="--xla_force_host_platform_device_count=4", NPROC="16", JAX_PLATFORMS="cpu")
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def refuse(module, folder, *parts):
+    with pytest.raises(module.InputError) as error:
+        module.load(folder)
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+
+
+def test_a_missing_an_unexpected_and_a_misshapen_tensor_are_named(family, folder, tensors):
+    module, table = family.module, tensors["transformer.wte.weight"]
+    write(folder, {name: t for name, t in tensors.items() if name != A_TENSOR})
+    refuse(module, folder, "lacks", A_TENSOR)
+    write(folder, tensors | {"transformer.h.2.ln_1.weight": table})
+    refuse(module, folder, "unexpected", "transformer.h.2.ln_1.weight")
+    write(folder, tensors | {"score.weight": table})
+    refuse(module, folder, "unexpected", "score.weight")
+    write(folder, tensors | {A_TENSOR: np.ascontiguousarray(tensors[A_TENSOR].T)})
+    refuse(module, folder, A_TENSOR, "h.1.mlp.c_fc.kernel", "[192, 48]", "[48, 192]")
+
+
+def test_an_own_head_is_missed_where_the_config_wants_one(family, folder, tensors):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    write(folder, tensors)
+    refuse(family.module, folder, "lacks", "lm_head.weight")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (LFS, "git lfs pull"), (HTML, "web page"), (b"", "cut short"), (b"\x00" * 400, "damaged"),
+], ids=["LFS pointer", "HTML", "empty", "zeros"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_is_none_is_called_what_it_is(family, folder, tensors, name, content, message):
+    write(folder, tensors)
+    (folder / name).write_bytes(content)
+    refuse(family.module, folder, str(folder / name), message)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_file_that_was_cut_short_is_refused(family, folder, tensors, share):
+    write(folder, tensors)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: int(share * len(data))])
+    refuse(family.module, folder, str(folder / "model.safetensors"), "cut short")
+
+
+def test_missing_files_are_named(family, plain, folder, tmp_path_factory):
+    refuse(family.module, folder, str(folder / "model.safetensors"), "missing")
+    plain.hf32.save_pretrained(folder, max_shard_size="60KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refuse(family.module, folder, str(shard), "missing")
+    refuse(family.module, tmp_path_factory.mktemp("empty"), "config.json", "missing")
+    refuse(family.module, folder / "not there", str(folder / "not there"), "no such folder")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model_type": "llama"}, ["'llama'", "llama.py"]),
+    ({"model_type": "gemma3_text"}, ["'gemma3_text'", "gemma.py"]),
+    ({"model_type": "bert"}, ["'bert'"]),
+    ({"n_head": 5}, ["n_embd 48", "n_head 5"]),
+    ({"activation_function": "swish2"}, ["swish2", "gelu_new"]),
+    ({"add_cross_attention": True}, ["add_cross_attention"]),
+], ids=str)
+def test_a_config_that_gpt2_cannot_be_is_refused(make_case, folder, change, message):
+    config = json.loads((make_case(GPT2).folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    refuse(GPT2.module, folder, *message)
+
+
+def test_broken_json_is_refused_with_the_place(family, folder):
+    (folder / "config.json").write_text('{"model_type": "gpt2",\n "n_layer": }')
+    refuse(family.module, folder, str(folder / "config.json"), "line 2")
+
+
+# -------------------------------------------------------------------------------------- the config
+
+
+def test_a_config_survives_the_way_to_transformers_and_back(case, tmp_path):
+    config = case.model.config
+    assert type(config).from_hf(config.to_hf()) == config
+    assert type(config).from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(theirs, case.family.hf_config)
+    original = AutoConfig.from_pretrained(case.folder).to_dict()
+    unlike = {key for key, value in theirs.to_dict().items() if original[key] != value}
+    assert unlike <= {"dtype", "_name_or_path"}
+
+
+def test_several_end_tokens_and_a_padded_vocabulary_survive_it_too():
+    config = GPT2.module.Config(eos_token_id=(5, 6), padded_vocab_size=50304)
+    back = GPT2.module.Config.from_hf(json.loads(json.dumps(config.to_hf())))
+    assert back == dataclasses.replace(config, padded_vocab_size=None)
+
+
+def test_the_config_of_the_published_gpt2_is_the_default():
+    assert GPT2.module.Config.from_hf(OLD_GPT2_CONFIG) == GPT2.module.Config()
+    assert GPT2.module.PRESETS["openai-community/gpt2"].config == GPT2.module.Config()
+
+
+# ---------------------------------------------------------------------------------- what is written
+
+
+def test_a_saved_model_is_read_back_bit_for_bit_by_transformers_and_by_load(case, tmp_path):
+    case.family.module.save(case.model, tmp_path / "new" / "folder")
+    assert_same_model(case.family.module.load(tmp_path / "new" / "folder"), case.model)
+    tokens = torch.tensor(case.tokens)
+    theirs = read_hf(case.family, tmp_path / "new" / "folder")
+    assert torch.equal(theirs(tokens).logits, case.hf32(tokens).logits)
+    written = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert written == ["config.json", "model.safetensors"]
+
+
+def test_a_bfloat16_model_is_saved_as_such(family, plain, tmp_path):
+    model = family.module.load(plain.folder, dtype=jnp.bfloat16)
+    family.module.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same_model(family.module.load(tmp_path, dtype=jnp.bfloat16), model)
+    theirs = family.hf_model.from_pretrained(tmp_path, dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
+def test_rows_that_pad_the_vocabulary_are_not_saved(family, tmp_path, tied):
+    config = dataclasses.replace(family.module.Config.from_hf(family.sizes),
+                                 padded_vocab_size=128, tie_word_embeddings=tied)
+    model = family.module.Model(config, rngs=nnx.Rngs(0))
+    assert model.wte.embedding.shape[0] == 128
+    family.module.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 97
+    tokens = np.arange(30)[None]
+    theirs = read_hf(family, tmp_path)(torch.tensor(tokens)).logits.detach().numpy()
+    again = family.module.load(tmp_path)
+    assert again.wte.embedding.shape[0] == 97
+    np.testing.assert_allclose(theirs, model(tokens), rtol=0, atol=1e-5)  # logits of about 1
+    np.testing.assert_allclose(again(tokens), model(tokens), rtol=0, atol=1e-5)
+
+
+def test_saving_over_a_sharded_checkpoint_replaces_it(family, plain, tmp_path):
+    other = family.module.Model(plain.model.config, rngs=nnx.Rngs(3))
+    plain.hf32.save_pretrained(tmp_path, max_shard_size="60KB")
+    family.module.save(other, tmp_path)
+    assert_same_model(family.module.load(tmp_path), other)
+    theirs = read_hf(family, tmp_path)
+    np.testing.assert_array_equal(theirs.get_input_embeddings().weight.detach(),
+                                  other.wte.embedding[...])
+
+
+def test_a_full_disk_raises_oserror_and_leaves_the_old_checkpoint(family, plain, tmp_path):
+    """The limit on the size of a file stands for the full disk: both make a write fail."""
+    family.module.save(plain.model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = run(f"""
+        import resource, signal, {family.name} as module
+        from flax import nnx
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        config = module.load({str(tmp_path)!r}).config
+        other = module.Model(config, rngs=nnx.Rngs(9))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            module.save(other, {str(tmp_path)!r})
+        except OSError as error:
+            print(error)
+    """)
+    assert "model.safetensors" in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
