@@ -342,7 +342,7 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **opti
     ids, end = list(prompt), len(prompt) + max_new_tokens
     for n in range(len(prompt), end):
         padded = jnp.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
-        occurred = jnp.isin(jnp.arange(model.config.vocab_size), padded[:, :n])
+        occurred = np.isin(np.arange(model.config.vocab_size), ids)[None]
         rng_keys = jax.random.fold_in(jax.random.fold_in(key, 0), n)[None]  # of row 0, position n
         logits = forward(state, padded)[:, n - 1]
         ids += sample(logits, rng_keys, Sampling.of(**options), occurred).tolist()

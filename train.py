@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import time
 import zlib
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -322,22 +323,32 @@ def mean_eval_loss(evaluate, params, batches) -> float:
 SETTINGS = ["model", "tokens", "layers", "heads", "width", "block", "dropout", "steps", "batch",
             "lr", "min_lr", "warmup", "weight_decay", "beta2", "clip", "seed"]
 
+@contextmanager
+def writing(out):
+    """Turns an error while `out` is written to into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{out}: {error}: make room or choose another --out; earlier checkpoints remain")
+
 def open_checkpoints(out: Path) -> ocp.CheckpointManager:
     """The last two states of a run, in out/checkpoints; each is there whole or not at all."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
+    with writing(out):
+        return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
 
 def save_checkpoint(checkpoints, step: int, state, settings: dict):
-    """Stores the state after `step` steps, unless that is there. OSError: no room for it."""
+    """Stores the state after `step` steps, unless that is there."""
     if step in checkpoints.all_steps():
         return
     need = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
     free = shutil.disk_usage(checkpoints.directory).free / 1e6
-    if free < 1.2 * need:  # asked first, as Orbax fails with pages of tracebacks
-        raise OSError(f"a checkpoint takes {need:.0f} MB, and {free:.0f} are free")
-    checkpoints.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings)))
-    checkpoints.wait_until_finished()  # the next step overwrites the arrays
+    with writing(checkpoints.directory.parent):
+        if free < 1.2 * need:  # asked first, as Orbax fails with pages of tracebacks
+            raise OSError(f"a checkpoint takes {need:.0f} MB, and {free:.0f} are free")
+        checkpoints.save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings)))
+        checkpoints.wait_until_finished()  # the next step overwrites the arrays
 
 def restore_checkpoint(checkpoints, state, settings: dict):
     """The newest checkpoint -> (step, state), in the shapes and on the devices of `state`."""
@@ -356,9 +367,10 @@ def write_model(out: Path, module, model, codec: tokenizers.Tokenizer, end: str 
     """Writes the finished folder, which the model file and transformers read."""
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
              "bos_token": end, "eos_token": end}
-    (out / "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
-    (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    module.save(model, out)
+    with writing(out):
+        (out / "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
+        (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        module.save(model, out)
 
 # -------------------------------------------------------------------------------------- the program
 
@@ -416,7 +428,8 @@ def main(args) -> int:
 
     settings = {name: vars(args)[name] for name in SETTINGS}
     settings["data"] = f"with checksum {zlib.crc32(train_tokens)}"
-    args.out.mkdir(parents=True, exist_ok=True)  # now, and not when all is trained
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)  # now, and not when all is trained
     checkpoints = open_checkpoints(args.out) if args.save_every or args.resume else None
     if args.resume:
         step, (params, opt_state) = restore_checkpoint(checkpoints, (params, opt_state), settings)
@@ -481,10 +494,7 @@ def main(args) -> int:
     return 0
 
 if __name__ == "__main__":
-    args = arguments()
     try:
-        sys.exit(main(args))
-    except OSError as error:
-        fail(f"{args.out}: {error}: make room or choose another --out; earlier checkpoints remain")
+        sys.exit(main(arguments()))
     except KeyboardInterrupt:
         sys.exit(130)

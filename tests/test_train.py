@@ -299,11 +299,12 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_model(text_file, tmp
     assert done.stderr.splitlines()[-1].startswith("train.py: ")
     assert not list((tmp_path / "out").glob("*model*"))
 
-def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):
+def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch, capsys):
     checkpoints = train.open_checkpoints(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
-    with pytest.raises(OSError, match="a checkpoint takes"):
+    with pytest.raises(SystemExit, match="2"):
         train.save_checkpoint(checkpoints, 1, {"kernel": np.zeros(1000)}, {})
+    assert "a checkpoint takes" in capsys.readouterr().err
     assert not list((tmp_path / "checkpoints").iterdir())
 
 # ---------------------------------------------------------------------------------------- bad input
