@@ -22,8 +22,6 @@ import json
 import math
 import re
 import sys
-import tempfile
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import takewhile
@@ -35,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 # ------------------------------------------------------------------------------------------- config
@@ -46,9 +44,6 @@ class InputError(ValueError):
 gelu_tanh = partial(jax.nn.gelu, approximate=True)  # what the published GPT-2s were trained with
 ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "relu": jax.nn.relu,
                "gelu": partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
-SIBLINGS = {"opt": "opt.py", "llama": "llama.py", "gemma": "gemma.py", "gemma2": "gemma.py",
-            "gemma3": "gemma.py", "gemma3_text": "gemma.py", "mistral": "mistral.py",
-            "mixtral": "mistral.py"}  # the files that read the other kinds of config.json
 
 @dataclass(frozen=True)
 class Config:
@@ -76,22 +71,18 @@ class Config:
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a GPT-2, or an unsupported one."""
-        kind = values.get("model_type", "gpt2")
-        if kind != "gpt2":
-            hint = f"; {SIBLINGS[kind]} is the file for it" if kind in SIBLINGS else ""
-            raise InputError(f"config.json describes a {kind!r}; gpt2.py reads only 'gpt2'{hint}")
-        if values.get("add_cross_attention"):
-            raise InputError("config.json: add_cross_attention is not supported by gpt2.py")
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        if isinstance(known.get("eos_token_id"), list):
-            known["eos_token_id"] = tuple(known["eos_token_id"])
-        config = cls(**known)
-        if config.activation_function not in ACTIVATIONS:
-            raise InputError(f"config.json: activation_function {config.activation_function!r} is "
-                             f"not supported; gpt2.py has {', '.join(ACTIVATIONS)}")
-        if config.n_embd % config.n_head:
-            raise InputError(f"config.json: n_embd {config.n_embd} does not split into "
-                             f"n_head {config.n_head} equal heads")
+        config = cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
+        kind, activation = values.get("model_type", "gpt2"), config.activation_function
+        for problem, found in {
+            f"model_type {kind!r} is not 'gpt2', which gpt2.py reads": kind != "gpt2",
+            f"activation_function {activation!r} is none of {', '.join(ACTIVATIONS)}":
+                activation not in ACTIVATIONS,
+            f"n_embd {config.n_embd} does not split into n_head {config.n_head} equal heads":
+                config.n_embd % config.n_head,
+        }.items():
+            if found:
+                raise InputError(f"config.json: {problem}")
         return config
 
     def to_hf(self) -> dict:
@@ -122,21 +113,60 @@ def norm(config: Config, **options):
     epsilon = config.layer_norm_epsilon
     return nnx.LayerNorm(config.n_embd, epsilon=epsilon, use_fast_variance=False, **options)
 
-def attend(q, k, v, q_positions, k_positions, scale, dropout=lambda probs: probs):
+def attend(q, k, v, q_positions, k_positions, scale, dropout=None):
     """Each query gathers the values of the keys at its own and at earlier positions.
 
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    Softmax in float32. Vaswani et al. 2017, equation (1).
+    """
+    if q.shape[1] >= LONG and dropout is None:
+        return attend_chunked(q, k, v, q_positions, k_positions, scale)
+    probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, scale), axis=-1)
+    probs = probs if dropout is None else dropout(probs)
+    return jnp.einsum("bhts,bshd->bthd", probs.astype(v.dtype), v)
+
+def masked_scores(q, k, q_positions, k_positions, scale):
+    """How well each key fits each query, in float32: [B, T, H, Dh], [B, S, H, Dh] -> [B, H, T, S].
+
     The mask comes from positions alone: a key is visible where 0 <= its position <= the query's.
-    Padding, and slots that are empty, have position -1. Vaswani et al. 2017, equation (1).
+    Padding, and slots of the cache that are empty, have position -1.
     """
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
     # Not -inf: a padding query sees no key, and softmax over only -inf is NaN. With the lowest
     # number it gets the mean of all values; no other token ever sees that result.
-    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    probs = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)  # softmax in float32
-    return jnp.einsum("bhts,bshd->bthd", probs, v)
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
+
+def attend_chunked(q, k, v, q_positions, k_positions, scale):
+    """What `attend` computes, a chunk of keys at a time, so that no [T, S] is ever held.
+
+    Softmax needs the largest score and the sum over all keys. Both are carried along, and what was
+    gathered shrinks when a larger score comes: Milakov and Gimelshein 2018, algorithm 3.
+    """
+    def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
+        pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint  # or its gradient would keep the scores of every chunk
+    def add(carry, chunk):
+        gathered, total, largest = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        k, v, k_positions = chunk
+        scores = masked_scores(q, k, q_positions, k_positions, scale)
+        new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        gathered = gathered * shrink + jnp.einsum("bhts,bshd->bhtd", weights, v)
+        return (gathered, total, new_largest), None
+
+    gathered = jnp.zeros_like(q, jnp.float32).swapaxes(1, 2)
+    carry = gathered, gathered[..., :1], gathered[..., :1] - jnp.inf
+    keys = chunks(k, 0), chunks(v, 0), chunks(k_positions, -1)
+    (gathered, total, _), _ = jax.lax.scan(add, carry, keys)
+    return (gathered / total).swapaxes(1, 2).astype(v.dtype)
 
 class Attention(nnx.Module):
     """Causal self-attention with H heads; one fused projection makes query, key and value."""
@@ -156,13 +186,13 @@ class Attention(nnx.Module):
     def __call__(self, x, positions, k_positions, past=None, start=0, rngs=None):
         """x [B, T, D] -> (x [B, T, D], (k, v)); with `past`, k and v are it with these put in."""
         B, T, D = x.shape
-        drop = {"deterministic": rngs is None, "rngs": rngs}
+        dropout = None if rngs is None else partial(self.attn_dropout, rngs=rngs)
         qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, Dh] each
         if past is not None:
             k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, H, Dh]
-        x = attend(q, k, v, positions, k_positions, self.scale, partial(self.attn_dropout, **drop))
-        return self.resid_dropout(self.c_proj(x.reshape(B, T, D)), **drop), (k, v)
+        x = attend(q, k, v, positions, k_positions, self.scale, dropout).reshape(B, T, D)
+        return self.resid_dropout(self.c_proj(x), deterministic=rngs is None, rngs=rngs), (k, v)
 
 class MLP(nnx.Module):
     """Widens each token's vector to F, applies the activation, and narrows it again."""
@@ -222,15 +252,15 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
 
         positions [B, T]: below n_positions, -1 for padding; default: counts on from the cache,
-        right where no row is padded. The cache must have T slots left.
-        rngs: an nnx.Rngs that dropout is drawn from; None: no dropout.
+        which must have T slots left. rngs: an nnx.Rngs for dropout; None: no dropout.
         """
         B, T = tokens.shape
         start = 0 if cache is None else cache.filled
         if positions is None:
             if self.config.n_positions < T:
                 raise InputError(f"{T} tokens, but the context is {self.config.n_positions}")
-            positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+            before = jnp.zeros((B, 1), int) if cache is None else cache.next_positions()[:, None]
+            positions = before + jnp.arange(T)
         k_positions = positions if cache is None else write(cache.positions, positions, start)
         x = self.wte(tokens) + self.wpe(jnp.maximum(positions, 0))  # [B, T, D]
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
@@ -241,7 +271,8 @@ class Model(nnx.Module):
             x, kv = call(block, x, positions, k_positions, past, start, rngs)
             layers.append(kv)
         if cache is not None:
-            cache = Cache(tuple(layers), k_positions, start + T)
+            tokens = write(cache.tokens, tokens, start)
+            cache = Cache(tuple(layers), tokens, k_positions, start + T)
         return self.ln_f(x), cache
 
     def head(self, x):
@@ -262,19 +293,25 @@ class Model(nnx.Module):
 class Cache(NamedTuple):
     """The keys and values of all tokens so far, so that a new token computes only its own.
 
-    All rows fill the same slots; shorter rows are padded on the left. `positions` is the position
-    of the token in each slot, or -1 for padding and for a slot that is still empty.
+    All rows fill the same slots; shorter rows are padded on the left. Padding and slots that are
+    still empty have position -1.
     """
 
     layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
+    tokens: jax.Array  # [B, S]
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many of the slots are in use
+
+    def next_positions(self):
+        """The position of the token that comes next in each row: [B]."""
+        return self.positions.max(axis=1) + 1
 
 def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     """An empty cache of `length` slots."""
     shape = (batch, length, config.n_head, config.n_embd // config.n_head)
     layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer)]
-    return Cache(tuple(layers), jnp.full((batch, length), -1), jnp.array(0))
+    tokens, positions = jnp.zeros(shape[:2], int), jnp.full(shape[:2], -1)
+    return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
 def write(slots, new, start):
     """Puts new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
@@ -285,30 +322,13 @@ def write(slots, new, start):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. None leaves a step out, and compiles a program without it."""
+    """How the next token is drawn. None leaves a step out, of the compiled program too."""
 
-    temperature: float | None  # None: always the likeliest token
-    top_k: int | None = field(metadata={"static": True})
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-
-    @classmethod
-    def of(cls, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
-        """From the arguments of `generate`. InputError: one of them is out of range."""
-        for fits, rule in [
-            (temperature >= 0, "temperature must be 0 (the likeliest token) or more"),
-            (top_k is None or top_k >= 1, "top_k must be 1 or more"),
-            (top_p is None or 0 < top_p <= 1, "top_p must be above 0 and at most 1"),
-            (min_p is None or 0 <= min_p <= 1, "min_p must be from 0 to 1"),
-            (repetition_penalty > 0, "repetition_penalty must be above 0"),
-        ]:
-            if not fits:
-                raise InputError(rule)
-        if temperature == 0:
-            top_k = top_p = min_p = temperature = None
-        top_p, penalty = (None if x == 1 else x for x in (top_p, repetition_penalty))
-        return cls(temperature, top_k, top_p, min_p, penalty)
+    temperature: float | None = 1.0  # None: always the likeliest token
+    top_k: int | None = field(default=None, metadata={"static": True})
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 def sample(logits, rng_keys, sampling: Sampling, occurred=None):
     """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B].
@@ -335,55 +355,49 @@ def sample(logits, rng_keys, sampling: Sampling, occurred=None):
     choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
-def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **options) -> list[int]:
+def generate_naive(model, prompt: list[int], max_new_tokens: int, sampling: Sampling, key):
     """What `generate` does to one row, without a cache: the whole text again for each token."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
     for n in range(len(prompt), end):
-        padded = jnp.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
+        padded = np.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
         occurred = np.isin(np.arange(model.config.vocab_size), ids)[None]
-        rng_keys = jax.random.fold_in(jax.random.fold_in(key, 0), n)[None]  # of row 0, position n
-        logits = forward(state, padded)[:, n - 1]
-        ids += sample(logits, rng_keys, Sampling.of(**options), occurred).tolist()
+        rng_keys = jax.random.fold_in(key, n)[None]
+        ids += sample(forward(state, padded)[:, n - 1], rng_keys, sampling, occurred).tolist()
     return ids[len(prompt) :]
 
-class Rows(NamedTuple):
-    """A batch in the middle of generation: all that the next step needs."""
+def advance(model, cache: Cache, tokens, positions, keys, sampling: Sampling):
+    """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
+    x, cache = model.hidden(tokens, positions, cache)
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, cache.next_positions())  # so none is used twice
+    logits, occurred = model.head(x[:, -1]), None
+    if sampling.repetition_penalty is not None:
+        row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
+        occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
+    return cache, sample(logits, rng_keys, sampling, occurred)
 
-    cache: Cache
-    occurred: jax.Array | None  # [B, V] tokens so far; None without a repetition penalty
-    token: jax.Array | None = None  # [B] drawn last, and not in the cache yet
-    position: jax.Array | None = None  # [B] its position
-
-def advance(model, rows: Rows, tokens, positions, keys, sampling: Sampling) -> Rows:
-    """Puts tokens [B, T] into the cache and draws the token that follows the last of them."""
-    x, cache = model.hidden(tokens, positions, rows.cache)
-    occurred, next_position = rows.occurred, positions[:, -1] + 1
-    if occurred is not None:  # padding marks nothing
-        occurred = occurred.at[jnp.arange(len(tokens))[:, None], tokens].max(positions >= 0)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, next_position)  # so that none is used twice
-    token = sample(model.head(x[:, -1]), rng_keys, sampling, occurred)
-    return Rows(cache, occurred, token, next_position)
-
-@partial(jax.jit, static_argnames="graphdef", donate_argnames="rows")
-def prefill(graphdef, state, rows: Rows, tokens, positions, keys, sampling: Sampling) -> Rows:
-    """The first compiled program: all prompts [B, T] at once, up to their first new token."""
-    return advance(nnx.merge(graphdef, state), rows, tokens, positions, keys, sampling)
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: Sampling):
+    """The first compiled program: all prompts [B, T] at once -> (cache, their next token [B])."""
+    return advance(nnx.merge(graphdef, state), cache, tokens, positions, keys, sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
-@partial(jax.jit, static_argnames="graphdef", donate_argnames="rows")
-def decode(graphdef, state, rows: Rows, keys, sampling: Sampling, steps):
-    """The second: up to STEPS more tokens, one by one -> (rows, new tokens [B, STEPS])."""
-    model = nnx.merge(graphdef, state)
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def decode(graphdef, state, cache: Cache, token, keys, sampling: Sampling, steps):
+    """The second: up to STEPS tokens after token [B], one by one -> (cache, tokens [B, STEPS])."""
 
     def step(i, carry):
-        rows, new = carry
-        rows = advance(model, rows, rows.token[:, None], rows.position[:, None], keys, sampling)
-        return rows, new.at[:, i].set(rows.token)
+        cache, token, new = carry
+        # The barrier: XLA on a CPU would keep a float32 copy of all half-precision weights.
+        model = nnx.merge(graphdef, jax.lax.optimization_barrier(state))
+        cache, token = advance(model, cache, token[:, None], None, keys, sampling)
+        return cache, token, new.at[:, i].set(token)
 
-    return jax.lax.fori_loop(0, steps, step, (rows, jnp.zeros((len(rows.token), STEPS), int)))
+    new = jnp.zeros((len(token), STEPS), int)
+    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
+    return cache, new
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S).
@@ -391,19 +405,18 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     T is a power of two from 64 on and S, the slots of the cache, a multiple of 128, so that many
     lengths share few compiled programs. InputError: no tokens, foreign ids, or too many.
     """
-    if not prompts or not all(prompts) or max_new_tokens < 1:
+    lengths = np.array([[len(prompt)] for prompt in prompts])
+    if lengths.size == 0 or lengths.min() == 0 or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
-    longest = max(map(len, prompts))
+    longest = lengths.max()
     if longest + max_new_tokens > config.n_positions:
         raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
                          f"the context of {config.n_positions}")
-    B, T = len(prompts), max(64, 2 ** math.ceil(math.log2(longest)))
-    tokens, positions = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
-    for i, prompt in enumerate(prompts):
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
-        tokens[i, T - len(prompt) :] = prompt
-        positions[i, T - len(prompt) :] = range(len(prompt))
+    T = max(64, 2 ** math.ceil(math.log2(longest)))
+    tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
+    positions = np.maximum(np.arange(T) - T + lengths, -1)
     return tokens, positions, 128 * math.ceil((T + max_new_tokens) / 128)
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
@@ -412,20 +425,20 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
 
     A row ends before its first stop id. key: a jax.random.key, which is folded with the row's
     index, or one for each row, [B]. A row depends on its key and prompt, not on other rows (but for
-    rounding). temperature 0 takes the likeliest token. InputError: an argument out of its range.
+    rounding). temperature 0 takes the likeliest token; top_p and min_p are from 0 to 1.
     """
-    sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
+    penalty = None if repetition_penalty == 1 else repetition_penalty
+    sampling = Sampling(temperature or None, top_k, top_p, min_p, penalty)
     tokens, positions, S = pack(model.config, prompts, max_new_tokens)
-    B, V, stops = len(prompts), model.config.vocab_size, list(stop_ids)
+    B, stops = len(prompts), list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    occurred = None if sampling.repetition_penalty is None else jnp.zeros((B, V), bool)
-    rows = Rows(init_cache(model.config, B, S, model.dtype), occurred)
     graphdef, state = nnx.split(model)
-    rows = prefill(graphdef, state, rows, tokens, positions, keys, sampling)
-    new = np.array(rows.token)[:, None]  # a copy: decode reuses the memory of rows
+    cache = init_cache(model.config, B, S, model.dtype)
+    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling)
+    new = np.asarray(token)[:, None]
     while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
         steps = min(STEPS, max_new_tokens - new.shape[1])
-        rows, more = decode(graphdef, state, rows, keys, sampling, steps)
+        cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps)
         new = np.concatenate([new, more[:, :steps]], axis=1)
     return [list(takewhile(lambda token: token not in stops, row)) for row in new.tolist()]
 
@@ -433,12 +446,12 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
 
 # Parameter path -> its name in a checkpoint, and whether it is transposed there. GPT-2's Conv1D
 # keeps [in, out], as nnx.Linear does; only a separate head is [out, in].
-PREFIX = "transformer."
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
-    (r"(.+)\.(embedding|scale|kernel)", PREFIX + r"\1.weight", False),
-    (r"(.+)\.bias", PREFIX + r"\1.bias", False),
+    (r"(.+)\.(embedding|scale|kernel)", r"transformer.\1.weight", False),
+    (r"(.+)\.bias", r"transformer.\1.bias", False),
 ]
+RENAMED = (r"^(?!transformer\.|lm_head\.)", "transformer.")  # in files without a head: no prefix
 # Skipped where a file has them: causal masks of old files, and a copy of the token table as head.
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
 # What is downloaded of a repository, which also has the weights in other formats.
@@ -446,41 +459,28 @@ DOWNLOADS = ["config.json", "generation_config.json", "model.safetensors", "mode
              "model.safetensors.index.json", "tokenizer*.json", "vocab.json", "merges.txt"]
 
 def fetch(name, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `name` if that is a folder, else the Hub's cache, brought up to
-    date if there is a network. HF_HOME and HF_TOKEN work as usual; errors are huggingface_hub's."""
+    """The folder of a checkpoint: `name` if that is one, else the Hub's cache, filled if need be.
+    HF_HOME and HF_TOKEN work as usual; errors are huggingface_hub's."""
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
-        raise InputError(f"{name}: no such folder, and not a name on the Hugging Face Hub")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
 
-@contextmanager
-def reading(path: Path):
-    """Turns an error while `path` is read into an InputError that says what the file is."""
-    try:
-        yield path
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: not a checkpoint, or an incomplete one") from None
-    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip().lower()
-        what = f"damaged or cut short ({error}): download it again"
-        if start.startswith(b"version https://git-lfs"):
-            what = "a Git LFS pointer and not the file itself: run `git lfs pull`"
-        elif start.startswith((b"<!doctype", b"<html")):
-            what = "a web page and not the file itself: download it again"
-        raise InputError(f"{path} is {what}") from None
+def stored_tensors(folder: Path) -> dict:
+    """The tensors of a checkpoint: name -> a function that reads one as a numpy array."""
+    def read(file, name):  # opened for each anew: pages of an open file count as our memory
+        with safe_open(file, "np") as tensors:
+            return tensors.get_tensor(name)
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: a single one, or the shards that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        return [single]
-    with reading(index):
-        shards = json.loads(index.read_text())["weight_map"].values()
-    return [folder / file for file in sorted(set(shards))]
+    files, index, stored = ["model.safetensors"], folder / "model.safetensors.index.json", {}
+    if index.exists() and not (folder / files[0]).exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for file in files:
+        with safe_open(folder / file, "np") as tensors:
+            for name in tensors.offset_keys():
+                stored[re.sub(*RENAMED, name)] = partial(read, folder / file, name)
+    return stored
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
@@ -496,11 +496,10 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
 
     dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
     mesh: each tensor goes straight to the devices where SHARDING puts its parts.
-    InputError: not a GPT-2, a damaged file, or tensors missing, unexpected or of the wrong shape.
+    InputError: not a GPT-2, or tensors that are missing, unexpected or of the wrong shape.
     """
     folder = fetch(source, revision)
-    with reading(folder / "config.json") as file:
-        config = Config.from_hf(json.loads(file.read_text()))
+    config = Config.from_hf(json.loads((folder / "config.json").read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     # A skeleton: shapes without numbers. As nothing is drawn, one key serves every parameter; an
@@ -508,52 +507,36 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     key = jax.random.key(0)
     rngs = SimpleNamespace(params=lambda: key)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
-    stored = {}  # the checkpoint's tensors: name -> file
-    for file in weight_files(folder):
-        with reading(file), safe_open(file, "np") as tensors:
-            stored |= dict.fromkeys(tensors.keys(), file)
-    # Files that were saved without a head have names without the prefix.
-    bare = not any(raw.startswith(PREFIX) for raw in stored)
-    in_file = {PREFIX + raw if bare and raw != "lm_head.weight" else raw: raw for raw in stored}
+    stored = stored_tensors(folder)
     wanted = {name for _, _, name, _ in named_parameters(state)}
-    extra = {name for name in in_file.keys() - wanted if not re.fullmatch(IGNORED, name)}
-    for problem, names in [("lacks", wanted - in_file.keys()), ("has unexpected", extra)]:
+    extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
+    for problem, names in [("lacks", wanted - stored.keys()), ("has unexpected", extra)]:
         if names:
             few = ", ".join(sorted(names)[:9])
             raise InputError(f"{folder} {problem} {len(names)} tensors, such as {few}")
     # The largest first: while it is converted there are two more copies of it.
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
-        file = stored[in_file[name]]
-        # Opened anew for each tensor: pages of an open file stay mapped and count as our memory.
-        with reading(file), safe_open(file, "np") as tensors:
-            tensor = tensors.get_tensor(in_file[name])
+        tensor = stored[name]()
         tensor = tensor.T if transposed else tensor
         if tensor.shape != param.shape:
-            raise InputError(f"{file}: {name} makes {path} {list(tensor.shape)}, but config.json "
+            raise InputError(f"{folder}: {name} makes {path} {list(tensor.shape)}, but config.json "
                              f"says {list(param.shape)}")
         where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)
 
 def save(model: Model, folder) -> None:
-    """Writes config.json and model.safetensors in transformers' format. OSError: could not."""
+    """Writes config.json and model.safetensors as transformers and `load` read them."""
     tensors, V = {}, model.config.vocab_size
     for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...])
         tensor = tensor.T if transposed else tensor
         has_padding = path in ("wte.embedding", "lm_head.kernel")  # by now both are [V, D]
         tensors[name] = np.ascontiguousarray(tensor[:V] if has_padding else tensor)
-    config = {**model.config.to_hf(), "dtype": tensors[PREFIX + "wte.weight"].dtype.name}
+    config = {**model.config.to_hf(), "dtype": str(model.wte.embedding.dtype)}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as part:  # moved up only when all is written
-        try:
-            save_file(tensors, f"{part}/model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {folder}/model.safetensors: {error}") from None
-        Path(part, "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in Path(part).iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner alone
-            file.replace(Path(folder, file.name))
+    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # Which dimensions of a parameter are split over a mesh that has axes "fsdp" and "tensor".
 SHARDING = [

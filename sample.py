@@ -23,7 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
-MODELS = [m for m in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{m}.py").exists()]
+KINDS = {"gpt2": "gpt2", "opt": "opt", "llama": "llama", "gemma": "gemma", "gemma2": "gemma",
+         "gemma3": "gemma", "gemma3_text": "gemma", "mistral": "mistral", "mixtral": "mistral"}
+MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
 
 # --------------------------------------------------------------------------------- the command line
 
@@ -85,6 +87,15 @@ def arguments():
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be 1 or more")
+    for name, fits, rule in [
+        ("temperature", args.temperature >= 0, "0 (the likeliest token) or more"),
+        ("top-k", args.top_k is None or args.top_k >= 1, "1 or more"),
+        ("top-p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("min-p", args.min_p is None or 0 <= args.min_p <= 1, "from 0 to 1"),
+        ("repetition-penalty", args.repetition_penalty > 0, "above 0"),
+    ]:
+        if not fits:
+            fail(f"--{name} must be {rule}")
     if "" in args.stop:
         fail("--stop needs a text; leave it out to go on to --max-new-tokens")
     return args
@@ -133,10 +144,9 @@ def checkout(model_file, name, revision) -> Path:
     options = {"revision": revision, "allow_patterns": model_file.DOWNLOADS}
     try:  # what is cached whole needs no network
         folder = Path(snapshot_download(name, local_files_only=True, **options))
-        files = [folder / "config.json", *model_file.weight_files(folder)]
-        if all(file.exists() for file in files):
+        if model_file.stored_tensors(folder) and (folder / "config.json").exists():
             return folder
-    except (errors.LocalEntryNotFoundError, model_file.InputError):
+    except (errors.LocalEntryNotFoundError, FileNotFoundError):
         pass  # a download that was cut short is taken up again
     except errors.HFValidationError:
         fail(f"--weights {name}: no such folder, and not a name on the Hub (try --list)")
@@ -162,6 +172,34 @@ def checkout(model_file, name, revision) -> Path:
         fail(f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
              f"({type(error).__name__}: {error}): try again online,{instead} or name a folder that "
              "holds the checkpoint with --weights")
+
+def check_files(model_file, folder):
+    """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+        with open(file, "rb") as stream:
+            start = stream.read(64).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            fail(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull`")
+        if start.startswith((b"<!doctype", b"<html")):
+            fail(f"{file} is a web page and not the file itself: download it again")
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            else:
+                safe_open(file, "np")
+        except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            fail(f"{file} is damaged or cut short ({error}): download it again")
+    if not (folder / "config.json").exists():
+        fail(f"{folder} has no config.json: it is no checkpoint, or an incomplete one")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if KINDS.get(kind, model_file.__name__) != model_file.__name__:
+        fail(f"{folder} is a {kind!r}, which {KINDS[kind]}.py reads: --model {KINDS[kind]}")
+    try:
+        model_file.stored_tensors(folder)
+    except FileNotFoundError as error:
+        fail(f"{folder} is not complete: {error}")
 
 def pick_devices(wanted, parallel):
     """The device of --device, or the first there is; with --parallel pmap all of its kind."""
@@ -245,17 +283,15 @@ def generate(model_file, model, devices, prompts, limit, sampling, seed, streami
     prompts = prompts + prompts[-1:] * (-B % n)  # pmap wants as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(prompts)))
-    per_device, V = len(prompts) // n, model.config.vocab_size
-    occurred = None if sampling.repetition_penalty is None else np.zeros((per_device, V), bool)
+    per_device = len(prompts) // n
     cache = model_file.init_cache(model.config, per_device, length, model.dtype)
-    rows = model_file.Rows(cache, occurred)
     graphdef, state = nnx.split(model)
     if n > 1:
         mesh = jax.sharding.Mesh(devices, "devices")
         each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
         copy = lambda x: jax.device_put(np.broadcast_to(x, (n, *x.shape)), each)  # noqa: E731
         split = lambda x: jax.device_put(x.reshape(n, per_device, *x.shape[1:]), each)  # noqa: E731
-        state, rows = jax.tree.map(copy, (state, rows))
+        state, cache = jax.tree.map(copy, (state, cache))
         tokens, positions, keys = split(tokens), split(positions), split(keys)
 
     def compiled(function, *inputs, shared):
@@ -270,20 +306,21 @@ def generate(model_file, model, devices, prompts, limit, sampling, seed, streami
         timing.compile += time.perf_counter() - start
         return program
 
-    inputs = (state, rows, tokens, positions, keys, sampling)
+    inputs = (state, cache, tokens, positions, keys, sampling)
     prefill = compiled(model_file.prefill, *inputs, shared=1)
     start = time.perf_counter()
-    rows = prefill(*inputs)
-    new = np.array(rows.token).reshape(-1, 1)[:B]
+    cache, token = prefill(*inputs)
+    new = np.array(token).reshape(-1, 1)[:B]
     timing.first = time.perf_counter() - start
     yield new
-    decode = compiled(model_file.decode, state, rows, keys, sampling, 1, shared=2)
+    decode = compiled(model_file.decode, state, cache, token, keys, sampling, 1, shared=2)
     steps = 1 if streaming else model_file.STEPS
     while timing.steps + 1 < limit:
         steps = min(steps, limit - timing.steps - 1)
         start = time.perf_counter()
-        rows, new = decode(state, rows, keys, sampling, steps)
-        new = np.asarray(new).reshape(-1, model_file.STEPS)[:B, :steps]
+        cache, new = decode(state, cache, token, keys, sampling, steps)
+        new = np.asarray(new)
+        token, new = new[..., steps - 1], new.reshape(-1, model_file.STEPS)[:B, :steps]
         elapsed = time.perf_counter() - start
         timing.decode += elapsed
         timing.steps += steps
@@ -314,8 +351,9 @@ def run(args, model_file, texts):
     if args.compile_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(args.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    sampling = model_file.Sampling.of(args.temperature, args.top_k, args.top_p, args.min_p,
-                                      args.repetition_penalty)
+    penalty = None if args.repetition_penalty == 1 else args.repetition_penalty
+    sampling = model_file.Sampling(args.temperature or None, args.top_k, args.top_p, args.min_p,
+                                   penalty)
     default = next(iter(model_file.PRESETS))
     name = args.weights or (default if args.model else "tiny")
     if name == "tiny":
@@ -328,6 +366,7 @@ def run(args, model_file, texts):
     else:
         folder = checkout(model_file, name, args.revision)
     dtype = jnp.dtype(args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16"))
+    check_files(model_file, folder)
     model, codec = model_file.load(folder, dtype=dtype), model_file.tokenizer(folder)
     stop_ids = model.config.eos_token_id
     if (folder / "generation_config.json").exists():

@@ -18,6 +18,7 @@ import signal
 import statistics
 import sys
 import sysconfig
+import tempfile
 import time
 import zlib
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ import optax
 import orbax.checkpoint as ocp
 import tokenizers
 from flax import nnx
+from safetensors import SafetensorError
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
@@ -328,7 +330,7 @@ def writing(out):
     """Turns an error while `out` is written to into one line for the user."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         fail(f"{out}: {error}: make room or choose another --out; earlier checkpoints remain")
 
 def open_checkpoints(out: Path) -> ocp.CheckpointManager:
@@ -367,10 +369,13 @@ def write_model(out: Path, module, model, codec: tokenizers.Tokenizer, end: str 
     """Writes the finished folder, which the model file and transformers read."""
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
              "bos_token": end, "eos_token": end}
-    with writing(out):
-        (out / "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
-        (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-        module.save(model, out)
+    with writing(out), tempfile.TemporaryDirectory(dir=out) as part:
+        Path(part, "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
+        Path(part, "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        module.save(model, part)
+        for file in Path(part).iterdir():  # all is written, or none is replaced
+            file.chmod(0o644)  # safetensors writes for the owner alone
+            file.replace(out / file.name)
 
 # -------------------------------------------------------------------------------------- the program
 

@@ -131,7 +131,7 @@ GPT2 = Family(
         "MLP beside attention": Mutation("self.mlp(self.ln_2(x)", "self.mlp(self.ln_2(x - y)"),
         "attention's c_proj transposed": Mutation(
             "CHECKPOINT = [",
-            'CHECKPOINT = [(r"(.+attn.c_proj)\\.kernel", PREFIX + r"\\1.weight", True),'),
+            'CHECKPOINT = [(r"(.+attn.c_proj)\\.kernel", r"transformer.\\1.weight", True),'),
         "own head transposed": Mutation(  # square, so that no shape tells
             '"lm_head.weight", True', '"lm_head.weight", False', "square head"),
     },

@@ -40,6 +40,12 @@ def numpy(tensors):
     return {name: tensor.detach().to(torch.float64).numpy() for name, tensor in tensors.items()}
 
 
+def sampling(module, temperature=1.0, repetition_penalty=1.0, **rest):
+    """The Sampling that generate() makes of its arguments."""
+    penalty = None if repetition_penalty == 1 else repetition_penalty
+    return module.Sampling(temperature or None, repetition_penalty=penalty, **rest)
+
+
 class Case:
     """One checkpoint, and what this project and the reference make of it on the same input."""
 

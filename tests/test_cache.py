@@ -93,9 +93,14 @@ def test_the_cache_holds_padded_rows_as_well(family, model, forward, tokens):
         np.testing.assert_allclose(logits[row], alone, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("chunk", [None, 2, 4, 64])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family):
-    """attend() alone: key slots in any order, some of them empty, against NumPy in float64."""
+def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family, chunk, monkeypatch):
+    """attend() alone, plain and in chunks: key slots in any order, some of them empty, against
+    NumPy in float64."""
+    if chunk:
+        monkeypatch.setattr(family.module, "LONG", 1)
+        monkeypatch.setattr(family.module, "CHUNK", chunk)
     rng = np.random.default_rng(3)
     q, k, v = rng.normal(size=(3, 2, 6, 3, 8)).astype(np.float32)  # [B, T, H, Dh] each
     q_positions, k_positions = np.array([[0, 1, 2, 3, 4, 5]] * 2), np.array([[3, -1, 0, 5, 1, 2],
@@ -106,6 +111,38 @@ def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family):
         weights = np.exp(0.5 * k[b, keys, h].astype(float) @ q[b, t, h])
         expected = weights @ v[b, keys, h] / weights.sum()
         np.testing.assert_allclose(out[b, t, h], expected, rtol=0, atol=1e-6)  # numbers of about 1
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 64])
+def test_attention_in_chunks_gives_the_same_logits_and_gradients(
+        family, model, tokens, chunk, monkeypatch):
+    """Rows of 26, 17 and 20 tokens; the loss is that of the tokens, so padding adds nothing."""
+    padded, positions = left_padded(tokens, 6)
+    positions[0], positions[1, :9] = np.arange(26), -1
+    positions[1, 9:] = np.arange(17)
+    graphdef, state = nnx.split(model)
+
+    def loss(state):
+        logits = nnx.merge(graphdef, state)(padded, positions)
+        logits = jnp.where(positions[..., None] >= 0, logits, 0)
+        return (logits**2).mean(), logits
+
+    (_, plain), expected = jax.value_and_grad(loss, has_aux=True)(state)
+    monkeypatch.setattr(family.module, "LONG", 1)
+    monkeypatch.setattr(family.module, "CHUNK", chunk)
+    (_, chunked), gradients = jax.value_and_grad(loss, has_aux=True)(state)
+    np.testing.assert_allclose(chunked, plain, rtol=0, atol=ROUNDING)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max() + 1e-9)
+
+
+def test_a_long_prefill_holds_no_tensor_of_length_by_length(family):
+    """A text of 16,384 tokens: what the compiled attention needs beside its arguments, in bytes."""
+    T, H, Dh = 16_384, 2, 8
+    x = jax.ShapeDtypeStruct((1, T, H, Dh), jnp.float32)
+    positions = jax.ShapeDtypeStruct((1, T), int)
+    compiled = jax.jit(family.module.attend).lower(x, x, x, positions, positions, 1.0).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * H * T * T
 
 
 def test_a_text_longer_than_the_position_table_is_refused(family, model):

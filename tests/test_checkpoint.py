@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import torch
 from families import GPT2
 from flax import nnx
 from reference import ROOT, read_hf
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
@@ -27,8 +29,6 @@ OLD_GPT2_CONFIG = {  # of openai-community/gpt2 as it was published, in the orde
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
 }
 A_TENSOR = "transformer.h.1.mlp.c_fc.weight"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
-HTML = b"<!DOCTYPE html>\n<html><body>Log in to see this file</body></html>"
 
 
 def state_of(model):
@@ -187,51 +187,38 @@ def test_an_own_head_is_missed_where_the_config_wants_one(family, folder, tensor
     refuse(family.module, folder, "lacks", "lm_head.weight")
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (LFS, "git lfs pull"), (HTML, "web page"), (b"", "cut short"), (b"\x00" * 400, "damaged"),
-], ids=["LFS pointer", "HTML", "empty", "zeros"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_that_is_none_is_called_what_it_is(family, folder, tensors, name, content, message):
-    write(folder, tensors)
-    (folder / name).write_bytes(content)
-    refuse(family.module, folder, str(folder / name), message)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
 def test_a_file_that_was_cut_short_is_refused(family, folder, tensors, share):
     write(folder, tensors)
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: int(share * len(data))])
-    refuse(family.module, folder, str(folder / "model.safetensors"), "cut short")
+    with pytest.raises(SafetensorError):
+        family.module.load(folder)
 
 
-def test_missing_files_are_named(family, plain, folder, tmp_path_factory):
-    refuse(family.module, folder, str(folder / "model.safetensors"), "missing")
+def test_a_missing_file_is_named(family, plain, folder, tmp_path_factory):
+    def missing(folder, file):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(file))):
+            family.module.load(folder)
+
+    missing(folder, folder / "model.safetensors")
     plain.hf32.save_pretrained(folder, max_shard_size="60KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
-    refuse(family.module, folder, str(shard), "missing")
-    refuse(family.module, tmp_path_factory.mktemp("empty"), "config.json", "missing")
-    refuse(family.module, folder / "not there", str(folder / "not there"), "no such folder")
+    missing(folder, shard)
+    empty = tmp_path_factory.mktemp("empty")
+    missing(empty, empty / "config.json")
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "llama"}, ["'llama'", "llama.py"]),
-    ({"model_type": "gemma3_text"}, ["'gemma3_text'", "gemma.py"]),
-    ({"model_type": "bert"}, ["'bert'"]),
+    ({"model_type": "llama"}, ["'llama'"]),
     ({"n_head": 5}, ["n_embd 48", "n_head 5"]),
     ({"activation_function": "swish2"}, ["swish2", "gelu_new"]),
-    ({"add_cross_attention": True}, ["add_cross_attention"]),
 ], ids=str)
 def test_a_config_that_gpt2_cannot_be_is_refused(make_case, folder, change, message):
     config = json.loads((make_case(GPT2).folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     refuse(GPT2.module, folder, *message)
-
-
-def test_broken_json_is_refused_with_the_place(family, folder):
-    (folder / "config.json").write_text('{"model_type": "gpt2",\n "n_layer": }')
-    refuse(family.module, folder, str(folder / "config.json"), "line 2")
 
 
 # -------------------------------------------------------------------------------------- the config
@@ -306,23 +293,3 @@ def test_saving_over_a_sharded_checkpoint_replaces_it(family, plain, tmp_path):
     theirs = read_hf(family, tmp_path)
     np.testing.assert_array_equal(theirs.get_input_embeddings().weight.detach(),
                                   other.wte.embedding[...])
-
-
-def test_a_full_disk_raises_oserror_and_leaves_the_old_checkpoint(family, plain, tmp_path):
-    """The limit on the size of a file stands for the full disk: both make a write fail."""
-    family.module.save(plain.model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    message = run(f"""
-        import resource, signal, {family.name} as module
-        from flax import nnx
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        config = module.load({str(tmp_path)!r}).config
-        other = module.Model(config, rngs=nnx.Rngs(9))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        try:
-            module.save(other, {str(tmp_path)!r})
-        except OSError as error:
-            print(error)
-    """)
-    assert "model.safetensors" in message
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

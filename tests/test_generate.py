@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from reference import Case, write_random
+from reference import Case, sampling, write_random
 
 FILTERS = {
     "greedy": {"temperature": 0},
@@ -33,17 +33,22 @@ def row_key(index):
     return jax.random.fold_in(KEY, index)
 
 
+def naive(module, model, prompt, n, **options):
+    """The naive loop on the first row's key."""
+    return module.generate_naive(model, prompt, n, sampling(module, **options), row_key(0))
+
+
 @every_filter
 def test_generate_gives_the_tokens_of_the_naive_loop(family, model, options):
     prompt = [5, 7, 11]
     new = family.module.generate(model, [prompt], 12, key=KEY, **options)
-    assert new == [family.module.generate_naive(model, prompt, 12, key=KEY, **options)]
+    assert new == [naive(family.module, model, prompt, 12, **options)]
 
 
 def test_they_agree_over_several_calls_of_decode(family, model):
     n = family.module.STEPS + 8
     new = family.module.generate(model, [[5, 7, 11]], n, key=KEY)
-    assert new == [family.module.generate_naive(model, [5, 7, 11], n, key=KEY)]
+    assert new == [naive(family.module, model, [5, 7, 11], n)]
 
 
 @every_filter
@@ -163,14 +168,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(family, plain):
     ({"prompts": [[-1]]}, "outside the vocabulary of 97"),
     ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
     ({"prompts": [[1] * 120], "max_new_tokens": 9}, "120 tokens and 9 new ones.* 128"),
-    ({"temperature": -0.1}, "temperature must"),
-    ({"top_k": 0}, "top_k must"),
-    ({"top_p": 0.0}, "top_p must"),
-    ({"top_p": 1.1}, "top_p must"),
-    ({"min_p": -0.1}, "min_p must"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty must"),
 ], ids=str)
-def test_an_argument_out_of_range_is_refused_with_its_rule(family, model, change, message):
+def test_what_cannot_be_continued_is_refused_with_the_reason(family, model, change, message):
     arguments = {"prompts": [[1]], "max_new_tokens": 1, "key": KEY} | change
     with pytest.raises(family.module.InputError, match=message):
         family.module.generate(model, **arguments)
@@ -180,7 +179,7 @@ def test_the_context_can_be_filled_to_its_last_position(family, model):
     limit = model.config.n_positions
     prompt = [token % 50 for token in range(limit - 8)]
     [new] = family.module.generate(model, [prompt], 8, key=KEY, temperature=0)
-    assert new == family.module.generate_naive(model, prompt, 8, key=KEY, temperature=0)
+    assert new == naive(family.module, model, prompt, 8, temperature=0)
 
 
 def test_64_prompt_lengths_below_512_compile_at_most_8_programs(family, tmp_path, caplog):

@@ -204,8 +204,10 @@ def test_the_compile_cache_is_filled_and_used(weights, tmp_path):
 
 def test_ctrl_c_ends_at_once_without_a_traceback(tmp_path):
     folder = write_checkpoint(tmp_path / "long", n_positions=60_000)
-    command = [sys.executable, "sample.py", "--weights", str(folder), "--prompt", "Hello",
-               "--max-new-tokens", "50000"]
+    heed = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"  # `&` ignores
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    command = [sys.executable, "-c", heed, "sample.py", "--weights", str(folder),
+               "--prompt", "Hello", "--max-new-tokens", "50000"]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(6).startswith("Hello")
@@ -250,13 +252,13 @@ def refused(monkeypatch, capsys):
     (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
     (["--num-samples", "-1"], "--num-samples must be 1 or more"),
     (["--stop", ""], "--stop needs a text"),
-    (["--temperature", "-1"], "temperature must be 0"),
+    (["--temperature", "-1"], "--temperature must be 0"),
     (["--temperature", "warm"], "--temperature"),
-    (["--top-k", "0"], "top_k must be 1 or more"),
-    (["--top-p", "0"], "top_p must be above 0 and at most 1"),
-    (["--top-p", "1.5"], "top_p must be above 0 and at most 1"),
-    (["--min-p", "-0.1"], "min_p must be from 0 to 1"),
-    (["--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+    (["--top-k", "0"], "--top-k must be 1 or more"),
+    (["--top-p", "0"], "--top-p must be above 0 and at most 1"),
+    (["--top-p", "1.5"], "--top-p must be above 0 and at most 1"),
+    (["--min-p", "-0.1"], "--min-p must be from 0 to 1"),
+    (["--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
     (["--device", "gpu:9"], "no device gpu:9; this machine has"),
     (["--device", "toaster"], "no device toaster; this machine has cpu:0"),
     (["--max-new-tokens", "2000"], "do not fit the context of 256"),
@@ -270,7 +272,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(weights, refused, options, said
 def test_bad_input_leaves_no_traceback_on_a_real_standard_error(weights):
     result = run("--weights", weights, "--top-p", "7")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "sample.py: top_p must be above 0 and at most 1\n"
+    assert result.stderr == "sample.py: --top-p must be above 0 and at most 1\n"
 
 def damage_missing(folder):
     (folder / "model.safetensors").unlink()
@@ -285,6 +287,25 @@ def damage_html(folder):
 def damage_lfs(folder):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n"
     (folder / "model.safetensors").write_text(pointer)
+
+def damage_tokenizer_lfs(folder):
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid")
+
+def damage_tokenizer_truncated(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text[: len(text) // 2])
+
+def damage_empty(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+def damage_not_a_checkpoint(folder):
+    (folder / "config.json").unlink()
+
+def damage_a_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors",
+                            "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 def damage_shape(folder):
     edit_config(folder, n_positions=64)
@@ -302,14 +323,19 @@ def damage_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (damage_missing, "model.safetensors is missing"),
+    (damage_missing, "model.safetensors"),
+    (damage_empty, "model.safetensors is damaged or cut short"),
+    (damage_not_a_checkpoint, "has no config.json"),
+    (damage_a_shard, "model-00002-of-00002.safetensors"),
+    (damage_tokenizer_lfs, "tokenizer.json is a Git LFS pointer"),
+    (damage_tokenizer_truncated, "tokenizer.json is damaged or cut short"),
     (damage_truncated, "damaged or cut short"),
     (damage_html, "a web page"),
     (damage_lfs, "git lfs pull"),
     (damage_shape, "wpe.weight"),
     (damage_layers, "lacks 12 tensors, such as transformer.h.2.attn.c_attn.bias"),
     (damage_config, "config.json is damaged"),
-    (damage_family, "llama.py is the file for it"),
+    (damage_family, "which llama.py reads: --model llama"),
     (damage_tokenizer, "has no tokenizer.json"),
 ])
 def test_a_bad_checkpoint_is_named_in_one_line(tmp_path, refused, damage, said):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from reference import sampling
 from scipy.stats import chi2
 from transformers import (
     LogitsProcessorList,
@@ -70,7 +71,7 @@ def draw(family):
         rows = jnp.tile(jnp.array(logits, jnp.float32), (DRAWS, 1))
         occurred = jnp.zeros((DRAWS, V), bool).at[:, jnp.array(OCCURRED)].set(True)
         keys = jax.random.split(jax.random.key(seed), DRAWS)
-        drawn = sample(rows, keys, family.module.Sampling.of(**options), occurred)
+        drawn = sample(rows, keys, sampling(family.module, **options), occurred)
         return np.bincount(drawn, minlength=V)
 
     return counts
@@ -167,8 +168,8 @@ def test_each_row_is_drawn_from_its_own_logits_with_its_own_key(family):
     module, rows = family.module, np.stack([logits_of(seed) for seed in range(6)])
     keys = jax.random.split(jax.random.key(3), 6)
     for options in ({}, {"top_k": 4, "top_p": 0.9}):
-        sampling = module.Sampling.of(**options)
-        together = module.sample(jnp.array(rows), keys, sampling)
-        alone = [module.sample(jnp.array(rows[i : i + 1]), keys[i : i + 1], sampling)[0]
+        how = sampling(module, **options)
+        together = module.sample(jnp.array(rows), keys, how)
+        alone = [module.sample(jnp.array(rows[i : i + 1]), keys[i : i + 1], how)[0]
                  for i in range(6)]
         assert together.tolist() == [int(token) for token in alone]

@@ -291,13 +291,16 @@ def test_pmap_wants_rows_for_each_device(text_file, monkeypatch, capsys):
         train.main(train.arguments())
     assert "--batch 6 does not split over 4 devices" in capsys.readouterr().err
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_written_model(text_file, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_the_model_that_was_there(text_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("the old one")
     flags = ["--data", text_file, "--tokens", "char", "--out", tmp_path / "out", "--save-every", 0]
     small_files = ["sh", "-c", 'ulimit -f 40; exec "$@"', "sh"]  # 20 kB: the model is larger
     done = subprocess.run([*small_files, *command(*flags)], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: ")
-    assert not list((tmp_path / "out").glob("*model*"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "the old one"
 
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch, capsys):
     checkpoints = train.open_checkpoints(tmp_path)
