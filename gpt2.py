@@ -36,8 +36,8 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-# ------------------------------------------------------------------------------------------- config
 
+# ------------------------------------------------------------------------------------------- config
 class InputError(ValueError):
     """Something that the caller can fix; the message says what is wrong and what to do."""
 
@@ -68,21 +68,25 @@ class Config:
     eos_token_id: int | tuple[int, ...] | None = 50256
     padded_vocab_size: int | None = None  # for training: more rows in wte, which `save` drops
 
+    @property
+    def context(self) -> int:
+        """The longest text, in tokens."""
+        return self.n_positions
+
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a GPT-2, or an unsupported one."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         config = cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
         kind, activation = values.get("model_type", "gpt2"), config.activation_function
-        for problem, found in {
-            f"model_type {kind!r} is not 'gpt2', which gpt2.py reads": kind != "gpt2",
-            f"activation_function {activation!r} is none of {', '.join(ACTIVATIONS)}":
-                activation not in ACTIVATIONS,
-            f"n_embd {config.n_embd} does not split into n_head {config.n_head} equal heads":
-                config.n_embd % config.n_head,
-        }.items():
-            if found:
-                raise InputError(f"config.json: {problem}")
+        if kind != "gpt2":
+            raise InputError(f"config.json: model_type {kind!r} is not 'gpt2', which gpt2.py reads")
+        if activation not in ACTIVATIONS:
+            raise InputError(f"config.json: activation_function {activation!r} is none of "
+                             f"{', '.join(ACTIVATIONS)}")
+        if config.n_embd % config.n_head:
+            raise InputError(f"config.json: n_embd {config.n_embd} does not split into n_head "
+                             f"{config.n_head} equal heads")
         return config
 
     def to_hf(self) -> dict:
@@ -105,7 +109,6 @@ PRESETS = {  # the first is the default
 }
 
 # -------------------------------------------------------------------------------------------- model
-
 normal = nnx.initializers.normal
 
 def norm(config: Config, **options):
@@ -257,10 +260,10 @@ class Model(nnx.Module):
         B, T = tokens.shape
         start = 0 if cache is None else cache.filled
         if positions is None:
-            if self.config.n_positions < T:
-                raise InputError(f"{T} tokens, but the context is {self.config.n_positions}")
-            before = jnp.zeros((B, 1), int) if cache is None else cache.next_positions()[:, None]
-            positions = before + jnp.arange(T)
+            if self.config.context < T:
+                raise InputError(f"{T} tokens, but the context is {self.config.context}")
+            before = -1 if cache is None else cache.positions.max(axis=1, keepdims=True)
+            positions = jnp.broadcast_to(before + 1 + jnp.arange(T), (B, T))
         k_positions = positions if cache is None else write(cache.positions, positions, start)
         x = self.wte(tokens) + self.wpe(jnp.maximum(positions, 0))  # [B, T, D]
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
@@ -289,7 +292,6 @@ class Model(nnx.Module):
         return self.head(x) if cache is None else (self.head(x), new_cache)
 
 # ----------------------------------------------------------------------------------------- KV cache
-
 class Cache(NamedTuple):
     """The keys and values of all tokens so far, so that a new token computes only its own.
 
@@ -301,10 +303,6 @@ class Cache(NamedTuple):
     tokens: jax.Array  # [B, S]
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many of the slots are in use
-
-    def next_positions(self):
-        """The position of the token that comes next in each row: [B]."""
-        return self.positions.max(axis=1) + 1
 
 def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     """An empty cache of `length` slots."""
@@ -318,7 +316,6 @@ def write(slots, new, start):
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 
 # ----------------------------------------------------------------------------------- the next token
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
@@ -370,7 +367,7 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, sampling: Samp
 def advance(model, cache: Cache, tokens, positions, keys, sampling: Sampling):
     """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
     x, cache = model.hidden(tokens, positions, cache)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, cache.next_positions())  # so none is used twice
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
     logits, occurred = model.head(x[:, -1]), None
     if sampling.repetition_penalty is not None:
         row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
@@ -409,9 +406,9 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if lengths.size == 0 or lengths.min() == 0 or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
     longest = lengths.max()
-    if longest + max_new_tokens > config.n_positions:
+    if longest + max_new_tokens > config.context:
         raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
-                         f"the context of {config.n_positions}")
+                         f"the context of {config.context}")
     T = max(64, 2 ** math.ceil(math.log2(longest)))
     tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
@@ -443,7 +440,6 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     return [list(takewhile(lambda token: token not in stops, row)) for row in new.tolist()]
 
 # -------------------------------------------------------------------------------------- checkpoints
-
 # Parameter path -> its name in a checkpoint, and whether it is transposed there. GPT-2's Conv1D
 # keeps [in, out], as nnx.Linear does; only a separate head is [out, in].
 CHECKPOINT = [
@@ -451,12 +447,13 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale|kernel)", r"transformer.\1.weight", False),
     (r"(.+)\.bias", r"transformer.\1.bias", False),
 ]
+VOCABULARY = ("wte.embedding", "lm_head.kernel")  # their padded rows are not saved
 RENAMED = (r"^(?!transformer\.|lm_head\.)", "transformer.")  # in files without a head: no prefix
 # Skipped where a file has them: causal masks of old files, and a copy of the token table as head.
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
 # What is downloaded of a repository, which also has the weights in other formats.
-DOWNLOADS = ["config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
-             "model.safetensors.index.json", "tokenizer*.json", "vocab.json", "merges.txt"]
+DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
+WEIGHTS = ["model*.safetensors*"]  # the first of these that there is
 
 def fetch(name, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `name` if that is one, else the Hub's cache, filled if need be.
@@ -465,22 +462,28 @@ def fetch(name, revision: str | None = None) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+    for weights in WEIGHTS:
+        patterns = [*DOWNLOADS, weights]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if any(folder.glob(weights)):
+            break
+    return folder
+
+def read_safetensor(file: Path, name: str):
+    """A tensor of a file, opened for it alone: pages of an open file count as our memory."""
+    with safe_open(file, "np") as tensors:
+        return tensors.get_tensor(name)
 
 def stored_tensors(folder: Path) -> dict:
     """The tensors of a checkpoint: name -> a function that reads one as a numpy array."""
-    def read(file, name):  # opened for each anew: pages of an open file count as our memory
-        with safe_open(file, "np") as tensors:
-            return tensors.get_tensor(name)
-
     files, index, stored = ["model.safetensors"], folder / "model.safetensors.index.json", {}
     if index.exists() and not (folder / files[0]).exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for file in files:
         with safe_open(folder / file, "np") as tensors:
-            for name in tensors.offset_keys():
-                stored[re.sub(*RENAMED, name)] = partial(read, folder / file, name)
-    return stored
+            names = tensors.keys()
+        stored |= {name: partial(read_safetensor, folder / file, name) for name in names}
+    return {re.sub(*RENAMED, name): read for name, read in stored.items()}
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
@@ -496,7 +499,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
 
     dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
     mesh: each tensor goes straight to the devices where SHARDING puts its parts.
-    InputError: not a GPT-2, or tensors that are missing, unexpected or of the wrong shape.
+    InputError: of another kind, or tensors that are missing, unexpected or of the wrong shape.
     """
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
@@ -531,9 +534,8 @@ def save(model: Model, folder) -> None:
     for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...])
         tensor = tensor.T if transposed else tensor
-        has_padding = path in ("wte.embedding", "lm_head.kernel")  # by now both are [V, D]
-        tensors[name] = np.ascontiguousarray(tensor[:V] if has_padding else tensor)
-    config = {**model.config.to_hf(), "dtype": str(model.wte.embedding.dtype)}
+        tensors[name] = np.ascontiguousarray(tensor[:V] if path in VOCABULARY else tensor)
+    config = {**model.config.to_hf(), "dtype": str(tensor.dtype)}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -556,17 +558,17 @@ def sharding(mesh, path: str, shape):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 def tokenizer(name, revision: str | None = None):
-    """An object with encode(text) -> ids and decode(ids) -> text, from a folder or a Hub id.
+    """An object with encode(text) -> ids and decode(ids) -> text. GPT-2 begins without a BOS token.
 
-    Reads tokenizer.json, else vocab.json and merges.txt. GPT-2 begins without a BOS token.
+    Reads tokenizer.json, else vocab.json and merges.txt, of a folder or a Hub id.
     """
-    import tokenizers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     folder = fetch(name, revision)
     if (folder / "tokenizer.json").exists():
-        codec = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        codec = tokenizers.ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
+        codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
         codec.add_special_tokens(["<|endoftext|>"])
     else:
         raise InputError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt")

@@ -17,6 +17,7 @@ import signal
 import stat
 import sys
 import time
+from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -141,9 +142,10 @@ def checkout(model_file, name, revision) -> Path:
         return Path(name)
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    options = {"revision": revision, "allow_patterns": model_file.DOWNLOADS}
     try:  # what is cached whole needs no network
-        folder = Path(snapshot_download(name, local_files_only=True, **options))
+        patterns = model_file.DOWNLOADS + model_file.WEIGHTS
+        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True,
+                                        revision=revision))
         if model_file.stored_tensors(folder) and (folder / "config.json").exists():
             return folder
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
@@ -154,12 +156,15 @@ def checkout(model_file, name, revision) -> Path:
     instead = " or use the bundled --weights tiny," if tiny.is_dir() else ""
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=3)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings
-                 if any(fnmatch(file.rfilename, pattern) for pattern in model_file.DOWNLOADS)}
+        all_files = {file.rfilename: file.size or 0 for file in info.siblings}
+        weights = [kind for kind in model_file.WEIGHTS if fnmatch_filter(all_files, kind)][:1]
+        patterns = model_file.DOWNLOADS + weights
+        sizes = {file: size for file, size in all_files.items()
+                 if any(fnmatch(file, pattern) for pattern in patterns)}
         size = sum(sizes.values())
         size = f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
         print(f"downloading {name}: {size} in {len(sizes)} files", file=sys.stderr)
-        return Path(snapshot_download(name, **options))
+        return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
     except errors.GatedRepoError:
         fail(f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
              "then log in with `hf auth login` or set HF_TOKEN")
