@@ -19,12 +19,10 @@ MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one
 """
 
 import json
-import math
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -35,7 +33,6 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
-
 
 # ------------------------------------------------------------------------------------------- config
 class InputError(ValueError):
@@ -69,8 +66,8 @@ class Config:
     padded_vocab_size: int | None = None  # for training: more rows in wte, which `save` drops
 
     @property
-    def context(self) -> int:
-        """The longest text, in tokens."""
+    def max_position_embeddings(self) -> int:
+        """n_positions, under the name that other models have for it."""
         return self.n_positions
 
     @classmethod
@@ -84,9 +81,6 @@ class Config:
         if activation not in ACTIVATIONS:
             raise InputError(f"config.json: activation_function {activation!r} is none of "
                              f"{', '.join(ACTIVATIONS)}")
-        if config.n_embd % config.n_head:
-            raise InputError(f"config.json: n_embd {config.n_embd} does not split into n_head "
-                             f"{config.n_head} equal heads")
         return config
 
     def to_hf(self) -> dict:
@@ -95,17 +89,16 @@ class Config:
         del values["padded_vocab_size"]
         return values
 
-def preset(parameters: int, download: float, gated: bool = False, **sizes):
-    """A published checkpoint: parameter count, download in GB, whether it is gated, and config."""
-    about = {"parameters": parameters, "download": download, "gated": gated}
-    return SimpleNamespace(**about, config=Config(**sizes))
+def sizes(D: int, layers: int, heads: int) -> Config:
+    """The config of a published GPT-2."""
+    return Config(n_embd=D, n_layer=layers, n_head=heads)
 
-PRESETS = {  # the first is the default
-    "openai-community/gpt2": preset(124_439_808, 0.55),
-    "openai-community/gpt2-medium": preset(354_823_168, 1.52, n_embd=1024, n_layer=24, n_head=16),
-    "openai-community/gpt2-large": preset(774_030_080, 3.25, n_embd=1280, n_layer=36, n_head=20),
-    "openai-community/gpt2-xl": preset(1_557_611_200, 6.43, n_embd=1600, n_layer=48, n_head=25),
-    "distilbert/distilgpt2": preset(81_912_576, 0.35, n_layer=6),
+PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
+    "openai-community/gpt2": (124_439_808, 0.55, False, sizes(768, 12, 12)),
+    "openai-community/gpt2-medium": (354_823_168, 1.52, False, sizes(1024, 24, 16)),
+    "openai-community/gpt2-large": (774_030_080, 3.25, False, sizes(1280, 36, 20)),
+    "openai-community/gpt2-xl": (1_557_611_200, 6.43, False, sizes(1600, 48, 25)),
+    "distilbert/distilgpt2": (81_912_576, 0.35, False, sizes(768, 6, 12)),
 }
 
 # -------------------------------------------------------------------------------------------- model
@@ -186,14 +179,13 @@ class Attention(nnx.Module):
         self.attn_dropout = nnx.Dropout(config.attn_pdrop)
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
-    def __call__(self, x, positions, k_positions, past=None, start=0, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], (k, v)); with `past`, k and v are it with these put in."""
+    def __call__(self, x, positions, k_positions, past, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
         B, T, D = x.shape
         dropout = None if rngs is None else partial(self.attn_dropout, rngs=rngs)
         qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, Dh] each
-        if past is not None:
-            k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, H, Dh]
+        k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, H, Dh]
         x = attend(q, k, v, positions, k_positions, self.scale, dropout).reshape(B, T, D)
         return self.resid_dropout(self.c_proj(x), deterministic=rngs is None, rngs=rngs), (k, v)
 
@@ -222,7 +214,7 @@ class Block(nnx.Module):
         self.ln_2 = norm(config, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, past=None, start=0, rngs=None):
+    def __call__(self, x, positions, k_positions, past, start, rngs=None):
         """x [B, T, D] -> (x [B, T, D], this layer's (k, v)); arguments as for Attention."""
         y, kv = self.attn(self.ln_1(x), positions, k_positions, past, start, rngs)
         x = x + y
@@ -258,24 +250,21 @@ class Model(nnx.Module):
         which must have T slots left. rngs: an nnx.Rngs for dropout; None: no dropout.
         """
         B, T = tokens.shape
-        start = 0 if cache is None else cache.filled
+        if cache is None and (context := self.config.max_position_embeddings) < T:
+            raise InputError(f"{T} tokens, but the context is {context}")
+        cache = init_cache(self.config, B, T, self.dtype) if cache is None else cache
         if positions is None:
-            if self.config.context < T:
-                raise InputError(f"{T} tokens, but the context is {self.config.context}")
-            before = -1 if cache is None else cache.positions.max(axis=1, keepdims=True)
-            positions = jnp.broadcast_to(before + 1 + jnp.arange(T), (B, T))
-        k_positions = positions if cache is None else write(cache.positions, positions, start)
+            positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
+        start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
         x = self.wte(tokens) + self.wpe(jnp.maximum(positions, 0))  # [B, T, D]
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
         call = nnx.remat(Block.__call__) if self.remat else Block.__call__
         layers = []
-        for i, block in enumerate(self.h):
-            past = None if cache is None else cache.layers[i]
+        for block, past in zip(self.h, cache.layers, strict=True):
             x, kv = call(block, x, positions, k_positions, past, start, rngs)
             layers.append(kv)
-        if cache is not None:
-            tokens = write(cache.tokens, tokens, start)
-            cache = Cache(tuple(layers), tokens, k_positions, start + T)
+        tokens = write(cache.tokens, tokens, start)
+        cache = Cache(tuple(layers), tokens, k_positions, start + T)
         return self.ln_f(x), cache
 
     def head(self, x):
@@ -364,32 +353,28 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, sampling: Samp
         ids += sample(forward(state, padded)[:, n - 1], rng_keys, sampling, occurred).tolist()
     return ids[len(prompt) :]
 
-def advance(model, cache: Cache, tokens, positions, keys, sampling: Sampling):
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: Sampling):
     """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
+    model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
     logits, occurred = model.head(x[:, -1]), None
     if sampling.repetition_penalty is not None:
         row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
         occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
     return cache, sample(logits, rng_keys, sampling, occurred)
-
-@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: Sampling):
-    """The first compiled program: all prompts [B, T] at once -> (cache, their next token [B])."""
-    return advance(nnx.merge(graphdef, state), cache, tokens, positions, keys, sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: Sampling, steps):
-    """The second: up to STEPS tokens after token [B], one by one -> (cache, tokens [B, STEPS])."""
-
+    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         # The barrier: XLA on a CPU would keep a float32 copy of all half-precision weights.
-        model = nnx.merge(graphdef, jax.lax.optimization_barrier(state))
-        cache, token = advance(model, cache, token[:, None], None, keys, sampling)
+        weights = jax.lax.optimization_barrier(state)
+        cache, token = prefill(graphdef, weights, cache, token[:, None], None, keys, sampling)
         return cache, token, new.at[:, i].set(token)
 
     new = jnp.zeros((len(token), STEPS), int)
@@ -399,30 +384,29 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: Sampling, steps
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S).
 
-    T is a power of two from 64 on and S, the slots of the cache, a multiple of 128, so that many
-    lengths share few compiled programs. InputError: no tokens, foreign ids, or too many.
+    T is a power of two from 64 on and S, the slots of the cache, a multiple of 128: lengths share
+    compiled programs. InputError: no tokens, foreign ids, or too many.
     """
-    lengths = np.array([[len(prompt)] for prompt in prompts])
-    if lengths.size == 0 or lengths.min() == 0 or max_new_tokens < 1:
+    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
+    if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
-    longest = lengths.max()
-    if longest + max_new_tokens > config.context:
+    if longest + max_new_tokens > context:
         raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
-                         f"the context of {config.context}")
-    T = max(64, 2 ** math.ceil(math.log2(longest)))
+                         f"the context of {context}")
+    T = max(64, 1 << (longest - 1).bit_length())
     tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
-    positions = np.maximum(np.arange(T) - T + lengths, -1)
-    return tokens, positions, 128 * math.ceil((T + max_new_tokens) / 128)
+    positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
     """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only.
 
-    A row ends before its first stop id. key: a jax.random.key, which is folded with the row's
-    index, or one for each row, [B]. A row depends on its key and prompt, not on other rows (but for
-    rounding). temperature 0 takes the likeliest token; top_p and min_p are from 0 to 1.
+    A row ends before its first stop id, and depends on its own prompt and key alone (but for
+    rounding). key: a jax.random.key, which is folded with the row's index, or one for each row.
+    temperature 0 takes the likeliest token; top_p and min_p are from 0 to 1.
     """
     penalty = None if repetition_penalty == 1 else repetition_penalty
     sampling = Sampling(temperature or None, top_k, top_p, min_p, penalty)
@@ -437,7 +421,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
         steps = min(STEPS, max_new_tokens - new.shape[1])
         cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps)
         new = np.concatenate([new, more[:, :steps]], axis=1)
-    return [list(takewhile(lambda token: token not in stops, row)) for row in new.tolist()]
+    return [row[: next((i for i, t in enumerate(row) if t in stops), None)] for row in new.tolist()]
 
 # -------------------------------------------------------------------------------------- checkpoints
 # Parameter path -> its name in a checkpoint, and whether it is transposed there. GPT-2's Conv1D
@@ -453,7 +437,6 @@ RENAMED = (r"^(?!transformer\.|lm_head\.)", "transformer.")  # in files without 
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
 # What is downloaded of a repository, which also has the weights in other formats.
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
-WEIGHTS = ["model*.safetensors*"]  # the first of these that there is
 
 def fetch(name, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `name` if that is one, else the Hub's cache, filled if need be.
@@ -462,28 +445,35 @@ def fetch(name, revision: str | None = None) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    for weights in WEIGHTS:
-        patterns = [*DOWNLOADS, weights]
+    for whole in FORMATS:
+        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        if any(folder.glob(weights)):
+        if any(folder.glob(patterns[-1])):
             break
     return folder
 
-def read_safetensor(file: Path, name: str):
-    """A tensor of a file, opened for it alone: pages of an open file count as our memory."""
+def safetensors_in(file: Path) -> dict:
+    """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
+    def read(name):  # opens the file anew, as pages of an open file count as our memory
+        with safe_open(file, "np") as tensors:
+            return tensors.get_tensor(name)
+
     with safe_open(file, "np") as tensors:
-        return tensors.get_tensor(name)
+        return {name: partial(read, name) for name in list(tensors.keys())}
+
+FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
 
 def stored_tensors(folder: Path) -> dict:
-    """The tensors of a checkpoint: name -> a function that reads one as a numpy array."""
-    files, index, stored = ["model.safetensors"], folder / "model.safetensors.index.json", {}
-    if index.exists() and not (folder / files[0]).exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for file in files:
-        with safe_open(folder / file, "np") as tensors:
-            names = tensors.keys()
-        stored |= {name: partial(read_safetensor, folder / file, name) for name in names}
-    return {re.sub(*RENAMED, name): read for name, read in stored.items()}
+    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    for whole, tensors_in in FORMATS.items():
+        index, files = folder / f"{whole}.index.json", [whole]
+        if index.exists() and not (folder / whole).exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif not (folder / whole).exists():
+            continue
+        stored = [item for file in files for item in tensors_in(folder / file).items()]
+        return {re.sub(*RENAMED, name): read for name, read in stored}
+    raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
@@ -515,8 +505,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
     for problem, names in [("lacks", wanted - stored.keys()), ("has unexpected", extra)]:
         if names:
-            few = ", ".join(sorted(names)[:9])
-            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {few}")
+            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {sorted(names)[0]}")
     # The largest first: while it is converted there are two more copies of it.
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
         tensor = stored[name]()
@@ -567,11 +556,9 @@ def tokenizer(name, revision: str | None = None):
     folder = fetch(name, revision)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+    else:
         codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
         codec.add_special_tokens(["<|endoftext|>"])
-    else:
-        raise InputError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt")
     return SimpleNamespace(encode=lambda text: codec.encode(text).ids, decode=codec.decode)
 
 if __name__ == "__main__":

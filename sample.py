@@ -127,9 +127,9 @@ def print_presets():
     print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
     for name in MODELS:
         for hub_id, preset in importlib.import_module(name).PRESETS.items():
-            gated = "  gated: accept its terms on the Hub first" if preset.gated else ""
-            size = f"{preset.download:.2f} GB"
-            print(f"{name:9}{hub_id:34}{preset.parameters:>14,}{size:>11}{gated}")
+            parameters, download, gated, _ = preset
+            gated = "  gated: accept its terms on the Hub first" if gated else ""
+            print(f"{name:9}{hub_id:34}{parameters:>14,}{download:>8.2f} GB{gated}")
         if (HERE / "tiny" / name).is_dir():
             size = sum(file.stat().st_size for file in (HERE / "tiny" / name).iterdir())
             print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
@@ -143,9 +143,8 @@ def checkout(model_file, name, revision) -> Path:
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     try:  # what is cached whole needs no network
-        patterns = model_file.DOWNLOADS + model_file.WEIGHTS
-        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True,
-                                        revision=revision))
+        folder = Path(snapshot_download(name, allow_patterns=model_file.DOWNLOADS,
+                                        local_files_only=True, revision=revision))
         if model_file.stored_tensors(folder) and (folder / "config.json").exists():
             return folder
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
@@ -157,7 +156,8 @@ def checkout(model_file, name, revision) -> Path:
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=3)
         all_files = {file.rfilename: file.size or 0 for file in info.siblings}
-        weights = [kind for kind in model_file.WEIGHTS if fnmatch_filter(all_files, kind)][:1]
+        weights = [whole.replace(".", "*.") + "*" for whole in model_file.FORMATS]
+        weights = [pattern for pattern in weights if fnmatch_filter(all_files, pattern)][:1]
         patterns = model_file.DOWNLOADS + weights
         sizes = {file: size for file, size in all_files.items()
                  if any(fnmatch(file, pattern) for pattern in patterns)}
@@ -365,9 +365,9 @@ def run(args, model_file, texts):
         folder = HERE / "tiny" / model_file.__name__
         if not folder.is_dir():
             fail(f"{model_file.__name__}.py has no bundled checkpoint; leave --weights out")
-        size = f"{model_file.PRESETS[default].download:.2f} GB"
-        print(f"This is the tiny model that comes with the project. The real one, {size} from the "
-              f"Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
+        _, size, *_ = model_file.PRESETS[default]
+        print(f"This is the tiny model that comes with the project. The real one, {size} GB from "
+              f"the Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
     else:
         folder = checkout(model_file, name, args.revision)
     dtype = jnp.dtype(args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16"))

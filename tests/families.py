@@ -14,7 +14,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import gpt2
 
-
 @dataclass(frozen=True)
 class Mutation:
     """A fault: `text` of the model file becomes `replacement`; seen on the config called so."""
@@ -58,7 +57,7 @@ def causal_bias(x):
 def gpt2_parts(model, tokens, x):
     block, positions = model.h[-1], np.tile(np.arange(x.shape[1]), (x.shape[0], 1))
     return {
-        "attention": block.attn(x, positions, positions)[0],
+        "attention": block.attn(x, positions, positions, past(block, x), 0)[0],
         "mlp": block.mlp(x),
         "norm": block.ln_1(x),
         "final norm": model.ln_f(x),

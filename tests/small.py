@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import gpt2
 
-
 def byte_tokenizer() -> Tokenizer:
     """One token for each byte, as train.py's --tokens bytes has them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -10,7 +10,6 @@ import pytest
 import tokenizers
 from reference import write_random
 
-
 def tiny_tokenizer(texts, vocab_size):
     """A byte-level BPE of that many tokens, in the form of a tokenizer.json."""
     codec = tokenizers.ByteLevelBPETokenizer()

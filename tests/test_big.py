@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import gpt2
 
-XL = gpt2.PRESETS["openai-community/gpt2-xl"]
+PARAMETERS, _, _, XL = gpt2.PRESETS["openai-community/gpt2-xl"]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def xl(tmp_path_factory):
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
-    shapes = nnx.state(nnx.eval_shape(lambda: gpt2.Model(XL.config, rngs=nnx.Rngs(0))))
+    shapes = nnx.state(nnx.eval_shape(lambda: gpt2.Model(XL, rngs=nnx.Rngs(0))))
     for _, param, name, _ in gpt2.named_parameters(shapes):
         shard[name] = rng.random(param.shape, np.float32) * 0.04 - 0.02
         if sum(tensor.nbytes for tensor in shard.values()) > 1e9:
             flush()
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(XL.config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(XL.to_hf()))
     yield folder
     for file in folder.iterdir():
         file.unlink()
@@ -69,4 +69,4 @@ def test_the_peak_of_memory_is_that_of_the_parameters_and_little_more(xl, dtype,
     assert done.returncode == 0, done.stderr
     peak, seconds = map(float, done.stdout.split())
     print(f"{dtype}: {peak / 1e9:.2f} GB at the peak, loaded in {seconds:.1f} s")
-    assert peak <= 1.15 * XL.parameters * size + 400e6
+    assert peak <= 1.15 * PARAMETERS * size + 400e6

@@ -39,10 +39,11 @@ def tokens(fresh):
 @pytest.mark.parametrize(("family", "name"), EVERY_PRESET, ids=lambda p: getattr(p, "name", p))
 def test_a_preset_has_the_published_number_of_parameters(family, name):
     """Counted in shapes only: nothing is allocated, and one key serves all, as none is drawn."""
-    preset, key = family.module.PRESETS[name], jax.random.key(0)
+    parameters, _, _, config = family.module.PRESETS[name]
+    key = jax.random.key(0)
     rngs = SimpleNamespace(params=lambda: key)
-    shapes = nnx.eval_shape(lambda: family.module.Model(preset.config, rngs=rngs))
-    assert sum(p.size for p in jax.tree.leaves(nnx.state(shapes))) == preset.parameters
+    shapes = nnx.eval_shape(lambda: family.module.Model(config, rngs=rngs))
+    assert sum(p.size for p in jax.tree.leaves(nnx.state(shapes))) == parameters
 
 
 def test_gpt2_starts_with_the_spreads_of_the_paper():

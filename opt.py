@@ -1,0 +1,610 @@
+"""OPT in one file: read it from top to bottom, run it, copy it.
+
+OPT is Meta's retraining of GPT-3, and GPT-2 with small changes: query, key and value have their own
+projections, the MLP is a ReLU, position p is row p + 2 of its table, and a text begins with </s>.
+The 350M model differs: its norms come after each addition, and not before attention and MLP; none
+comes last; and its token vectors are half as wide as the stream, with projections between them.
+
+Paper: Zhang et al. 2022, "OPT: Open Pre-trained Transformer Language Models". Reference:
+modeling_opt.py of Hugging Face transformers.
+
+Shape letters:  B batch   T tokens of this call   S slots of the cache   D width of the stream
+                H heads   Dh width of a head      F width of the MLP     V vocabulary
+                E width of the token vectors
+
+    pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
+    python opt.py "Once upon a time"                      # downloads facebook/opt-125m
+    python opt.py "Once upon a time" path/to/checkpoint   # any OPT in Hugging Face's format
+
+MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one file each".
+"""
+
+import json
+import pickle
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, serialization, traverse_util
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+# ------------------------------------------------------------------------------------------- config
+class InputError(ValueError):
+    """Something that the caller can fix; the message says what is wrong and what to do."""
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False)}
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes and switches of one OPT, under the names of its config.json."""
+
+    vocab_size: int = 50272
+    max_position_embeddings: int = 2048  # the longest text
+    hidden_size: int = 768  # D
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12  # H
+    ffn_dim: int = 3072  # F
+    word_embed_proj_dim: int | None = None  # E; None: hidden_size
+    activation_function: str = "relu"
+    do_layer_norm_before: bool = True
+    layer_norm_elementwise_affine: bool = True  # norms have weights
+    enable_bias: bool = True
+    init_std: float = 0.006  # the paper's; files say 0.02, which is transformers' own
+    dropout: float = 0.1
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
+    padded_vocab_size: int | None = None  # for training: more token vectors, which `save` drops
+
+    @classmethod
+    def from_hf(cls, values: dict) -> "Config":
+        """From the contents of a config.json. InputError: not an OPT, or an unsupported one."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        config = cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
+        kind, activation = values.get("model_type", "opt"), config.activation_function
+        if kind != "opt":
+            raise InputError(f"config.json: model_type {kind!r} is not 'opt', which opt.py reads")
+        if activation not in ACTIVATIONS:
+            raise InputError(f"config.json: activation_function {activation!r} is none of "
+                             f"{', '.join(ACTIVATIONS)}")
+        return config
+
+    def to_hf(self) -> dict:
+        """The contents of a config.json that transformers and `from_hf` read."""
+        values = {"architectures": ["OPTForCausalLM"], "model_type": "opt", **asdict(self)}
+        del values["padded_vocab_size"]
+        return values
+
+def sizes(D: int, layers: int, heads: int, **others) -> Config:
+    """The config of a published OPT: the MLP is always 4 * D wide."""
+    return Config(hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * D,
+                  **others)
+
+POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 512}
+PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
+    "facebook/opt-125m": (125_239_296, 0.25, False, sizes(768, 12, 12)),
+    "facebook/opt-350m": (331_196_416, 0.66, False, sizes(1024, 24, 16, **POST_NORM)),
+    "facebook/opt-1.3b": (1_315_758_080, 2.63, False, sizes(2048, 24, 32)),
+    "facebook/opt-2.7b": (2_651_596_800, 5.30, False, sizes(2560, 32, 32)),
+    "facebook/opt-6.7b": (6_658_473_984, 13.32, False, sizes(4096, 32, 32)),
+    "facebook/opt-13b": (12_853_473_280, 25.71, False, sizes(5120, 40, 40)),
+    "facebook/opt-30b": (29_974_540_288, 59.95, False, sizes(7168, 48, 56)),
+    "facebook/opt-66b": (65_714_743_296, 131.43, False, sizes(9216, 64, 72)),
+}
+
+# -------------------------------------------------------------------------------------------- model
+normal = nnx.initializers.normal
+
+def norm(config: Config, **options):
+    """LayerNorm over D, in float32 inside; OPT's epsilon and variance formula, not flax's."""
+    affine = dict.fromkeys(["use_scale", "use_bias"], config.layer_norm_elementwise_affine)
+    options = {"epsilon": 1e-5, "use_fast_variance": False, **affine, **options}
+    return nnx.LayerNorm(config.hidden_size, **options)
+
+def attend(q, k, v, q_positions, k_positions, scale):
+    """Each query gathers the values of the keys at its own and at earlier positions.
+
+    q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    Softmax in float32. Vaswani et al. 2017, equation (1).
+    """
+    if q.shape[1] >= LONG:
+        return attend_chunked(q, k, v, q_positions, k_positions, scale)
+    probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, scale), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", probs.astype(v.dtype), v)
+
+def masked_scores(q, k, q_positions, k_positions, scale):
+    """How well each key fits each query, in float32: [B, T, H, Dh], [B, S, H, Dh] -> [B, H, T, S].
+
+    The mask comes from positions alone: a key is visible where 0 <= its position <= the query's.
+    Padding, and slots of the cache that are empty, have position -1.
+    """
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
+    visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
+    # Not -inf: a padding query sees no key, and softmax over only -inf is NaN. With the lowest
+    # number it gets the mean of all values; no other token ever sees that result.
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
+
+def attend_chunked(q, k, v, q_positions, k_positions, scale):
+    """What `attend` computes, a chunk of keys at a time, so that no [T, S] is ever held.
+
+    Softmax needs the largest score and the sum over all keys. Both are carried along, and what was
+    gathered shrinks when a larger score comes: Milakov and Gimelshein 2018, algorithm 3.
+    """
+    def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
+        pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint  # or its gradient would keep the scores of every chunk
+    def add(carry, chunk):
+        gathered, total, largest = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        k, v, k_positions = chunk
+        scores = masked_scores(q, k, q_positions, k_positions, scale)
+        new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        gathered = gathered * shrink + jnp.einsum("bhts,bshd->bhtd", weights, v)
+        return (gathered, total, new_largest), None
+
+    gathered = jnp.zeros_like(q, jnp.float32).swapaxes(1, 2)
+    carry = gathered, gathered[..., :1], gathered[..., :1] - jnp.inf
+    keys = chunks(k, 0), chunks(v, 0), chunks(k_positions, -1)
+    (gathered, total, _), _ = jax.lax.scan(add, carry, keys)
+    return (gathered / total).swapaxes(1, 2).astype(v.dtype)
+
+class Attention(nnx.Module):
+    """Causal self-attention with H heads, each with its own slice of query, key and value."""
+
+    def __init__(self, config: Config, **options):
+        D, std = config.hidden_size, config.init_std
+        self.heads = config.num_attention_heads, D // config.num_attention_heads
+        options = {"use_bias": config.enable_bias, **options}
+        self.q_proj = nnx.Linear(D, D, kernel_init=normal(std), **options)
+        self.k_proj = nnx.Linear(D, D, kernel_init=normal(std), **options)
+        self.v_proj = nnx.Linear(D, D, kernel_init=normal(std), **options)
+        proj_std = std / (2 * config.num_hidden_layers) ** 0.5
+        self.out_proj = nnx.Linear(D, D, kernel_init=normal(proj_std), **options)
+
+    def __call__(self, x, positions, k_positions, past, start):
+        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
+        B, T, D = x.shape
+        q = self.q_proj(x).reshape(B, T, *self.heads)  # [B, T, H, Dh]
+        k = self.k_proj(x).reshape(B, T, *self.heads)
+        v = self.v_proj(x).reshape(B, T, *self.heads)
+        k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, H, Dh]
+        x = attend(q, k, v, positions, k_positions, self.heads[1] ** -0.5)  # [B, T, H, Dh]
+        return self.out_proj(x.reshape(B, T, D)), (k, v)
+
+class Block(nnx.Module):
+    """One layer: attention, then a two-layer MLP, each normed before or after it is added."""
+
+    def __init__(self, config: Config, **options):
+        D, F, std, bias = config.hidden_size, config.ffn_dim, config.init_std, config.enable_bias
+        proj_std = std / (2 * config.num_hidden_layers) ** 0.5
+        self.norm_first = config.do_layer_norm_before
+        self.act = ACTIVATIONS[config.activation_function]
+        self.self_attn = Attention(config, **options)
+        self.self_attn_layer_norm = norm(config, **options)
+        self.fc1 = nnx.Linear(D, F, use_bias=bias, kernel_init=normal(std), **options)
+        self.fc2 = nnx.Linear(F, D, use_bias=bias, kernel_init=normal(proj_std), **options)
+        self.final_layer_norm = norm(config, **options)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(self, x, positions, k_positions, past, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], this layer's (k, v)); arguments as for Attention."""
+        drop = {"deterministic": rngs is None, "rngs": rngs}
+        y = self.self_attn_layer_norm(x) if self.norm_first else x
+        y, kv = self.self_attn(y, positions, k_positions, past, start)
+        x = x + self.dropout(y, **drop)
+        x = x if self.norm_first else self.self_attn_layer_norm(x)
+        y = self.final_layer_norm(x) if self.norm_first else x
+        y = self.fc2(self.act(self.fc1(y)))  # D -> F -> D
+        x = x + self.dropout(y, **drop)
+        return x if self.norm_first else self.final_layer_norm(x), kv
+
+class Model(nnx.Module):
+    """OPT: tokens [B, T] -> logits [B, T, V].
+
+    From scratch with OPT's own initialisation (section 2.2 of the paper): normal(0.006), biases 0,
+    norms 1, and the projections back into the stream scaled by 1 / sqrt(2 * num_hidden_layers).
+    `dtype` is what is computed in, `param_dtype` what is stored; norms, attention scores, softmax
+    and logits are float32 regardless. `remat` recomputes a block's activations for its gradient.
+    """
+
+    def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
+                 remat=False):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        D, V = config.hidden_size, config.padded_vocab_size or config.vocab_size
+        E, init = config.word_embed_proj_dim or D, normal(config.init_std)
+        linear = {"use_bias": False, "kernel_init": init, **options}
+        self.embed_tokens = nnx.Embed(V, E, embedding_init=init, **options)
+        rows = 2 + config.max_position_embeddings  # the first two are of no position
+        self.embed_positions = nnx.Embed(rows, D, embedding_init=init, **options)
+        self.project_in = nnx.Linear(E, D, **linear) if E != D else None
+        self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
+        self.final_layer_norm = norm(config, **options) if config.do_layer_norm_before else None
+        self.project_out = nnx.Linear(D, E, **linear) if E != D else None
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(E, V, **linear)
+
+    def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> (x [B, T, E], cache): the end of the stream, which `head` reads.
+
+        positions [B, T]: below the context, -1 for padding; default: counts on from the cache,
+        which must have T slots left. rngs: an nnx.Rngs for dropout; None: no dropout.
+        """
+        B, T = tokens.shape
+        if cache is None and (context := self.config.max_position_embeddings) < T:
+            raise InputError(f"{T} tokens, but the context is {context}")
+        cache = init_cache(self.config, B, T, self.dtype) if cache is None else cache
+        if positions is None:
+            positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
+        start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
+        x = self.embed_tokens(tokens)  # [B, T, E]
+        x = x if self.project_in is None else self.project_in(x)  # [B, T, D]
+        x = x + self.embed_positions(positions + 2)
+        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        layers = []
+        for block, past in zip(self.layers, cache.layers, strict=True):
+            x, kv = call(block, x, positions, k_positions, past, start, rngs)
+            layers.append(kv)
+        tokens = write(cache.tokens, tokens, start)
+        cache = Cache(tuple(layers), tokens, k_positions, start + T)
+        x = x if self.final_layer_norm is None else self.final_layer_norm(x)
+        return x if self.project_out is None else self.project_out(x), cache
+
+    def head(self, x):
+        """x [..., E] -> logits [..., V] in float32, without those of a padded vocabulary."""
+        tied = self.config.tie_word_embeddings
+        w = self.embed_tokens.embedding[...] if tied else self.lm_head.kernel[...].T  # [V, E]
+        w = w.astype(x.dtype)
+        logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]
+
+    def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
+        x, new_cache = self.hidden(tokens, positions, cache, rngs=rngs)
+        return self.head(x) if cache is None else (self.head(x), new_cache)
+
+# ----------------------------------------------------------------------------------------- KV cache
+class Cache(NamedTuple):
+    """The keys and values of all tokens so far, so that a new token computes only its own.
+
+    All rows fill the same slots; shorter rows are padded on the left. Padding and slots that are
+    still empty have position -1.
+    """
+
+    layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
+    tokens: jax.Array  # [B, S]
+    positions: jax.Array  # [B, S]
+    filled: jax.Array  # how many of the slots are in use
+
+def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
+    """An empty cache of `length` slots."""
+    H, layers = config.num_attention_heads, range(config.num_hidden_layers)
+    shape = (batch, length, H, config.hidden_size // H)
+    layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers]
+    tokens, positions = jnp.zeros(shape[:2], int), jnp.full(shape[:2], -1)
+    return Cache(tuple(layers), tokens, positions, jnp.array(0))
+
+def write(slots, new, start):
+    """Puts new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+
+# ----------------------------------------------------------------------------------- the next token
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. None leaves a step out, of the compiled program too."""
+
+    temperature: float | None = 1.0  # None: always the likeliest token
+    top_k: int | None = field(default=None, metadata={"static": True})
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+def sample(logits, rng_keys, sampling: Sampling, occurred=None):
+    """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B].
+
+    The penalty is from Keskar et al. 2019 (CTRL), top_p from Holtzman et al. 2019, min_p from
+    Nguyen et al. 2024; the steps and their order are those of transformers.
+    """
+    if sampling.repetition_penalty is not None:
+        penalty = sampling.repetition_penalty
+        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(occurred, penalised, logits)
+    if sampling.temperature is None:
+        return jnp.argmax(logits, axis=-1)
+    logits, ids = logits / sampling.temperature, None  # ids: which tokens, once sorted
+    if sampling.top_k is not None or sampling.top_p is not None:  # from here on sorted, best first
+        V = logits.shape[-1]
+        logits, ids = jax.lax.top_k(logits, min(sampling.top_k or V, V))
+    probs = jax.nn.softmax(logits, axis=-1)
+    if sampling.top_p is not None:  # keep a token if those before it sum to less than top_p
+        logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < sampling.top_p, logits, -jnp.inf)
+    if sampling.min_p is not None:
+        best = probs.max(axis=-1, keepdims=True)
+        logits = jnp.where(probs >= sampling.min_p * best, logits, -jnp.inf)
+    choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
+    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+
+def generate_naive(model, prompt: list[int], max_new_tokens: int, sampling: Sampling, key):
+    """What `generate` does to one row, without a cache: the whole text again for each token."""
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+    ids, end = list(prompt), len(prompt) + max_new_tokens
+    for n in range(len(prompt), end):
+        padded = np.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
+        occurred = np.isin(np.arange(model.config.vocab_size), ids)[None]
+        rng_keys = jax.random.fold_in(key, n)[None]
+        ids += sample(forward(state, padded)[:, n - 1], rng_keys, sampling, occurred).tolist()
+    return ids[len(prompt) :]
+
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: Sampling):
+    """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
+    model = nnx.merge(graphdef, state)
+    x, cache = model.hidden(tokens, positions, cache)
+    logits, occurred = model.head(x[:, -1]), None
+    if sampling.repetition_penalty is not None:
+        row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
+        occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
+    return cache, sample(logits, rng_keys, sampling, occurred)
+
+STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
+
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def decode(graphdef, state, cache: Cache, token, keys, sampling: Sampling, steps):
+    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    def step(i, carry):
+        cache, token, new = carry
+        # The barrier: XLA on a CPU would keep a float32 copy of all half-precision weights.
+        weights = jax.lax.optimization_barrier(state)
+        cache, token = prefill(graphdef, weights, cache, token[:, None], None, keys, sampling)
+        return cache, token, new.at[:, i].set(token)
+
+    new = jnp.zeros((len(token), STEPS), int)
+    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
+    return cache, new
+
+def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+    """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S).
+
+    T is a power of two from 64 on and S, the slots of the cache, a multiple of 128: lengths share
+    compiled programs. InputError: no tokens, foreign ids, or too many.
+    """
+    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
+    if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
+        raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
+    if longest + max_new_tokens > context:
+        raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
+                         f"the context of {context}")
+    T = max(64, 1 << (longest - 1).bit_length())
+    tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
+    positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
+
+def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
+             top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
+    """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only.
+
+    A row ends before its first stop id, and depends on its own prompt and key alone (but for
+    rounding). key: a jax.random.key, which is folded with the row's index, or one for each row.
+    temperature 0 takes the likeliest token; top_p and min_p are from 0 to 1.
+    """
+    penalty = None if repetition_penalty == 1 else repetition_penalty
+    sampling = Sampling(temperature or None, top_k, top_p, min_p, penalty)
+    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    B, stops = len(prompts), list(stop_ids)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    graphdef, state = nnx.split(model)
+    cache = init_cache(model.config, B, S, model.dtype)
+    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling)
+    new = np.asarray(token)[:, None]
+    while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
+        steps = min(STEPS, max_new_tokens - new.shape[1])
+        cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps)
+        new = np.concatenate([new, more[:, :steps]], axis=1)
+    return [row[: next((i for i, t in enumerate(row) if t in stops), None)] for row in new.tolist()]
+
+# -------------------------------------------------------------------------------------- checkpoints
+# Parameter path -> its name in a checkpoint, and whether it is transposed there.
+CHECKPOINT = [
+    (r"lm_head\.kernel", "lm_head.weight", True),
+    (r"(.+)\.kernel", r"model.decoder.\1.weight", True),
+    (r"(.+)\.(embedding|scale)", r"model.decoder.\1.weight", False),
+    (r"(.+)\.bias", r"model.decoder.\1.bias", False),
+]
+VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # their padded rows are not saved
+RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # in files without a head: no prefix
+IGNORED = r"lm_head\.weight"  # skipped where a file has it: a copy of the token table
+# What is downloaded of a repository, which may also have the weights in other formats.
+DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
+
+def fetch(name, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `name` if that is one, else the Hub's cache, filled if need be.
+    HF_HOME and HF_TOKEN work as usual; errors are huggingface_hub's."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    for whole in FORMATS:
+        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if any(folder.glob(patterns[-1])):
+            break
+    return folder
+
+def safetensors_in(file: Path) -> dict:
+    """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
+    def read(name):  # opens the file anew, as pages of an open file count as our memory
+        with safe_open(file, "np") as tensors:
+            return tensors.get_tensor(name)
+
+    with safe_open(file, "np") as tensors:
+        return {name: partial(read, name) for name in list(tensors.keys())}
+
+STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,
+            "DoubleStorage": np.float64, "LongStorage": np.int64, "BoolStorage": np.bool_}
+
+def torch_tensors_in(file: Path) -> dict:
+    """The same of a pytorch_model.bin, without torch. The file is a zip of raw storages and a
+    pickle, which may call nothing but what stands here, so that no code of a file ever runs."""
+    def read(storage, offset, shape, strides):
+        dtype, name = np.dtype(storage[0]), storage[1]
+        with zipfile.ZipFile(file) as archive:  # ndarray refuses what lies outside of the storage
+            return np.ndarray(shape, dtype, archive.read(name), offset * dtype.itemsize,
+                              [stride * dtype.itemsize for stride in strides])
+
+    allowed = {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
+    allowed["collections.OrderedDict"] = OrderedDict
+    allowed["torch._utils._rebuild_parameter"] = lambda tensor, *_: tensor
+    allowed["torch._utils._rebuild_tensor_v2"] = lambda *tensor: partial(read, *tensor[:4])
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if f"{module}.{name}" not in allowed:
+                raise InputError(f"{file} wants to run {module}.{name}, which weights do not need")
+            return allowed[f"{module}.{name}"]
+
+        def persistent_load(self, reference):  # ("storage", dtype, key, device, size)
+            return reference[1], pickled.replace("data.pkl", f"data/{reference[2]}")
+
+    with zipfile.ZipFile(file) as archive:
+        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return Unpickler(archive.open(pickled)).load()
+
+def flax_tensors_in(file: Path) -> dict:
+    """The same of a flax_model.msgpack, under the names and in the layout of PyTorch."""
+    stored = traverse_util.flatten_dict(serialization.msgpack_restore(file.read_bytes()), sep=".")
+    return {re.sub(r"(kernel|scale|embedding)$", "weight", name):
+            partial(np.transpose if name.endswith("kernel") else np.asarray, tensor)
+            for name, tensor in stored.items()}
+
+FORMATS = {"model.safetensors": safetensors_in, "pytorch_model.bin": torch_tensors_in,
+           "flax_model.msgpack": flax_tensors_in}  # the first of these that there is
+
+def stored_tensors(folder: Path) -> dict:
+    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    for whole, tensors_in in FORMATS.items():
+        index, files = folder / f"{whole}.index.json", [whole]
+        if index.exists() and not (folder / whole).exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif not (folder / whole).exists():
+            continue
+        stored = [item for file in files for item in tensors_in(folder / file).items()]
+        return {re.sub(*RENAMED, name): read for name, read in stored}
+    raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
+
+def named_parameters(state):
+    """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
+    for parts, param in nnx.to_flat_state(state):
+        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        for pattern, name, transposed in CHECKPOINT:
+            if match := re.fullmatch(pattern, path):
+                yield path, param, match.expand(name), transposed
+                break
+
+def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
+    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
+
+    dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
+    mesh: each tensor goes straight to the devices where SHARDING puts its parts.
+    InputError: of another kind, or tensors that are missing, unexpected or of the wrong shape.
+    """
+    folder = fetch(source, revision)
+    config = Config.from_hf(json.loads((folder / "config.json").read_text()))
+    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    # A skeleton: shapes without numbers. As nothing is drawn, one key serves every parameter; an
+    # nnx.Rngs would make one for each, which takes ten times as long as all the rest.
+    key = jax.random.key(0)
+    rngs = SimpleNamespace(params=lambda: key)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
+    stored = stored_tensors(folder)
+    wanted = {name for _, _, name, _ in named_parameters(state)}
+    extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
+    for problem, names in [("lacks", wanted - stored.keys()), ("has unexpected", extra)]:
+        if names:
+            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {sorted(names)[0]}")
+    # The largest first: while it is converted there are two more copies of it.
+    for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
+        tensor = stored[name]()
+        tensor = tensor.T if transposed else tensor
+        if tensor.shape != param.shape:
+            raise InputError(f"{folder}: {name} makes {path} {list(tensor.shape)}, but config.json "
+                             f"says {list(param.shape)}")
+        where = mesh and sharding(mesh, path, param.shape)
+        param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
+    return nnx.merge(graphdef, state)
+
+def save(model: Model, folder) -> None:
+    """Writes config.json and model.safetensors as transformers and `load` read them."""
+    tensors, V = {}, model.config.vocab_size
+    for path, param, name, transposed in named_parameters(nnx.state(model)):
+        tensor = np.asarray(param[...])
+        tensor = tensor.T if transposed else tensor
+        tensors[name] = np.ascontiguousarray(tensor[:V] if path in VOCABULARY else tensor)
+    config = {**model.config.to_hf(), "dtype": str(tensor.dtype)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+# Which dimensions of a parameter are split over a mesh that has axes "fsdp" and "tensor".
+SHARDING = [
+    (r"embed_tokens\.embedding", ("tensor", "fsdp")),
+    (r"embed_positions\.embedding", (None, "fsdp")),
+    (r".+\.(q_proj|k_proj|v_proj|fc1)\.kernel|lm_head\.kernel", ("fsdp", "tensor")),
+    (r".+\.(q_proj|k_proj|v_proj|fc1)\.bias", ("tensor",)),
+    (r".+\.(out_proj|fc2)\.kernel", ("tensor", "fsdp")),
+    (r".+", ()),
+]
+
+def sharding(mesh, path: str, shape):
+    """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
+    axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
+    spec = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+            for axis, size in zip(axes, shape, strict=False)]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+def tokenizer(name, revision: str | None = None):
+    """An object with encode(text) -> ids and decode(ids) -> text. OPT begins each text with </s>.
+
+    Reads tokenizer.json, else vocab.json and merges.txt, of a folder or a Hub id.
+    """
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+
+    folder = fetch(name, revision)
+    if (folder / "tokenizer.json").exists():
+        codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    else:
+        codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
+        codec.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bos = [codec.token_to_id("</s>")]
+    return SimpleNamespace(decode=codec.decode, encode=lambda text: (
+        bos + codec.encode(text, add_special_tokens=False).ids))
+
+if __name__ == "__main__":
+    text = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
+    name = sys.argv[2] if len(sys.argv) > 2 else next(iter(PRESETS))
+    codec, model = tokenizer(name), load(name)
+    options = {"temperature": 0.8, "top_k": 50, "stop_ids": np.ravel(model.config.eos_token_id)}
+    [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), **options)
+    print(text + codec.decode(new))
