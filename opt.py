@@ -99,7 +99,7 @@ PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; 
     "facebook/opt-6.7b": (6_658_473_984, 13.32, False, sizes(4096, 32, 32)),
     "facebook/opt-13b": (12_853_473_280, 25.71, False, sizes(5120, 40, 40)),
     "facebook/opt-30b": (29_974_540_288, 59.95, False, sizes(7168, 48, 56)),
-    "facebook/opt-66b": (65_714_743_296, 131.43, False, sizes(9216, 64, 72)),
+    "facebook/opt-66b": (65_719_701_504, 131.44, False, sizes(9216, 64, 72)),
 }
 
 # -------------------------------------------------------------------------------------------- model
@@ -596,7 +596,7 @@ def tokenizer(name, revision: str | None = None):
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
     else:
         codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
-        codec.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+        codec.add_special_tokens(["<pad>", "</s>"])
     bos = [codec.token_to_id("</s>")]
     return SimpleNamespace(decode=codec.decode, encode=lambda text: (
         bos + codec.encode(text, add_special_tokens=False).ids))

@@ -17,6 +17,7 @@ import signal
 import stat
 import sys
 import time
+import zipfile
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatch
 from functools import partial
@@ -178,21 +179,27 @@ def checkout(model_file, name, revision) -> Path:
              f"({type(error).__name__}: {error}): try again online,{instead} or name a folder that "
              "holds the checkpoint with --weights")
 
+TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")
+
 def check_files(model_file, folder):
     """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
     from safetensors import SafetensorError, safe_open
 
-    for file in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".json", ".safetensors", ".bin"):
+            continue
         with open(file, "rb") as stream:
             start = stream.read(64).lstrip().lower()
         if start.startswith(b"version https://git-lfs"):
             fail(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull`")
         if start.startswith((b"<!doctype", b"<html")):
             fail(f"{file} is a web page and not the file itself: download it again")
+        if file.suffix == ".bin" and not zipfile.is_zipfile(file):
+            fail(f"{file} is damaged, or of a PyTorch before 1.6: open and save it with a newer one")
         try:
             if file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
-            else:
+            elif file.suffix == ".safetensors":
                 safe_open(file, "np")
         except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
             fail(f"{file} is damaged or cut short ({error}): download it again")
@@ -201,6 +208,8 @@ def check_files(model_file, folder):
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if KINDS.get(kind, model_file.__name__) != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {KINDS[kind]}.py reads: --model {KINDS[kind]}")
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        fail(f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
     try:
         model_file.stored_tensors(folder)
     except FileNotFoundError as error:

@@ -11,10 +11,10 @@ import tokenizers
 from reference import write_random
 
 def tiny_tokenizer(texts, vocab_size):
-    """A byte-level BPE of that many tokens, in the form of a tokenizer.json."""
+    """A byte-level BPE of that many tokens, which begin with those that OPT begins with."""
     codec = tokenizers.ByteLevelBPETokenizer()
-    codec.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=["<|endoftext|>"],
-                              show_progress=False)
+    codec.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False,
+                              special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
     return codec
 
 
@@ -53,9 +53,3 @@ def test_five_lines_that_import_from_it_complete_a_prompt(family, alone):
         f"[new] = generate(model, [codec.encode('def test')], 20, key=jax.random.key(0))\n"
         f"print(len(new), codec.decode(new))\n")
     assert run(alone, "mine.py").startswith("20 ")
-
-
-def test_without_a_tokenizer_or_checkpoint_it_says_what_is_missing(family, alone):
-    (alone / "checkpoint" / "tokenizer.json").unlink()
-    with pytest.raises(AssertionError, match=r"checkpoint has no tokenizer\.json"):
-        run(alone, f"{family.name}.py", "text", "./checkpoint")

@@ -146,6 +146,6 @@ def test_a_long_prefill_holds_no_tensor_of_length_by_length(family):
 
 
 def test_a_text_longer_than_the_position_table_is_refused(family, model):
-    limit = model.config.n_positions
+    limit = model.config.max_position_embeddings
     with pytest.raises(family.module.InputError, match=f"{limit + 1} tokens.*context is {limit}"):
         model(jnp.zeros((1, limit + 1), int))

@@ -1,13 +1,14 @@
 """From scratch: sizes, the published initialisation, dropout and rematerialisation."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, GPT2
+from families import FAMILIES, GPT2, OPT
 from flax import nnx
 
 EVERY_PRESET = [(family, name) for family in FAMILIES for name in family.module.PRESETS]
@@ -26,8 +27,8 @@ def loss(model, tokens, rngs=None):
 @pytest.fixture(scope="module")
 def fresh(family):
     """A new model, wide enough for the spread of each matrix to be measured."""
-    config = family.module.Config.from_hf(family.sizes | {"n_embd": 96, "n_layer": 3,
-                                                          "vocab_size": 500})
+    wider = {family.width: 96, family.depth: 3, "vocab_size": 500}
+    config = family.module.Config.from_hf(family.sizes | wider)
     return family.module.Model(config, rngs=nnx.Rngs(0))
 
 
@@ -46,20 +47,24 @@ def test_a_preset_has_the_published_number_of_parameters(family, name):
     assert sum(p.size for p in jax.tree.leaves(nnx.state(shapes))) == parameters
 
 
-def test_gpt2_starts_with_the_spreads_of_the_paper():
-    """0.02 everywhere, and 0.02 / sqrt(2 * layers) where something is added to the stream. The
+@pytest.mark.parametrize(("family", "spread", "into_stream", "change"), [
+    (GPT2, 0.02, r".+c_proj\.kernel", {}),
+    (OPT, 0.006, r".+(out_proj|fc2)\.kernel", {"word_embed_proj_dim": 128}),
+], ids=["gpt2", "opt"])
+def test_a_model_starts_with_the_spreads_of_its_paper(family, spread, into_stream, change):
+    """One spread everywhere, but 1 / sqrt(2 * layers) of it in what is added to the stream. The
     measured spread of n numbers is off by 1 / sqrt(2 n): less than 1 % for 9,000; 4 % are given."""
-    config = GPT2.module.Config(vocab_size=500, n_positions=128, n_embd=96, n_layer=3, n_head=3,
-                                tie_word_embeddings=False)
-    for path, value in by_path(nnx.state(GPT2.module.Model(config, rngs=nnx.Rngs(0)))).items():
+    sizes = family.sizes | {"vocab_size": 500, family.width: 96, family.depth: 3}
+    config = family.module.Config.from_hf(sizes | {"tie_word_embeddings": False} | change)
+    for path, value in by_path(nnx.state(family.module.Model(config, rngs=nnx.Rngs(0)))).items():
         if path.endswith("bias"):
             assert not value.any(), path
         elif path.endswith("scale"):
             assert (value == 1).all(), path
         else:
-            spread = 0.02 / (6**0.5 if "c_proj" in path else 1)
-            assert abs(float(value.std()) / spread - 1) < 0.04, path
-            assert abs(float(value.mean())) < 4 * spread / value.size**0.5, path
+            expected = spread / 6**0.5 if re.fullmatch(into_stream, path) else spread
+            assert abs(float(value.std()) / expected - 1) < 0.04, path
+            assert abs(float(value.mean())) < 4 * expected / value.size**0.5, path
 
 
 def test_no_two_matrices_start_alike(fresh):
@@ -72,9 +77,9 @@ def test_a_fresh_model_knows_nothing_all_tokens_are_about_equally_likely(fresh, 
     assert abs(float(loss(fresh, tokens)) - np.log(fresh.config.vocab_size)) < 0.05
 
 
-def test_there_is_no_dropout_unless_rngs_are_given(fresh, tokens):
+def test_there_is_no_dropout_unless_rngs_are_given(family, fresh, tokens):
     np.testing.assert_array_equal(fresh(tokens), fresh(tokens))
-    none = dataclasses.replace(fresh.config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    none = dataclasses.replace(fresh.config, **dict.fromkeys(family.dropouts, 0.0))
     same = type(fresh)(none, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(fresh(tokens), same(tokens))
 
@@ -88,39 +93,37 @@ def test_dropout_follows_its_key(fresh, tokens):
     assert np.abs(dropped(1) - np.asarray(fresh.hidden(tokens)[0])).max() > 0.1
 
 
-@pytest.mark.parametrize("place", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
-def test_each_kind_of_dropout_works_alone_and_keeps_the_mean(place, tokens):
+@pytest.mark.parametrize("place", GPT2.dropouts)
+def test_each_kind_of_gpt2s_dropout_works_alone_and_keeps_the_mean(place):
     """The mean of 400 streams, each with another key, is the one without dropout, to within the
     standard error of such a mean, root mean square over all numbers of the stream. What a block
     adds is nearly linear in what is dropped inside it, not in its input: the embedding stands
     alone."""
-    rates = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0} | {place: 0.2}
+    rates = dict.fromkeys(GPT2.dropouts, 0.0) | {place: 0.2}
     config = GPT2.module.Config(vocab_size=500, n_positions=64, n_embd=24, n_head=2,
                                 n_layer=0 if place == "embd_pdrop" else 1, **rates)
     model = GPT2.module.Model(config, rngs=nnx.Rngs(0))
     model.ln_f = lambda x: x
     graphdef, state = nnx.split(model)
+    tokens = jax.random.randint(jax.random.key(5), (2, 12), 0, config.vocab_size)
 
     def stream(key):
-        return nnx.merge(graphdef, state).hidden(tokens[:2, :12], rngs=nnx.Rngs(dropout=key))[0]
+        return nnx.merge(graphdef, state).hidden(tokens, rngs=nnx.Rngs(dropout=key))[0]
 
     streams = np.asarray(jax.jit(jax.vmap(stream))(jax.random.split(jax.random.key(0), 400)))
-    error = streams.mean(0) - np.asarray(model.hidden(tokens[:2, :12])[0])
+    error = streams.mean(0) - np.asarray(model.hidden(tokens)[0])
     spread = streams.std(0)
     assert spread.mean() > 1e-4
     assert np.sqrt(np.mean(error**2)) < 1.25 * np.sqrt(np.mean(spread**2)) / 400**0.5
 
 
 @pytest.mark.parametrize("seed", [None, 3], ids=["no dropout", "dropout"])
-def test_remat_changes_neither_loss_nor_gradients(fresh, tokens, seed):
+def test_remat_changes_neither_loss_nor_gradients(family, fresh, tokens, seed):
     """The same float32 steps: equal to a few roundings of gradients of 1e-3 to 1."""
-    assert type(fresh)(dataclasses.replace(fresh.config, n_layer=0), rngs=nnx.Rngs(0),
-                       remat=True).remat
+    config = dataclasses.replace(fresh.config, **{family.depth: 1})
 
     def run(remat):
-        model = nnx.clone(fresh)
-        model.remat = remat
-        graphdef, state = nnx.split(model)
+        graphdef, state = nnx.split(type(fresh)(config, rngs=nnx.Rngs(0), remat=remat))
 
         def value(state):
             rngs = None if seed is None else nnx.Rngs(dropout=seed)

@@ -336,7 +336,7 @@ def damage_tokenizer(folder):
     (damage_layers, "lacks 12 tensors, such as transformer.h.2.attn.c_attn.bias"),
     (damage_config, "config.json is damaged"),
     (damage_family, "which llama.py reads: --model llama"),
-    (damage_tokenizer, "has no tokenizer.json"),
+    (damage_tokenizer, "has no tokenizer: none of tokenizer.json"),
 ])
 def test_a_bad_checkpoint_is_named_in_one_line(tmp_path, refused, damage, said):
     folder = write_checkpoint(tmp_path / "weights")

@@ -1,5 +1,6 @@
 """tokenizer(): the ids of transformers and of tiktoken, and every text back unchanged."""
 
+import json
 import shutil
 
 import pytest
@@ -8,10 +9,15 @@ import transformers
 from reference import MATERIAL
 
 import gpt2
+import opt
 
-pytestmark = pytest.mark.skipif(not (MATERIAL / "gpt2-tokenizer").exists(),
-                                reason="the vocabulary of GPT-2 is not at hand")
-
+# Model file -> vocabulary and merges as published, and the rest of its tokenizer_config.json.
+PUBLISHED = {
+    gpt2: ("gpt2-tokenizer/encoder.json", "gpt2-tokenizer/vocab.bpe", {}),
+    opt: ("opt-tokenizer/gpt2-vocab.json", "opt-tokenizer/gpt2-merges.txt",
+          {"add_bos_token": True, "pad_token": "<pad>",
+           **dict.fromkeys(["bos_token", "eos_token", "unk_token"], "</s>")}),
+}
 TEXTS = [
     "", " ", "\n", "  leading, trailing  and   inner    spaces   ",
     "\t tabs\tand\r\nline ends\n\n\n",
@@ -20,33 +26,46 @@ TEXTS = [
     "Ünïcödé, naïve café, Straße, ελληνικά, русский, עברית, العربية, हिन्दी, 中文字, 日本語, 한국어",
     "👍🏽 👨‍👩‍👧‍👦 🇯🇵 e\u0301 \u200b\u00a0\u2003 zero widths",
     "\u0000\u0007\x7f control bytes", "\ufffd\ud7ff",
-    "a" * 300 + "!?" * 50, "<|endoftext|>", "One text.<|endoftext|>Another<|endoftext|>\n",
-    "not quite: <|endoftext| >, <|ENDOFTEXT|>, |endoftext|",
+    "a" * 300 + "!?" * 50,
+    "not quite: <|endoftext| >, <|ENDOFTEXT|>, |endoftext|, </ s>, < /s>, <s>, <unk>, <mask>",
+]
+SPECIAL = [  # texts with tokens that are not made of bytes: of GPT-2, then of OPT
+    "<|endoftext|>", "One text.<|endoftext|>Another<|endoftext|>\n",
+    "</s>", "One text.</s>Another </s> \n", "a<pad> b <pad>",
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The published vocabulary, under the names that it has on the Hub."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    shutil.copy(MATERIAL / "gpt2-tokenizer" / "encoder.json", folder / "vocab.json")
-    shutil.copy(MATERIAL / "gpt2-tokenizer" / "vocab.bpe", folder / "merges.txt")
+@pytest.fixture(scope="module", params=PUBLISHED, ids=lambda module: module.__name__)
+def module(request):
+    return request.param
+
+
+def published(module, folder):
+    """The published vocabulary, in a folder and under the names that it has on the Hub."""
+    for source, name in zip(PUBLISHED[module], ["vocab.json", "merges.txt"], strict=False):
+        if not (MATERIAL / source).exists():
+            pytest.skip(f"the vocabulary of {module.__name__} is not at hand")
+        shutil.copy(MATERIAL / source, folder / name)
     return folder
 
 
 @pytest.fixture(scope="module")
-def reference(folder):
-    return transformers.GPT2Tokenizer.from_pretrained(folder)
+def folder(module, tmp_path_factory):
+    return published(module, tmp_path_factory.mktemp(module.__name__))
 
 
-@pytest.fixture(params=["vocab.json and merges.txt", "tokenizer.json"])
-def codec(request, folder, reference, tmp_path):
+@pytest.fixture(scope="module")
+def reference(module, folder):
+    return transformers.GPT2Tokenizer.from_pretrained(folder, **PUBLISHED[module][2])
+
+
+@pytest.fixture(scope="module", params=["vocab.json and merges.txt", "tokenizer.json"])
+def codec(request, module, folder, reference, tmp_path_factory):
     if request.param == "tokenizer.json":
-        reference.save_pretrained(tmp_path)
-        (tmp_path / "vocab.json").unlink(missing_ok=True)
-        (tmp_path / "merges.txt").unlink(missing_ok=True)
-        return gpt2.tokenizer(tmp_path)
-    return gpt2.tokenizer(folder)
+        folder = tmp_path_factory.mktemp("json")
+        reference.save_pretrained(folder)
+        assert not (folder / "vocab.json").exists()
+    return module.tokenizer(folder)
 
 
 def long_texts():
@@ -55,34 +74,42 @@ def long_texts():
 
 
 def test_ids_are_those_of_transformers(codec, reference):
-    for text in TEXTS + long_texts():
+    for text in TEXTS + SPECIAL + long_texts():
         assert codec.encode(text) == reference.encode(text), text[:60]
 
 
-def test_ids_are_those_of_tiktoken(codec, monkeypatch):
+def test_ids_of_gpt2_are_those_of_tiktoken(tmp_path, monkeypatch):
+    codec = gpt2.tokenizer(published(gpt2, tmp_path))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(MATERIAL / "gpt2-tokenizer" / "tiktoken-cache"))
-    published = tiktoken.get_encoding("gpt2")
-    for text in TEXTS + long_texts():
-        expected = published.encode(text, allowed_special={"<|endoftext|>"})
+    encoding = tiktoken.get_encoding("gpt2")
+    for text in TEXTS + SPECIAL + long_texts():
+        expected = encoding.encode(text, allowed_special={"<|endoftext|>"})
         assert codec.encode(text) == expected, text[:60]
 
 
 def test_decoding_gives_every_text_back(codec):
-    for text in [text for text in TEXTS if "<|endoftext|>" not in text] + long_texts():
+    for text in TEXTS + long_texts():
         assert codec.decode(codec.encode(text)) == text
 
 
-def test_nothing_is_put_before_a_text_and_the_end_of_text_is_one_token(codec):
-    assert codec.encode("The dog") == [464, 3290]
-    assert codec.encode("<|endoftext|>") == [50256]
+def test_a_text_begins_as_the_family_was_trained(module, codec):
+    """GPT-2 with the text itself, OPT with </s>, once."""
+    text, ids = {gpt2: ("The dog", [464, 3290]), opt: ("Hello world", [2, 31414, 232])}[module]
+    assert codec.encode(text) == ids
 
 
-def test_the_end_of_text_is_not_shown(codec):
+def test_the_end_of_text_is_one_token_and_is_not_shown(module, codec):
     """As in transformers with skip_special_tokens: a reader wants the text alone."""
-    assert codec.decode(codec.encode("One.<|endoftext|>Two.")) == "One.Two."
+    end, ids = {gpt2: ("<|endoftext|>", [50256]), opt: ("</s>", [2, 2])}[module]
+    assert codec.encode(end) == ids
+    assert codec.decode(codec.encode(f"One.{end}Two.")) == "One.Two."
 
 
-def test_a_folder_without_a_tokenizer_is_refused_with_what_it_lacks(tmp_path, folder):
-    shutil.copy(folder / "vocab.json", tmp_path)
-    with pytest.raises(gpt2.InputError, match=r"no tokenizer\.json, nor vocab\.json and merges"):
-        gpt2.tokenizer(tmp_path)
+@pytest.mark.parametrize("adds", [True, False], ids=["adds </s>", "adds nothing"])
+def test_opt_begins_with_one_end_token_whatever_its_tokenizer_json_adds(adds, tmp_path):
+    settings = PUBLISHED[opt][2] | {"add_bos_token": adds}
+    saved = transformers.GPT2Tokenizer.from_pretrained(published(opt, tmp_path), **settings)
+    saved.save_pretrained(tmp_path)
+    post_processor = json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]
+    assert ("</s>" in json.dumps(post_processor)) == adds
+    assert opt.tokenizer(tmp_path).encode("Hello world") == [2, 31414, 232]

@@ -1,0 +1,222 @@
+"""Weights that are not safetensors: pytorch_model.bin, read without torch and without running what
+is in it, and flax_model.msgpack."""
+
+import codecs
+import json
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from flax import serialization, traverse_util
+from reference import assert_same_model, read_hf, write_random
+
+WITH_BIN = [family for family in FAMILIES if hasattr(family.module, "torch_tensors_in")]
+WITH_FLAX = [family for family in FAMILIES if hasattr(family.module, "flax_tensors_in")]
+
+
+@pytest.fixture(params=WITH_BIN, ids=lambda family: family.name)
+def plain(request, make_case):
+    return make_case(request.param)
+
+
+@pytest.fixture
+def family(plain):
+    return plain.family
+
+
+@pytest.fixture
+def folder(plain, tmp_path):
+    """A folder with the plain checkpoint's config.json, and no weights yet."""
+    (tmp_path / "config.json").write_text((plain.folder / "config.json").read_text())
+    return tmp_path
+
+
+def torch_tensors(family, path, **tensors):
+    """What the model file reads from a file that torch.save writes."""
+    torch.save(tensors, path)
+    return {name: read() for name, read in family.module.torch_tensors_in(path).items()}
+
+
+# -------------------------------------------------------------------------------- pytorch_model.bin
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_bin_file_gives_the_model_of_the_safetensors(family, plain, tmp_path, dtype):
+    hf = read_hf(family, plain.folder, getattr(torch, dtype))
+    hf.save_pretrained(tmp_path)
+    expected = family.module.load(tmp_path, dtype=jnp.float32)
+    (tmp_path / "model.safetensors").unlink()
+    state, table = hf.state_dict(), hf.get_input_embeddings().weight
+    assert state["lm_head.weight"].data_ptr() == table.data_ptr()  # two names of one storage
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_same_model(family.module.load(tmp_path, dtype=jnp.float32), expected)
+
+
+def test_shards_of_bin_files_give_the_same_model_as_one(family, plain, folder):
+    tensors, weight_map = list(plain.hf32.state_dict().items()), {}
+    for i, part in enumerate([tensors[:5], tensors[5:20], tensors[20:]], 1):
+        file = f"pytorch_model-{i:05d}-of-00003.bin"
+        torch.save(dict(part), folder / file)
+        weight_map |= dict.fromkeys(dict(part), file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_model(family.module.load(folder), plain.model)
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        family.module.load(folder)
+
+
+def test_tensors_of_all_kinds_and_layouts_are_read(family, tmp_path):
+    base = torch.arange(60).reshape(10, 6)
+    expected = {
+        "double": base.double() / 7, "float": base / 7, "half": (base / 7).half(),
+        "bfloat16": (base / 7).bfloat16(), "integers": base, "booleans": base > 9,
+        "transposed": (base / 7).T, "slice": base[3:7, 2:5], "every second": base[1::2, ::3],
+        "expanded": base[2:3].expand(4, 6), "number": torch.tensor(2.5), "empty": base[:0],
+        "parameter": torch.nn.Parameter(base / 7), "the whole of the slice": base,
+    }
+    found = torch_tensors(family, tmp_path / "some.bin", **expected)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype.name == str(tensor.dtype).removeprefix("torch."), name
+        np.testing.assert_array_equal(found[name].astype(float), tensor.detach().double(), name)
+
+
+def test_an_ordered_dictionary_with_metadata_is_read(family, tmp_path):
+    """What state_dict() of a module is, before transformers makes a plain dict of it."""
+    state = torch.nn.Linear(3, 2).state_dict()
+    assert isinstance(state, OrderedDict) and state._metadata
+    torch.save(state, tmp_path / "some.bin")
+    tensors = family.module.torch_tensors_in(tmp_path / "some.bin")
+    np.testing.assert_array_equal(tensors["weight"](), state["weight"])
+
+
+# ------------------------------------------------------------------------------- files that do harm
+
+
+class Call:
+    """An object whose pickle says: call this function with these arguments."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def harm(kind, proof):
+    """An object whose unpickling makes the file `proof`, or could."""
+    command = f"touch {proof}"
+    return {
+        "os.system": Call(os.system, command),
+        "eval": Call(eval, f"open({str(proof)!r}, 'w')"),
+        "exec": Call(exec, f"open({str(proof)!r}, 'w')"),
+        "open": Call(open, str(proof), "w"),
+        "getattr": Call(getattr, Call(__import__, "os"), "system"),
+        "codecs.open": Call(codecs.open, str(proof), "w"),
+        "codecs.encode": Call(codecs.encode, "text", "latin1"),
+        "numpy.save": Call(np.save, str(proof), 1.0),
+        "numpy.memmap": Call(np.memmap, str(proof), "u1", "w+", 0, (3,)),
+        "torch.load": Call(torch.load, str(proof)),
+        "OrderedDict.fromkeys": Call(OrderedDict.fromkeys, ["key"]),
+    }[kind]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(("kind", "named"), [
+    ("os.system", "posix.system"), ("eval", "builtin.*eval"), ("exec", "builtin.*exec"),
+    ("open", "open"), ("getattr", "__import__|getattr"), ("codecs.open", "codecs.open"),
+    ("codecs.encode", "codecs.encode"), ("numpy.save", "numpy.*save"),
+    ("numpy.memmap", "numpy.*memmap"), ("torch.load", "torch.*load"),
+    ("OrderedDict.fromkeys", "getattr|OrderedDict.fromkeys"),
+])
+def test_a_file_that_wants_to_run_something_is_refused_and_runs_nothing(
+        family, folder, kind, named, protocol):
+    proof = folder / "proof"
+    torch.save({"weight": torch.ones(2), "more": harm(kind, proof)}, folder / "pytorch_model.bin",
+               pickle_protocol=protocol)
+    with pytest.raises(family.module.InputError, match=f"wants to run .*({named}),"):
+        family.module.load(folder)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("kind", ["os.system", "eval", "open", "numpy.save"])
+def test_without_that_refusal_the_file_would_have_been_made(kind, tmp_path):
+    pickle.loads(pickle.dumps(harm(kind, tmp_path / "proof"), 2))
+    assert list(tmp_path.glob("proof*"))
+
+
+@pytest.mark.parametrize(("offset", "shape", "strides"), [
+    (9, (2,), (1,)), (0, (11,), (1,)), (0, (2, 2), (9, 1)), (-1, (2,), (1,)), (1, (3,), (-1,)),
+    (2**40, (1,), (1,)), (0, (2,), (2**60,)), (0, (2**60, 4), (1, 1)),
+], ids=str)
+def test_a_tensor_outside_of_its_storage_is_refused(family, tmp_path, offset, shape, strides):
+    storage = torch.arange(10.0)._typed_storage()
+    tensor = Call(torch._utils._rebuild_tensor_v2, storage, offset, shape, strides, False, {})
+    with pytest.raises(ValueError, match=r"strides|offset"):
+        torch_tensors(family, tmp_path / "some.bin", tensor=tensor)
+    inside = Call(torch._utils._rebuild_tensor_v2, storage, 8, (2,), (1,), False, {})
+    found = torch_tensors(family, tmp_path / "some.bin", tensor=inside)
+    assert found["tensor"].tolist() == [8, 9]
+
+
+def test_a_file_of_a_pytorch_before_1_6_and_one_cut_short_are_no_zip_files(family, plain, folder):
+    """sample.py says so in words."""
+    state, file = plain.hf32.state_dict(), folder / "pytorch_model.bin"
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(zipfile.BadZipFile):
+        family.module.load(folder)
+    torch.save(state, file)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(zipfile.BadZipFile):
+        family.module.load(folder)
+
+
+# ------------------------------------------------------------------------------- flax_model.msgpack
+
+
+def flax_parameters(hf):
+    """The parameters of a PyTorch model, as transformers kept them for Flax."""
+    weights = {torch.nn.Linear: "kernel", torch.nn.LayerNorm: "scale"}
+    flat = {}
+    for name, parameter in hf.named_parameters():  # a tied head is left out
+        path, leaf = name.rsplit(".", 1)
+        if leaf == "weight":
+            leaf = weights.get(type(hf.get_submodule(path)), "embedding")
+        value = parameter.detach().numpy()
+        flat[f"{path}.{leaf}"] = value.T if leaf == "kernel" else value
+    return traverse_util.unflatten_dict(flat, sep=".")
+
+
+@pytest.mark.parametrize("name", ["plain", "norms after, narrow tokens", "own head, narrow tokens"])
+@pytest.mark.parametrize("family", WITH_FLAX, ids=lambda family: family.name)
+def test_a_msgpack_file_gives_the_model_of_the_safetensors(family, make_case, tmp_path, name):
+    case = make_case(family, name)
+    (tmp_path / "config.json").write_text((case.folder / "config.json").read_text())
+    parameters = flax_parameters(case.hf32)
+    assert parameters["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"].shape == (48, 192)
+    data = serialization.msgpack_serialize(parameters)
+    (tmp_path / "flax_model.msgpack").write_bytes(data)
+    assert_same_model(family.module.load(tmp_path), case.model)
+
+
+@pytest.mark.parametrize("family", WITH_FLAX, ids=lambda family: family.name)
+def test_of_several_formats_safetensors_come_first_and_msgpack_last(family, tmp_path):
+    """Each file has other weights, so that the model tells which one was read."""
+    files = ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"]
+    made = [write_random(family, family.config(), tmp_path / file, seed)
+            for seed, file in enumerate(files, 1)]
+    folder = write_random(family, family.config(), tmp_path / "all", seed=1)
+    torch.save(read_hf(family, made[1]).state_dict(), folder / "pytorch_model.bin")
+    parameters = flax_parameters(read_hf(family, made[2]))
+    (folder / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(parameters))
+    for file, one in zip(files, made, strict=True):
+        assert_same_model(family.module.load(folder), family.module.load(one))
+        (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors or .*\.bin or .*\.msgpack"):
+        family.module.load(folder)
