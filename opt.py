@@ -24,8 +24,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, serialization, traverse_util
+from jax.nn.initializers import normal
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -47,7 +47,6 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=Fal
 @dataclass(frozen=True)
 class Config:
     """The sizes and switches of one OPT, under the names of its config.json."""
-
     vocab_size: int = 50272
     max_position_embeddings: int = 2048  # the longest text
     hidden_size: int = 768  # D
@@ -103,8 +102,6 @@ PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; 
 }
 
 # -------------------------------------------------------------------------------------------- model
-normal = nnx.initializers.normal
-
 def norm(config: Config, **options):
     """LayerNorm over D, in float32 inside; OPT's epsilon and variance formula, not flax's."""
     affine = dict.fromkeys(["use_scale", "use_bias"], config.layer_norm_elementwise_affine)
@@ -113,52 +110,42 @@ def norm(config: Config, **options):
 
 def attend(q, k, v, q_positions, k_positions, scale):
     """Each query gathers the values of the keys at its own and at earlier positions.
-
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
-    Softmax in float32. Vaswani et al. 2017, equation (1).
-    """
+    Softmax in float32. Vaswani et al. 2017, equation (1)."""
     if q.shape[1] >= LONG:
-        return attend_chunked(q, k, v, q_positions, k_positions, scale)
-    probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, scale), axis=-1)
+        return attend_chunked(q, k, v, q_positions, k_positions, scale=scale)
+    probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, scale))
     return jnp.einsum("bhts,bshd->bthd", probs.astype(v.dtype), v)
 
 def masked_scores(q, k, q_positions, k_positions, scale):
     """How well each key fits each query, in float32: [B, T, H, Dh], [B, S, H, Dh] -> [B, H, T, S].
-
-    The mask comes from positions alone: a key is visible where 0 <= its position <= the query's.
-    Padding, and slots of the cache that are empty, have position -1.
-    """
+    A key is visible where 0 <= its position <= the query's; padding and empty slots are at -1."""
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: a padding query sees no key, and softmax over only -inf is NaN. With the lowest
-    # number it gets the mean of all values; no other token ever sees that result.
+    # Not -inf: where no key is visible, softmax is then the mean, which nobody sees, and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
 LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
 
-def attend_chunked(q, k, v, q_positions, k_positions, scale):
-    """What `attend` computes, a chunk of keys at a time, so that no [T, S] is ever held.
-
-    Softmax needs the largest score and the sum over all keys. Both are carried along, and what was
-    gathered shrinks when a larger score comes: Milakov and Gimelshein 2018, algorithm 3.
-    """
+def attend_chunked(q, k, v, q_positions, k_positions, **options):
+    """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
+    and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
+    score comes: Milakov and Gimelshein 2018, algorithm 3."""
     def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
         pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, pad, constant_values=fill)
         return x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
-
     @jax.checkpoint  # or its gradient would keep the scores of every chunk
     def add(carry, chunk):
         gathered, total, largest = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
         k, v, k_positions = chunk
-        scores = masked_scores(q, k, q_positions, k_positions, scale)
+        scores = masked_scores(q, k, q_positions, k_positions, **options)
         new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         weights, shrink = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
         total = total * shrink + weights.sum(axis=-1, keepdims=True)
         gathered = gathered * shrink + jnp.einsum("bhts,bshd->bhtd", weights, v)
         return (gathered, total, new_largest), None
-
     gathered = jnp.zeros_like(q, jnp.float32).swapaxes(1, 2)
     carry = gathered, gathered[..., :1], gathered[..., :1] - jnp.inf
     keys = chunks(k, 0), chunks(v, 0), chunks(k_positions, -1)
@@ -167,7 +154,6 @@ def attend_chunked(q, k, v, q_positions, k_positions, scale):
 
 class Attention(nnx.Module):
     """Causal self-attention with H heads, each with its own slice of query, key and value."""
-
     def __init__(self, config: Config, **options):
         D, std = config.hidden_size, config.init_std
         self.heads = config.num_attention_heads, D // config.num_attention_heads
@@ -190,7 +176,6 @@ class Attention(nnx.Module):
 
 class Block(nnx.Module):
     """One layer: attention, then a two-layer MLP, each normed before or after it is added."""
-
     def __init__(self, config: Config, **options):
         D, F, std, bias = config.hidden_size, config.ffn_dim, config.init_std, config.enable_bias
         proj_std = std / (2 * config.num_hidden_layers) ** 0.5
@@ -223,7 +208,6 @@ class Model(nnx.Module):
     `dtype` is what is computed in, `param_dtype` what is stored; norms, attention scores, softmax
     and logits are float32 regardless. `remat` recomputes a block's activations for its gradient.
     """
-
     def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
                  remat=False):
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -280,24 +264,19 @@ class Model(nnx.Module):
         x, new_cache = self.hidden(tokens, positions, cache, rngs=rngs)
         return self.head(x) if cache is None else (self.head(x), new_cache)
 
-# ----------------------------------------------------------------------------------------- KV cache
 class Cache(NamedTuple):
-    """The keys and values of all tokens so far, so that a new token computes only its own.
-
-    All rows fill the same slots; shorter rows are padded on the left. Padding and slots that are
-    still empty have position -1.
-    """
-
-    layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
+    """The keys and values of all tokens so far, so that a new token computes only its own. All rows
+    fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
+    layers: tuple  # for each layer (k, v), each [B, S, heads, Dh]
     tokens: jax.Array  # [B, S]
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many of the slots are in use
 
 def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     """An empty cache of `length` slots."""
-    H, layers = config.num_attention_heads, range(config.num_hidden_layers)
-    shape = (batch, length, H, config.hidden_size // H)
-    layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers]
+    H = config.num_attention_heads
+    shape = batch, length, H, config.hidden_size // H
+    layers = [tuple(jnp.zeros((2, *shape), dtype)) for _ in range(config.num_hidden_layers)]
     tokens, positions = jnp.zeros(shape[:2], int), jnp.full(shape[:2], -1)
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
@@ -306,43 +285,30 @@ def write(slots, new, start):
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 
 # ----------------------------------------------------------------------------------- the next token
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. None leaves a step out, of the compiled program too."""
-
-    temperature: float | None = 1.0  # None: always the likeliest token
-    top_k: int | None = field(default=None, metadata={"static": True})
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-def sample(logits, rng_keys, sampling: Sampling, occurred=None):
-    """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B].
-
-    The penalty is from Keskar et al. 2019 (CTRL), top_p from Holtzman et al. 2019, min_p from
-    Nguyen et al. 2024; the steps and their order are those of transformers.
-    """
-    if sampling.repetition_penalty is not None:
-        penalty = sampling.repetition_penalty
-        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(occurred, penalised, logits)
-    if sampling.temperature is None:
+def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
+           repetition_penalty=None):
+    """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
+    is left out; temperature None takes the likeliest. The order is that of transformers: penalty
+    (Keskar 2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
+    if repetition_penalty is not None:
+        factor = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
+        logits = jnp.where(occurred, logits * factor, logits)
+    if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits, ids = logits / sampling.temperature, None  # ids: which tokens, once sorted
-    if sampling.top_k is not None or sampling.top_p is not None:  # from here on sorted, best first
+    logits, ids = logits / temperature, None  # ids: which tokens, once sorted
+    if top_k is not None or top_p is not None:  # from here on sorted, best first
         V = logits.shape[-1]
-        logits, ids = jax.lax.top_k(logits, min(sampling.top_k or V, V))
+        logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
     probs = jax.nn.softmax(logits, axis=-1)
-    if sampling.top_p is not None:  # keep a token if those before it sum to less than top_p
-        logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < sampling.top_p, logits, -jnp.inf)
-    if sampling.min_p is not None:
+    if top_p is not None:  # keep a token if those before it sum to less than top_p
+        logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < top_p, logits, -jnp.inf)
+    if min_p is not None:
         best = probs.max(axis=-1, keepdims=True)
-        logits = jnp.where(probs >= sampling.min_p * best, logits, -jnp.inf)
+        logits = jnp.where(probs >= min_p * best, logits, -jnp.inf)
     choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
-def generate_naive(model, prompt: list[int], max_new_tokens: int, sampling: Sampling, key):
+def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
     """What `generate` does to one row, without a cache: the whole text again for each token."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
@@ -351,49 +317,45 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, sampling: Samp
         padded = np.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
         occurred = np.isin(np.arange(model.config.vocab_size), ids)[None]
         rng_keys = jax.random.fold_in(key, n)[None]
-        ids += sample(forward(state, padded)[:, n - 1], rng_keys, sampling, occurred).tolist()
+        ids += sample(forward(state, padded)[:, n - 1], rng_keys, occurred, **sampling).tolist()
     return ids[len(prompt) :]
 
-@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: Sampling):
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, top_k, sampling: dict):
     """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
     logits, occurred = model.head(x[:, -1]), None
-    if sampling.repetition_penalty is not None:
+    if sampling["repetition_penalty"] is not None:
         row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
         occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
     rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
-    return cache, sample(logits, rng_keys, sampling, occurred)
+    return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
-@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def decode(graphdef, state, cache: Cache, token, keys, sampling: Sampling, steps):
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def decode(graphdef, state, cache: Cache, token, keys, top_k, sampling: dict, steps):
     """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
-        # The barrier: XLA on a CPU would keep a float32 copy of all half-precision weights.
-        weights = jax.lax.optimization_barrier(state)
-        cache, token = prefill(graphdef, weights, cache, token[:, None], None, keys, sampling)
+        # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
+        inputs = cache, token[:, None], None, keys, top_k, sampling
+        cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
         return cache, token, new.at[:, i].set(token)
 
-    new = jnp.zeros((len(token), STEPS), int)
-    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
-    return cache, new
+    empty = jnp.zeros((len(token), STEPS), int)
+    return jax.lax.fori_loop(0, steps, step, (cache, token, empty))[::2]
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
-    """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S).
-
-    T is a power of two from 64 on and S, the slots of the cache, a multiple of 128: lengths share
-    compiled programs. InputError: no tokens, foreign ids, or too many.
-    """
+    """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
+    power of two from 64 on and S, the length of the cache, a multiple of 128: lengths share
+    compiled programs. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
     if longest + max_new_tokens > context:
-        raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
-                         f"the context of {context}")
+        raise InputError(f"{longest} + {max_new_tokens} tokens do not fit the context of {context}")
     T = max(64, 1 << (longest - 1).bit_length())
     tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
@@ -403,24 +365,22 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
-    """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only.
-
-    A row ends before its first stop id, and depends on its own prompt and key alone (but for
-    rounding). key: a jax.random.key, which is folded with the row's index, or one for each row.
-    temperature 0 takes the likeliest token; top_p and min_p are from 0 to 1.
-    """
-    penalty = None if repetition_penalty == 1 else repetition_penalty
-    sampling = Sampling(temperature or None, top_k, top_p, min_p, penalty)
+    """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
+    ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
+    key: a jax.random.key, which is folded with the row's index, or one for each row. temperature 0
+    takes the likeliest token; top_p and min_p are from 0 to 1."""
+    sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
+                "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
     tokens, positions, S = pack(model.config, prompts, max_new_tokens)
     B, stops = len(prompts), list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     graphdef, state = nnx.split(model)
     cache = init_cache(model.config, B, S, model.dtype)
-    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling)
+    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, top_k, sampling)
     new = np.asarray(token)[:, None]
     while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
         steps = min(STEPS, max_new_tokens - new.shape[1])
-        cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps)
+        cache, more = decode(graphdef, state, cache, new[:, -1], keys, top_k, sampling, steps)
         new = np.concatenate([new, more[:, :steps]], axis=1)
     return [row[: next((i for i, t in enumerate(row) if t in stops), None)] for row in new.tolist()]
 
@@ -435,16 +395,13 @@ CHECKPOINT = [
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # their padded rows are not saved
 RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # in files without a head: no prefix
 IGNORED = r"lm_head\.weight"  # skipped where a file has it: a copy of the token table
-# What is downloaded of a repository, which may also have the weights in other formats.
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
 
 def fetch(name, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `name` if that is one, else the Hub's cache, filled if need be.
-    HF_HOME and HF_TOKEN work as usual; errors are huggingface_hub's."""
+    """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
-
+    from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
     for whole in FORMATS:
         patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -457,7 +414,6 @@ def safetensors_in(file: Path) -> dict:
     def read(name):  # opens the file anew, as pages of an open file count as our memory
         with safe_open(file, "np") as tensors:
             return tensors.get_tensor(name)
-
     with safe_open(file, "np") as tensors:
         return {name: partial(read, name) for name in list(tensors.keys())}
 
@@ -466,24 +422,21 @@ STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Stor
 
 def torch_tensors_in(file: Path) -> dict:
     """The same of a pytorch_model.bin, without torch. The file is a zip of raw storages and a
-    pickle, which may call nothing but what stands here, so that no code of a file ever runs."""
+    pickle, which gets nothing but what stands here to call, so that no code of a file ever runs."""
     def read(storage, offset, shape, strides):
         dtype, name = np.dtype(storage[0]), storage[1]
         with zipfile.ZipFile(file) as archive:  # ndarray refuses what lies outside of the storage
             return np.ndarray(shape, dtype, archive.read(name), offset * dtype.itemsize,
                               [stride * dtype.itemsize for stride in strides])
-
-    allowed = {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
-    allowed["collections.OrderedDict"] = OrderedDict
-    allowed["torch._utils._rebuild_parameter"] = lambda tensor, *_: tensor
-    allowed["torch._utils._rebuild_tensor_v2"] = lambda *tensor: partial(read, *tensor[:4])
+    callables = {"OrderedDict": type("Weights", (dict,), {}), **STORAGES,
+                 "_rebuild_tensor_v2": lambda *tensor: partial(read, *tensor[:4]),
+                 "_rebuild_parameter": lambda tensor, *_: tensor}
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            if f"{module}.{name}" not in allowed:
+            if name not in callables:
                 raise InputError(f"{file} wants to run {module}.{name}, which weights do not need")
-            return allowed[f"{module}.{name}"]
-
+            return callables[name]
         def persistent_load(self, reference):  # ("storage", dtype, key, device, size)
             return reference[1], pickled.replace("data.pkl", f"data/{reference[2]}")
 
@@ -517,25 +470,19 @@ def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
-        for pattern, name, transposed in CHECKPOINT:
-            if match := re.fullmatch(pattern, path):
-                yield path, param, match.expand(name), transposed
-                break
+        pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
+        yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
     """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
-
     dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
-    mesh: each tensor goes straight to the devices where SHARDING puts its parts.
-    InputError: of another kind, or tensors that are missing, unexpected or of the wrong shape.
-    """
+    mesh: each tensor goes straight to the devices where SHARDING puts its parts. InputError: of
+    another kind, or tensors that are missing, unexpected or of the wrong shape."""
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    # A skeleton: shapes without numbers. As nothing is drawn, one key serves every parameter; an
-    # nnx.Rngs would make one for each, which takes ten times as long as all the rest.
-    key = jax.random.key(0)
+    key = jax.random.key(0)  # one for all, as nothing is drawn: ten times as fast as an nnx.Rngs
     rngs = SimpleNamespace(params=lambda: key)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
     stored = stored_tensors(folder)
@@ -546,11 +493,10 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
             raise InputError(f"{folder} {problem} {len(names)} tensors, such as {sorted(names)[0]}")
     # The largest first: while it is converted there are two more copies of it.
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
-        tensor = stored[name]()
-        tensor = tensor.T if transposed else tensor
+        tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} makes {path} {list(tensor.shape)}, but config.json "
-                             f"says {list(param.shape)}")
+            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, but config.json says "
+                             f"{param.shape}")
         where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)
@@ -559,8 +505,7 @@ def save(model: Model, folder) -> None:
     """Writes config.json and model.safetensors as transformers and `load` read them."""
     tensors, V = {}, model.config.vocab_size
     for path, param, name, transposed in named_parameters(nnx.state(model)):
-        tensor = np.asarray(param[...])
-        tensor = tensor.T if transposed else tensor
+        tensor = np.asarray(param[...]).T if transposed else np.asarray(param[...])
         tensors[name] = np.ascontiguousarray(tensor[:V] if path in VOCABULARY else tensor)
     config = {**model.config.to_hf(), "dtype": str(tensor.dtype)}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -580,9 +525,9 @@ SHARDING = [
 def sharding(mesh, path: str, shape):
     """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    spec = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+    axes = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
             for axis, size in zip(axes, shape, strict=False)]
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 def tokenizer(name, revision: str | None = None):
     """An object with encode(text) -> ids and decode(ids) -> text. OPT begins each text with </s>.
@@ -605,6 +550,6 @@ if __name__ == "__main__":
     text = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
     name = sys.argv[2] if len(sys.argv) > 2 else next(iter(PRESETS))
     codec, model = tokenizer(name), load(name)
-    options = {"temperature": 0.8, "top_k": 50, "stop_ids": np.ravel(model.config.eos_token_id)}
-    [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), **options)
+    [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
+                     top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
     print(text + codec.decode(new))

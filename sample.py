@@ -195,7 +195,7 @@ def check_files(model_file, folder):
         if start.startswith((b"<!doctype", b"<html")):
             fail(f"{file} is a web page and not the file itself: download it again")
         if file.suffix == ".bin" and not zipfile.is_zipfile(file):
-            fail(f"{file} is damaged, or of a PyTorch before 1.6: open and save it with a newer one")
+            fail(f"{file} is damaged, or of a PyTorch before 1.6: save it anew")
         try:
             if file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
@@ -283,7 +283,7 @@ def overlap(text, stop) -> int:
     """How many characters at the end of text are the beginning of stop."""
     return max(n for n in range(min(len(text), len(stop)) + 1) if text.endswith(stop[:n]))
 
-def generate(model_file, model, devices, prompts, limit, sampling, seed, streaming, timing):
+def generate(model_file, model, devices, prompts, args, streaming, timing):
     """Yields new tokens [B, n] of all rows as they are drawn, and leaves its timings in `timing`.
 
     One row for each of the prompts (lists of ids). On several devices the rows are spread by pmap:
@@ -293,10 +293,13 @@ def generate(model_file, model, devices, prompts, limit, sampling, seed, streami
     import numpy as np
     from flax import nnx
 
-    B, n = len(prompts), len(devices)
+    B, n, limit = len(prompts), len(devices), args.max_new_tokens
+    penalty = None if args.repetition_penalty == 1 else args.repetition_penalty
+    sampling = {"temperature": args.temperature or None, "top_p": args.top_p, "min_p": args.min_p,
+                "repetition_penalty": penalty}
     prompts = prompts + prompts[-1:] * (-B % n)  # pmap wants as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(prompts)))
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
     per_device = len(prompts) // n
     cache = model_file.init_cache(model.config, per_device, length, model.dtype)
     graphdef, state = nnx.split(model)
@@ -310,7 +313,7 @@ def generate(model_file, model, devices, prompts, limit, sampling, seed, streami
 
     def compiled(function, *inputs, shared):
         """The program for these inputs; the last `shared` of them are the same on all devices."""
-        start, function = time.perf_counter(), partial(function, graphdef)
+        start, function = time.perf_counter(), partial(function, graphdef, top_k=args.top_k)
         if n == 1:
             function = jax.jit(function, donate_argnums=1)
         else:
@@ -365,9 +368,6 @@ def run(args, model_file, texts):
     if args.compile_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(args.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    penalty = None if args.repetition_penalty == 1 else args.repetition_penalty
-    sampling = model_file.Sampling(args.temperature or None, args.top_k, args.top_p, args.min_p,
-                                   penalty)
     default = next(iter(model_file.PRESETS))
     name = args.weights or (default if args.model else "tiny")
     if name == "tiny":
@@ -394,7 +394,7 @@ def run(args, model_file, texts):
     shown, written = 0, 0  # texts that are out whole, and characters of the one after them
     streaming = not (args.no_stream or args.json)
     for new in generate(model_file, model, devices, [text.prompt_ids for text in texts],
-                        args.max_new_tokens, sampling, args.seed, streaming, timing):
+                        args, streaming, timing):
         for text, ids in zip(texts, new, strict=True):
             text.add(ids, stop_ids, args.max_new_tokens)
         while shown < len(texts) and (streaming or texts[shown].reason):

@@ -1,6 +1,7 @@
 """The reference, transformers in float64, and how far from it a float32 model may be."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from flax import nnx
 from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 MATERIAL = ROOT.parent / "shared" / "material"  # real tokenizers and texts, where they are at hand
@@ -21,7 +23,7 @@ def write_random(family, config, folder, seed=0):
     0 and norms of 1 do nothing at all: so matrices are scaled by 5 and vectors get noise.
     """
     torch.manual_seed(seed)
-    hf = family.hf_model(config)
+    hf = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in hf.parameters():
             if parameter.ndim > 1:
@@ -34,17 +36,20 @@ def write_random(family, config, folder, seed=0):
 
 def read_hf(family, folder, dtype=torch.float32):
     """The reference model of a folder; attention in plain steps, so that `dtype` rules them all."""
-    return family.hf_model.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    plain = {"attn_implementation": "eager"}
+    if "num_local_experts" in json.loads((Path(folder) / "config.json").read_text()):
+        plain["experts_implementation"] = "eager"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **plain).eval()
 
 
 def numpy(tensors):
     return {name: tensor.detach().to(torch.float64).numpy() for name, tensor in tensors.items()}
 
 
-def sampling(module, temperature=1.0, repetition_penalty=1.0, **rest):
-    """The Sampling that generate() makes of its arguments."""
+def sampling(temperature=1.0, repetition_penalty=1.0, **rest) -> dict:
+    """What generate() makes of its arguments for sample()."""
     penalty = None if repetition_penalty == 1 else repetition_penalty
-    return module.Sampling(temperature or None, repetition_penalty=penalty, **rest)
+    return {"temperature": temperature or None, "repetition_penalty": penalty, **rest}
 
 
 class Float64(TorchFunctionMode):
@@ -80,7 +85,7 @@ class Case:
 
     def __init__(self, family, folder, rows=3, length=24):
         self.family, self.folder = family, folder
-        config = family.hf_config.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
         rng = np.random.default_rng(1)
         # Without the padding token, which gets no gradient in transformers.
         ids = [token for token in range(config.vocab_size) if token != config.pad_token_id]
@@ -157,7 +162,8 @@ def hf_values(case, what, hf):
     hf.zero_grad()
     logits = hf(tokens).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    return numpy({name: parameter.grad for name, parameter in hf.named_parameters()})
+    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    return numpy(case.family.hf_names(gradients))
 
 
 def our_values(case, what, module):

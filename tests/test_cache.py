@@ -105,7 +105,7 @@ def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family, chunk, monk
     q, k, v = rng.normal(size=(3, 2, 6, 3, 8)).astype(np.float32)  # [B, T, H, Dh] each
     q_positions, k_positions = np.array([[0, 1, 2, 3, 4, 5]] * 2), np.array([[3, -1, 0, 5, 1, 2],
                                                                              [2, 1, 0, -1, -1, 9]])
-    out = family.module.attend(q, k, v, q_positions, k_positions, 0.5)
+    out = family.module.attend(q, k, v, q_positions, k_positions, scale=0.5)
     for b, t, h in np.ndindex(2, 6, 3):
         keys = [s for s in range(6) if 0 <= k_positions[b, s] <= q_positions[b, t]]
         weights = np.exp(0.5 * k[b, keys, h].astype(float) @ q[b, t, h])

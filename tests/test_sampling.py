@@ -65,13 +65,13 @@ def exact(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetitio
 @pytest.fixture(scope="module")
 def draw(family):
     """(logits [V], options) -> how often each token came in DRAWS draws, with a key for each."""
-    sample = jax.jit(family.module.sample)
+    sample = jax.jit(family.module.sample, static_argnames="top_k")
 
     def counts(logits, seed=0, **options):
         rows = jnp.tile(jnp.array(logits, jnp.float32), (DRAWS, 1))
         occurred = jnp.zeros((DRAWS, V), bool).at[:, jnp.array(OCCURRED)].set(True)
         keys = jax.random.split(jax.random.key(seed), DRAWS)
-        drawn = sample(rows, keys, sampling(family.module, **options), occurred)
+        drawn = sample(rows, keys, occurred, **sampling(**options))
         return np.bincount(drawn, minlength=V)
 
     return counts
@@ -168,8 +168,7 @@ def test_each_row_is_drawn_from_its_own_logits_with_its_own_key(family):
     module, rows = family.module, np.stack([logits_of(seed) for seed in range(6)])
     keys = jax.random.split(jax.random.key(3), 6)
     for options in ({}, {"top_k": 4, "top_p": 0.9}):
-        how = sampling(module, **options)
-        together = module.sample(jnp.array(rows), keys, how)
-        alone = [module.sample(jnp.array(rows[i : i + 1]), keys[i : i + 1], how)[0]
+        together = module.sample(jnp.array(rows), keys, **options)
+        alone = [module.sample(jnp.array(rows[i : i + 1]), keys[i : i + 1], **options)[0]
                  for i in range(6)]
         assert together.tolist() == [int(token) for token in alone]

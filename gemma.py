@@ -1,0 +1,594 @@
+"""Gemma in one file: read it from top to bottom, run it, copy it.
+
+Gemma is Llama with other parts. Gemma 1: token vectors are scaled by sqrt(D), norms multiply by
+1 + weight, the MLP's gate is a GELU, heads are 256 wide whatever D is. Gemma 2 adds norms after
+attention and MLP, caps scores and logits with a tanh, and lets every other layer see only a window
+of the last tokens. Gemma 3 norms queries and keys instead of capping, has five layers with a window
+for one without, and turns their heads at another speed. Of its multimodal models, the text part.
+
+Papers: Gemma Team 2024, "Gemma" and "Gemma 2"; 2025, "Gemma 3". Reference: modeling_gemma.py,
+modeling_gemma2.py and modeling_gemma3.py of Hugging Face's transformers.
+
+Shape letters:  B batch   T tokens of this call   S slots of the cache   D width of the stream
+                H heads   K heads of keys and values   Dh width of a head   F width of the MLP
+                V vocabulary
+
+    pip install "jax<0.13" "flax<0.13" numpy safetensors tokenizers huggingface_hub sentencepiece
+    python gemma.py "Once upon a time"                      # downloads google/gemma-3-270m
+    python gemma.py "Once upon a time" path/to/checkpoint   # any Gemma in Hugging Face's format
+
+MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one file each".
+"""
+
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn.initializers import normal
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+# ------------------------------------------------------------------------------------------- config
+class InputError(ValueError):
+    """Something that the caller can fix; the message says what is wrong and what to do."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+KINDS = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
+         "gemma3_text": "Gemma3ForCausalLM"}
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes and switches of one Gemma, under the names of its config.json."""
+    model_type: str = "gemma3_text"  # one of KINDS
+    vocab_size: int = 262208
+    max_position_embeddings: int = 131072  # the longest text
+    hidden_size: int = 2304  # D
+    intermediate_size: int = 9216  # F
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8  # H
+    num_key_value_heads: int = 4  # K
+    head_dim: int = 256  # Dh
+    query_pre_attn_scalar: float = 256  # attention scores are divided by its root
+    layer_types: tuple[str, ...] = ()  # FULL or SLIDING for each layer
+    sliding_window: int = 4096  # how many tokens a SLIDING layer sees, the current one included
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    rope_factor: float = 1.0  # FULL layers turn slower by this
+    rope_local_base_freq: float = 10000.0  # the theta of SLIDING layers
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 1
+    padded_vocab_size: int | None = None  # for training: more token vectors, which `save` drops
+
+    @classmethod
+    def from_hf(cls, values: dict) -> "Config":
+        """From the contents of a config.json. InputError: not a Gemma, or an unsupported one."""
+        values = {**values, **values.get("text_config", {})}  # of a multimodal Gemma 3
+        kind, rope = values.get("model_type"), values.get("rope_parameters") or {}
+        act = values.get("hidden_activation") or values.get("hidden_act", "gelu_pytorch_tanh")
+        full = {**(values.get("rope_scaling") or {}), **rope.get(FULL, rope)}
+        for name, value, supported in [
+            ("model_type", kind, tuple(KINDS)),
+            ("hidden_activation", act, ("gelu", "gelu_pytorch_tanh")),  # both mean the tanh form
+            ("rope_type", full.get("rope_type", full.get("type")), (None, "default", "linear")),
+        ]:
+            if value not in supported:
+                raise InputError(f"config.json: {name} {value!r}: gemma.py reads only {supported}")
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        third, layers = kind == "gemma3_text", known.get("num_hidden_layers", cls.num_hidden_layers)
+        local = rope.get(SLIDING, {}).get("rope_theta", values.get("rope_local_base_freq", 1e4))
+        theta = full.get("rope_theta", values.get("rope_theta", 1e6 if third else 1e4))
+        every = {"gemma": 1, "gemma2": 2}.get(kind, values.get("sliding_window_pattern", 6))
+        types = [SLIDING if (i + 1) % every else FULL for i in range(layers)]
+        known |= {"layer_types": values.get("layer_types") or types, "rope_theta": theta,
+                  "rope_local_base_freq": local if third else theta,
+                  "rope_factor": full.get("factor", 1.0)}
+        if kind == "gemma":
+            known["query_pre_attn_scalar"] = known["head_dim"]
+        if kind == "gemma2":
+            known = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **known}
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
+
+    def to_hf(self) -> dict:
+        """The contents of a config.json that transformers and `from_hf` read."""
+        act = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+        values = {"architectures": [KINDS[self.model_type]], **asdict(self), **act}
+        linear = {"rope_type": "linear", "factor": values.pop("rope_factor")}
+        del values["padded_vocab_size"]
+        return {**values, "rope_scaling": linear if self.rope_factor != 1 else None}
+
+def v1(D: int, F: int, layers: int, H: int, K: int, Dh: int = 256, scalar=256, **others) -> Config:
+    """The config of a published Gemma; `others` as they would stand in its config.json."""
+    return Config.from_hf({"model_type": "gemma", "hidden_size": D, "intermediate_size": F,
+        "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": K,
+        "head_dim": Dh, "query_pre_attn_scalar": scalar, "vocab_size": 256000,
+        "max_position_embeddings": 8192, **others})
+
+v2 = partial(v1, model_type="gemma2")
+small3 = partial(v1, model_type="gemma3_text", vocab_size=262144, max_position_embeddings=32768,
+                 sliding_window=512)
+v3 = partial(small3, vocab_size=262208, max_position_embeddings=131072, sliding_window=1024,
+             rope_scaling={"rope_type": "linear", "factor": 8.0})
+PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
+    "google/gemma-3-270m": (268_098_176, 0.5, True, small3(640, 2048, 18, 4, 1)),
+    "google/gemma-3-1b-pt": (999_885_952, 2.0, True, small3(1152, 6912, 26, 4, 1)),
+    "google/gemma-3-4b-pt": (3_880_263_168, 8.6, True, v3(2560, 10240, 34, 8, 4)),
+    "google/gemma-3-12b-pt": (11_766_034_176, 24.4, True, v3(3840, 15360, 48, 16, 8)),
+    "google/gemma-3-27b-pt": (27_009_346_304, 54.9, True, v3(5376, 21504, 62, 32, 16, 128, 168)),
+    "google/gemma-2-2b": (2_614_341_888, 10.5, True, v2(2304, 9216, 26, 8, 4)),
+    "google/gemma-2-9b": (9_241_705_984, 37.0, True, v2(3584, 14336, 42, 16, 8)),
+    "google/gemma-2-27b": (27_227_128_320, 108.9, True, v2(4608, 36864, 46, 32, 16, 128, 144)),
+    "google/gemma-2b": (2_506_172_416, 5.0, True, v1(2048, 16384, 18, 8, 1)),
+    "google/gemma-7b": (8_537_680_896, 17.1, True, v1(3072, 24576, 28, 16, 16)),
+}
+
+# -------------------------------------------------------------------------------------------- model
+class RMSNorm(nnx.Module):
+    """x over its root mean square, times 1 + weight; all in float32."""
+    def __init__(self, config: Config, size: int, *, dtype, param_dtype, rngs):
+        self.eps, self.scale = config.rms_norm_eps, nnx.Param(jnp.zeros(size, param_dtype))
+
+    def __call__(self, x):
+        """x [..., size] -> [..., size]"""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + self.eps)
+        return (x32 * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+def rotate(x, positions, frequencies):
+    """RoPE: turns the pairs (i, i + Dh / 2) of each head, in float32. x [B, T, H, Dh] -> the same.
+    A query times a key then depends on their distance alone: Su et al. 2021, equation (34)."""
+    angles = (positions[..., None] * frequencies)[:, :, None]  # [B, T, 1, Dh / 2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [one * cos - other * sin, other * cos + one * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+def attend(q, k, v, q_positions, k_positions, **options):
+    """Each query gathers the values of the keys at its own and at earlier positions.
+    q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    Softmax in float32; options as in `masked_scores`. Vaswani et al. 2017, equation (1)."""
+    (B, T, H, Dh), K = q.shape, k.shape[2]
+    G = H // K  # queries share a key: side by side, as if they were tokens, K heads are left
+    q = q.reshape(B, T, K, G, Dh).swapaxes(2, 3).reshape(B, T * G, K, Dh)
+    q_positions = jnp.repeat(q_positions, G, axis=1)
+    if T >= LONG:
+        x = attend_chunked(q, k, v, q_positions, k_positions, **options)
+    else:
+        probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, **options))
+        x = jnp.einsum("bhts,bshd->bthd", probs.astype(v.dtype), v)
+    return x.reshape(B, T, G, K, Dh).swapaxes(2, 3).reshape(B, T, H, Dh)
+
+def masked_scores(q, k, q_positions, k_positions, scale, window=None, softcap=None):
+    """How well each key fits each query, in float32: [B, T, H, Dh], [B, S, H, Dh] -> [B, H, T, S].
+    A key is visible where 0 <= its position <= the query's, and among the last `window` up to it;
+    padding and empty slots are at -1."""
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
+    visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
+    visible = visible if window is None else visible & (q_pos - k_pos < window)
+    # Not -inf: where no key is visible, softmax is then the mean, which nobody sees, and not NaN.
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
+
+def attend_chunked(q, k, v, q_positions, k_positions, **options):
+    """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
+    and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
+    score comes: Milakov and Gimelshein 2018, algorithm 3."""
+    def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
+        pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+    @jax.checkpoint  # or its gradient would keep the scores of every chunk
+    def add(carry, chunk):
+        gathered, total, largest = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        k, v, k_positions = chunk
+        scores = masked_scores(q, k, q_positions, k_positions, **options)
+        new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        gathered = gathered * shrink + jnp.einsum("bhts,bshd->bhtd", weights, v)
+        return (gathered, total, new_largest), None
+    gathered = jnp.zeros_like(q, jnp.float32).swapaxes(1, 2)
+    carry = gathered, gathered[..., :1], gathered[..., :1] - jnp.inf
+    keys = chunks(k, 0), chunks(v, 0), chunks(k_positions, -1)
+    (gathered, total, _), _ = jax.lax.scan(add, carry, keys)
+    return (gathered / total).swapaxes(1, 2).astype(v.dtype)
+
+class Attention(nnx.Module):
+    """Causal self-attention with H heads of queries and K heads of keys and values."""
+    def __init__(self, config: Config, layer: int, **options):
+        self.config, self.sliding = config, config.layer_types[layer] == SLIDING
+        D, H, Dh = config.hidden_size, config.num_attention_heads, config.head_dim
+        linear = {"use_bias": False, "kernel_init": normal(config.initializer_range), **options}
+        self.q_proj = nnx.Linear(D, H * Dh, **linear)
+        self.k_proj = nnx.Linear(D, config.num_key_value_heads * Dh, **linear)
+        self.v_proj = nnx.Linear(D, config.num_key_value_heads * Dh, **linear)
+        self.o_proj = nnx.Linear(H * Dh, D, **linear)
+        if config.model_type == "gemma3_text":
+            self.q_norm, self.k_norm = (RMSNorm(config, Dh, **options) for _ in range(2))
+
+    def __call__(self, x, positions, k_positions, past, start):
+        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
+        (B, T, _), config, Dh = x.shape, self.config, self.config.head_dim
+        q = self.q_proj(x).reshape(B, T, -1, Dh)  # [B, T, H, Dh]
+        k = self.k_proj(x).reshape(B, T, -1, Dh)  # [B, T, K, Dh]
+        v = self.v_proj(x).reshape(B, T, -1, Dh)
+        if config.model_type == "gemma3_text":
+            q, k = self.q_norm(q), self.k_norm(k)
+        theta = config.rope_local_base_freq if self.sliding else config.rope_theta
+        speed = theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)
+        speed = speed if self.sliding else speed / config.rope_factor
+        q, k = rotate(q, positions, speed), rotate(k, positions, speed)
+        k, v, k_positions, kv = remember(past, k, v, k_positions, start)  # [B, S, K, Dh]
+        x = attend(q, k, v, positions, k_positions, scale=config.query_pre_attn_scalar**-0.5,
+                   window=config.sliding_window if self.sliding else None,
+                   softcap=config.attn_logit_softcapping)  # [B, T, H, Dh]
+        return self.o_proj(x.reshape(B, T, -1)), kv
+
+class MLP(nnx.Module):
+    """Two projections to F, of which one gates the other, and one back: Shazeer 2020 (GeGLU)."""
+    def __init__(self, config: Config, **options):
+        D, F, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
+        options = {"use_bias": False, "kernel_init": init, **options}
+        self.gate_proj = nnx.Linear(D, F, **options)
+        self.up_proj = nnx.Linear(D, F, **options)
+        self.down_proj = nnx.Linear(F, D, **options)
+
+    def __call__(self, x):
+        """x [B, T, D] -> [B, T, D]"""
+        gate = jax.nn.gelu(self.gate_proj(x), approximate=True)  # [B, T, F]
+        return self.down_proj(gate * self.up_proj(x))
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP, each normed before and, from Gemma 2 on, also after."""
+    def __init__(self, config: Config, layer: int, **options):
+        D, self.norms_after = config.hidden_size, config.model_type != "gemma"
+        self.input_layernorm = RMSNorm(config, D, **options)
+        self.self_attn = Attention(config, layer, **options)
+        self.post_attention_layernorm = RMSNorm(config, D, **options)
+        self.mlp = MLP(config, **options)
+        if self.norms_after:
+            self.pre_feedforward_layernorm = RMSNorm(config, D, **options)
+            self.post_feedforward_layernorm = RMSNorm(config, D, **options)
+
+    def __call__(self, x, positions, k_positions, past, start):
+        """x [B, T, D] -> (x [B, T, D], this layer's (k, v)); arguments as for Attention."""
+        y, kv = self.self_attn(self.input_layernorm(x), positions, k_positions, past, start)
+        if not self.norms_after:  # the norm with this name comes before the MLP
+            x = x + y
+            return x + self.mlp(self.post_attention_layernorm(x)), kv
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y), kv
+
+class Model(nnx.Module):
+    """Gemma: tokens [B, T] -> logits [B, T, V]. From scratch as the reference: normal(0.02).
+    `dtype` is what is computed in, `param_dtype` what is stored; norms, RoPE, attention scores,
+    softmax and logits are float32. `remat` recomputes a block's activations for its gradient."""
+    def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
+                 remat=False):
+        if jnp.dtype(dtype) == jnp.float16:
+            raise InputError("Gemma's stream exceeds 65504, the most of float16: take bfloat16")
+        self.config, self.dtype, self.remat = config, dtype, remat
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        D, V = config.hidden_size, config.padded_vocab_size or config.vocab_size
+        init = normal(config.initializer_range)
+        self.embed_tokens = nnx.Embed(V, D, embedding_init=init, **options)
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([Block(config, layer, **options) for layer in layers])
+        self.norm = RMSNorm(config, D, **options)
+
+    def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
+        positions [B, T]: -1 for padding; default: counts on from the cache, which must have T slots
+        left. rngs is for dropout, which Gemma has none of."""
+        B, T = tokens.shape
+        if cache is None and (context := self.config.max_position_embeddings) < T:
+            raise InputError(f"{T} tokens, but the context is {context}")
+        cache = init_cache(self.config, B, T, self.dtype, whole=True) if cache is None else cache
+        if positions is None:
+            positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
+        start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
+        x = self.embed_tokens(tokens)  # [B, T, D]
+        x = x * jnp.array(self.config.hidden_size**0.5, x.dtype)  # in bfloat16 rounded
+        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        layers = []
+        for block, past in zip(self.layers, cache.layers, strict=True):
+            x, kv = call(block, x, positions, k_positions, past, start)
+            layers.append(kv)
+        tokens = write(cache.tokens, tokens, start)
+        return self.norm(x), Cache(tuple(layers), tokens, k_positions, start + T)
+
+    def head(self, x):
+        """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
+        w = self.embed_tokens.embedding[...].astype(x.dtype)  # [V, D]
+        logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        cap = self.config.final_logit_softcapping
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        return logits[..., : self.config.vocab_size]
+
+    def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
+        x, new_cache = self.hidden(tokens, positions, cache, rngs=rngs)
+        return self.head(x) if cache is None else (self.head(x), new_cache)
+
+class Cache(NamedTuple):
+    """The keys and values of all tokens so far, so that a new token computes only its own. All rows
+    fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
+    layers: tuple  # for each layer (k, v), each [B, S, K, Dh]; SLIDING layers: a ring of slots
+    tokens: jax.Array  # [B, S]
+    positions: jax.Array  # [B, S]
+    filled: jax.Array  # how many of the slots are in use
+
+def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
+    """An empty cache of `length` slots; whole: also where a window needs fewer."""
+    K, Dh, layers = config.num_key_value_heads, config.head_dim, []
+    for kind in config.layer_types:
+        slots = length if whole or kind == FULL else min(length, config.sliding_window)
+        layers.append(tuple(jnp.zeros((2, batch, slots, K, Dh), dtype)))
+    tokens, positions = jnp.zeros((batch, length), int), jnp.full((batch, length), -1)
+    return Cache(tuple(layers), tokens, positions, jnp.array(0))
+
+def remember(past, k, v, positions, start):
+    """Puts the new k and v [B, T, K, Dh] into a layer's slots -> (k, v, k_positions to attend to,
+    what is kept). Slot i of a ring holds the last token whose number leaves the remainder i."""
+    T, S, ring = k.shape[1], positions.shape[1], past[0].shape[1]
+    if ring == S:
+        k, v = write(past[0], k, start), write(past[1], v, start)
+        return k, v, positions, (k, v)
+    def held(end):  # by each slot, when there are so many tokens: (number, position)
+        number = end - 1 - (end - 1 - jnp.arange(ring)) % ring
+        return number, jnp.where(number >= 0, positions[:, number], -1)
+    (_, old_positions), (number, ring_positions) = held(start), held(start + T)
+    kept, new = (number < start)[:, None, None], jnp.clip(number - start, 0, T - 1)
+    k, v = k.astype(past[0].dtype), v.astype(past[1].dtype)
+    slots = jnp.where(kept, past[0], k[:, new]), jnp.where(kept, past[1], v[:, new])
+    if T == 1:  # what falls out of the ring has just left the window
+        return *slots, ring_positions, slots
+    now = jax.lax.dynamic_slice_in_dim(positions, start, T, axis=1)
+    k, v = jnp.concatenate([past[0], k], axis=1), jnp.concatenate([past[1], v], axis=1)
+    return k, v, jnp.concatenate([old_positions, now], axis=1), slots
+
+def write(slots, new, start):
+    """Puts new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+
+# ----------------------------------------------------------------------------------- the next token
+def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
+           repetition_penalty=None):
+    """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
+    is left out; temperature None takes the likeliest. The order is that of transformers: penalty
+    (Keskar 2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
+    if repetition_penalty is not None:
+        factor = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
+        logits = jnp.where(occurred, logits * factor, logits)
+    if temperature is None:
+        return jnp.argmax(logits, axis=-1)
+    logits, ids = logits / temperature, None  # ids: which tokens, once sorted
+    if top_k is not None or top_p is not None:  # from here on sorted, best first
+        V = logits.shape[-1]
+        logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
+    probs = jax.nn.softmax(logits, axis=-1)
+    if top_p is not None:  # keep a token if those before it sum to less than top_p
+        logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < top_p, logits, -jnp.inf)
+    if min_p is not None:
+        best = probs.max(axis=-1, keepdims=True)
+        logits = jnp.where(probs >= min_p * best, logits, -jnp.inf)
+    choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
+    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+
+def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
+    """What `generate` does to one row, without a cache: the whole text again for each token."""
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+    ids, end = list(prompt), len(prompt) + max_new_tokens
+    for n in range(len(prompt), end):
+        padded = np.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
+        occurred = np.isin(np.arange(model.config.vocab_size), ids)[None]
+        rng_keys = jax.random.fold_in(key, n)[None]
+        ids += sample(forward(state, padded)[:, n - 1], rng_keys, occurred, **sampling).tolist()
+    return ids[len(prompt) :]
+
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, top_k, sampling: dict):
+    """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
+    model = nnx.merge(graphdef, state)
+    x, cache = model.hidden(tokens, positions, cache)
+    logits, occurred = model.head(x[:, -1]), None
+    if sampling["repetition_penalty"] is not None:
+        row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
+        occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
+    return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
+
+STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
+
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def decode(graphdef, state, cache: Cache, token, keys, top_k, sampling: dict, steps):
+    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    def step(i, carry):
+        cache, token, new = carry
+        # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
+        inputs = cache, token[:, None], None, keys, top_k, sampling
+        cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
+        return cache, token, new.at[:, i].set(token)
+
+    empty = jnp.zeros((len(token), STEPS), int)
+    return jax.lax.fori_loop(0, steps, step, (cache, token, empty))[::2]
+
+def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+    """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
+    power of two from 64 on and S, the length of the cache, a multiple of 128: lengths share
+    compiled programs. InputError: no tokens, foreign ids, or too many."""
+    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
+    if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
+        raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
+    if longest + max_new_tokens > context:
+        raise InputError(f"{longest} + {max_new_tokens} tokens do not fit the context of {context}")
+    T = max(64, 1 << (longest - 1).bit_length())
+    tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
+    positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
+
+def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
+             top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
+    """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
+    ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
+    key: a jax.random.key, which is folded with the row's index, or one for each row. temperature 0
+    takes the likeliest token; top_p and min_p are from 0 to 1."""
+    sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
+                "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
+    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    B, stops = len(prompts), list(stop_ids)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    graphdef, state = nnx.split(model)
+    cache = init_cache(model.config, B, S, model.dtype)
+    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, top_k, sampling)
+    new = np.asarray(token)[:, None]
+    while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
+        steps = min(STEPS, max_new_tokens - new.shape[1])
+        cache, more = decode(graphdef, state, cache, new[:, -1], keys, top_k, sampling, steps)
+        new = np.concatenate([new, more[:, :steps]], axis=1)
+    return [row[: next((i for i, t in enumerate(row) if t in stops), None)] for row in new.tolist()]
+
+# -------------------------------------------------------------------------------------- checkpoints
+# Parameter path -> its name in a checkpoint, and whether it is transposed there.
+CHECKPOINT = [
+    (r"(.+)\.kernel", r"model.\1.weight", True),
+    (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
+]
+VOCABULARY = ("embed_tokens.embedding",)  # its padded rows are not saved
+RENAMED = (r"^(language_model\.|model\.)*(?!lm_head\.)", "model.")  # multimodal files
+IGNORED = r".*lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
+DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model"]
+
+def fetch(name, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
+    for whole in FORMATS:
+        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if any(folder.glob(patterns[-1])):
+            break
+    return folder
+
+def safetensors_in(file: Path) -> dict:
+    """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
+    def read(name):  # opens the file anew, as pages of an open file count as our memory
+        with safe_open(file, "np") as tensors:
+            return tensors.get_tensor(name)
+    with safe_open(file, "np") as tensors:
+        return {name: partial(read, name) for name in list(tensors.keys())}
+
+FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
+
+def stored_tensors(folder: Path) -> dict:
+    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    for whole, tensors_in in FORMATS.items():
+        index, files = folder / f"{whole}.index.json", [whole]
+        if index.exists() and not (folder / whole).exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif not (folder / whole).exists():
+            continue
+        stored = [item for file in files for item in tensors_in(folder / file).items()]
+        return {re.sub(*RENAMED, name): read for name, read in stored}
+    raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
+
+def named_parameters(state):
+    """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
+    for parts, param in nnx.to_flat_state(state):
+        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
+        yield path, param, re.sub(pattern, name, path), transposed
+
+def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
+    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
+    dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
+    mesh: each tensor goes straight to the devices where SHARDING puts its parts. InputError: of
+    another kind, or tensors that are missing, unexpected or of the wrong shape."""
+    folder = fetch(source, revision)
+    config = Config.from_hf(json.loads((folder / "config.json").read_text()))
+    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    key = jax.random.key(0)  # one for all, as nothing is drawn: ten times as fast as an nnx.Rngs
+    rngs = SimpleNamespace(params=lambda: key)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
+    stored = stored_tensors(folder)
+    wanted = {name for _, _, name, _ in named_parameters(state)}
+    extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
+    for problem, names in [("lacks", wanted - stored.keys()), ("has unexpected", extra)]:
+        if names:
+            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {sorted(names)[0]}")
+    # The largest first: while it is converted there are two more copies of it.
+    for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
+        tensor = stored[name]().T if transposed else stored[name]()
+        if tensor.shape != param.shape:
+            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, but config.json says "
+                             f"{param.shape}")
+        where = mesh and sharding(mesh, path, param.shape)
+        param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
+    return nnx.merge(graphdef, state)
+
+def save(model: Model, folder) -> None:
+    """Writes config.json and model.safetensors as transformers and `load` read them."""
+    tensors, V = {}, model.config.vocab_size
+    for path, param, name, transposed in named_parameters(nnx.state(model)):
+        tensor = np.asarray(param[...]).T if transposed else np.asarray(param[...])
+        tensors[name] = np.ascontiguousarray(tensor[:V] if path in VOCABULARY else tensor)
+    config = {**model.config.to_hf(), "dtype": str(tensor.dtype)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+# Which dimensions of a parameter are split over a mesh that has axes "fsdp" and "tensor".
+SHARDING = [
+    (r"embed_tokens\.embedding", ("tensor", "fsdp")),
+    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel", ("fsdp", "tensor")),
+    (r".+\.(o_proj|down_proj)\.kernel", ("tensor", "fsdp")),
+    (r".+", ()),
+]
+
+def sharding(mesh, path: str, shape):
+    """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
+    axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
+    axes = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+            for axis, size in zip(axes, shape, strict=False)]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+def tokenizer(name, revision: str | None = None):
+    """An object with encode(text) -> ids and decode(ids) -> text, from a folder or a Hub id: of
+    tokenizer.json, which says how a text begins, else of tokenizer.model: with <bos>."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+    folder = fetch(name, revision)
+    if (folder / "tokenizer.json").exists():
+        codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        return SimpleNamespace(encode=lambda text: codec.encode(text).ids, decode=codec.decode)
+    codec = SentencePieceProcessor(f"{folder}/tokenizer.model")
+    return SimpleNamespace(encode=partial(codec.encode, add_bos=True), decode=codec.decode)
+
+if __name__ == "__main__":
+    text = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
+    name = sys.argv[2] if len(sys.argv) > 2 else next(iter(PRESETS))
+    codec, model = tokenizer(name), load(name)
+    [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
+                     top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
+    print(text + codec.decode(new))

@@ -1,0 +1,597 @@
+"""Llama in one file: read it from top to bottom, run it, copy it.
+
+Llama keeps GPT-2's plan and replaces most parts: no biases, RMSNorm for LayerNorm, an MLP of three
+matrices with a gate, and positions not as vectors that are added at the bottom but as an angle by
+which attention turns each query and key (RoPE). In the larger models several query heads share a
+key head. Llama 1 to 3.3, OpenLLaMA, TinyLlama and SmolLM differ only in what stands in Config.
+
+Papers: Touvron et al. 2023, "LLaMA" and "Llama 2"; Grattafiori et al. 2024, "The Llama 3 Herd of
+Models"; Su et al. 2021, "RoFormer" (RoPE). Reference: transformers' modeling_llama.py.
+
+Shape letters:  B batch   T tokens of this call   S slots of the cache   D width of the stream
+                H heads   K heads of keys and values   Dh width of a head   F width of the MLP
+                V vocabulary
+
+    pip install "jax<0.13" "flax<0.13" numpy safetensors tokenizers huggingface_hub sentencepiece
+    python llama.py "Once upon a time"                      # downloads HuggingFaceTB/SmolLM2-135M
+    python llama.py "Once upon a time" path/to/checkpoint   # any Llama in Hugging Face's format
+
+MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one file each".
+"""
+
+import json
+import pickle
+import re
+import sys
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn.initializers import normal
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+# ------------------------------------------------------------------------------------------- config
+class InputError(ValueError):
+    """Something that the caller can fix; the message says what is wrong and what to do."""
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes and switches of one Llama, under the names of its config.json."""
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048  # the longest text, after RoPE scaling
+    hidden_size: int = 4096  # D
+    intermediate_size: int = 11008  # F
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32  # H
+    num_key_value_heads: int = 32  # K
+    head_dim: int = 128  # Dh
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # the items of the entry, such as ("rope_type", "linear")
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    padded_vocab_size: int | None = None  # for training: more token vectors, which `save` drops
+
+    @classmethod
+    def from_hf(cls, values: dict) -> "Config":
+        """From the contents of a config.json. InputError: not a Llama, or an unsupported one."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        H, K = values["num_attention_heads"], values.get("num_key_value_heads")
+        known |= {"num_key_value_heads": K or H,
+                  "head_dim": values.get("head_dim") or values["hidden_size"] // H}
+        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        known["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", cls.rope_theta))
+        kind = rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+        if kind in ("linear", "dynamic"):  # the file's length is the trained one; longer is meant
+            rope["trained"] = known.get("max_position_embeddings", cls.max_position_embeddings)
+            known["max_position_embeddings"] = int(rope["factor"] * rope["trained"])
+        known["rope_scaling"] = tuple(sorted(rope.items())) if kind != "default" else ()
+        for name, value, supported in [
+            ("rope_type", kind, ("default", "linear", "dynamic", "llama3")),
+            ("model_type", values.get("model_type", "llama"), ("llama",)),
+            ("hidden_act", values.get("hidden_act", "silu"), ("silu",)),
+        ]:
+            if value not in supported:
+                raise InputError(f"config.json: {name} {value!r}: llama.py reads only {supported}")
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
+
+    def to_hf(self) -> dict:
+        """The contents of a config.json that transformers and `from_hf` read."""
+        values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(self)}
+        rope = dict(self.rope_scaling)
+        values["max_position_embeddings"] = rope.pop("trained", self.max_position_embeddings)
+        values["rope_scaling"] = rope or None
+        del values["padded_vocab_size"]
+        return values
+
+def v1(D: int, F: int, layers: int, H: int, K: int, **others) -> Config:
+    """The config of a published checkpoint of the first generation."""
+    return Config(hidden_size=D, intermediate_size=F, num_hidden_layers=layers, head_dim=D // H,
+                  num_attention_heads=H, num_key_value_heads=K, **others)
+
+BANDS = (("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
+         ("original_max_position_embeddings", 8192), ("rope_type", "llama3"))
+tiny = partial(v1, rms_norm_eps=1e-5)
+v2 = partial(tiny, max_position_embeddings=4096)
+v3 = partial(tiny, max_position_embeddings=8192, rope_theta=500000.0, vocab_size=128256)
+v31 = partial(v3, max_position_embeddings=131072, rope_scaling=(("factor", 8.0), *BANDS))
+v32 = partial(v31, rope_scaling=(("factor", 32.0), *BANDS), tie_word_embeddings=True)
+smol = partial(v1, vocab_size=49152, rms_norm_eps=1e-5, tie_word_embeddings=True)
+smol2 = partial(smol, max_position_embeddings=8192, rope_theta=100000.0)
+PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
+    "HuggingFaceTB/SmolLM2-135M": (134_515_008, 0.3, False, smol2(576, 1536, 30, 9, 3)),
+    "HuggingFaceTB/SmolLM2-360M": (361_821_120, 0.7, False, smol2(960, 2560, 32, 15, 5)),
+    "HuggingFaceTB/SmolLM2-1.7B": (1_711_376_384, 3.4, False, smol2(2048, 8192, 24, 32, 32)),
+    "HuggingFaceTB/SmolLM-135M": (134_515_008, 0.5, False, smol(576, 1536, 30, 9, 3)),
+    "HuggingFaceTB/SmolLM-360M": (361_821_120, 1.4, False, smol(960, 2560, 32, 15, 5)),
+    "HuggingFaceTB/SmolLM-1.7B": (1_711_376_384, 6.8, False, smol(2048, 8192, 24, 32, 32)),
+    "TinyLlama/TinyLlama_v1.1": (1_100_048_384, 4.4, False, tiny(2048, 5632, 22, 32, 4)),
+    "openlm-research/open_llama_3b": (3_426_473_600, 6.8, False, v1(3200, 8640, 26, 32, 32)),
+    "openlm-research/open_llama_7b": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
+    "openlm-research/open_llama_13b": (13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
+    "openlm-research/open_llama_3b_v2": (3_426_473_600, 6.8, False, v1(3200, 8640, 26, 32, 32)),
+    "openlm-research/open_llama_7b_v2": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
+    "huggyllama/llama-7b": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
+    "huggyllama/llama-13b": (13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
+    "huggyllama/llama-30b": (32_528_943_616, 65.1, False, v1(6656, 17920, 60, 52, 52)),
+    "huggyllama/llama-65b": (65_285_660_672, 130.6, False, v1(8192, 22016, 80, 64, 64)),
+    "meta-llama/Llama-2-7b-hf": (6_738_415_616, 13.5, True, v2(4096, 11008, 32, 32, 32)),
+    "meta-llama/Llama-2-13b-hf": (13_015_864_320, 26.0, True, v2(5120, 13824, 40, 40, 40)),
+    "meta-llama/Llama-2-70b-hf": (68_976_648_192, 137.9, True, v2(8192, 28672, 80, 64, 8)),
+    "meta-llama/Meta-Llama-3-8B": (8_030_261_248, 16.1, True, v3(4096, 14336, 32, 32, 8)),
+    "meta-llama/Meta-Llama-3-70B": (70_553_706_496, 141.1, True, v3(8192, 28672, 80, 64, 8)),
+    "meta-llama/Llama-3.1-8B": (8_030_261_248, 16.1, True, v31(4096, 14336, 32, 32, 8)),
+    "meta-llama/Llama-3.1-70B": (70_553_706_496, 141.1, True, v31(8192, 28672, 80, 64, 8)),
+    "meta-llama/Llama-3.1-405B": (405_853_388_800, 811.7, True, v31(16384, 53248, 126, 128, 8)),
+    "meta-llama/Llama-3.2-1B": (1_235_814_400, 2.5, True, v32(2048, 8192, 16, 32, 8)),
+    "meta-llama/Llama-3.2-3B": (3_212_749_824, 6.4, True, v32(3072, 8192, 28, 24, 8)),
+    "meta-llama/Llama-3.3-70B-Instruct": (70_553_706_496, 141.1, True, v31(8192, 28672, 80, 64, 8)),
+}
+
+# -------------------------------------------------------------------------------------------- model
+def norm(config: Config, **options):
+    """RMSNorm: x over its root mean square over D, times a weight; in float32 inside."""
+    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
+
+def frequencies(config: Config, positions):
+    """By how many radians a position turns each pair of numbers: [Dh / 2], or [B, 1, Dh / 2]. For
+    texts longer than were trained on, pairs are slowed down: all alike (linear), by a theta that
+    grows (dynamic), or those that turn less than about once in the trained length (llama3)."""
+    rope, Dh, theta = dict(config.rope_scaling), config.head_dim, config.rope_theta
+    kind, factor = rope.get("rope_type"), rope.get("factor")
+    if kind == "dynamic":
+        longer = jnp.maximum((positions.max(axis=1) + 1) / rope["trained"], 1)[:, None, None]
+        theta = theta * (factor * longer - factor + 1) ** (Dh / (Dh - 2))
+    speed = theta ** -(np.arange(0, Dh, 2) / Dh) / (factor if kind == "linear" else 1)
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * speed / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        speed = kept * speed + (1 - kept) * speed / factor
+    return speed.astype(np.float32)
+
+def rotate(x, positions, frequencies):
+    """RoPE: turns the pairs (i, i + Dh / 2) of each head, in float32. x [B, T, H, Dh] -> the same.
+    A query times a key then depends on their distance alone: Su et al. 2021, equation (34)."""
+    angles = (positions[..., None] * frequencies)[:, :, None]  # [B, T, 1, Dh / 2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [one * cos - other * sin, other * cos + one * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+def attend(q, k, v, q_positions, k_positions, **options):
+    """Each query gathers the values of the keys at its own and at earlier positions.
+    q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    Softmax in float32; options as in `masked_scores`. Vaswani et al. 2017, equation (1)."""
+    (B, T, H, Dh), K = q.shape, k.shape[2]
+    G = H // K  # queries share a key: side by side, as if they were tokens, K heads are left
+    q = q.reshape(B, T, K, G, Dh).swapaxes(2, 3).reshape(B, T * G, K, Dh)
+    q_positions = jnp.repeat(q_positions, G, axis=1)
+    if T >= LONG:
+        x = attend_chunked(q, k, v, q_positions, k_positions, **options)
+    else:
+        probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, **options))
+        x = jnp.einsum("bhts,bshd->bthd", probs.astype(v.dtype), v)
+    return x.reshape(B, T, G, K, Dh).swapaxes(2, 3).reshape(B, T, H, Dh)
+
+def masked_scores(q, k, q_positions, k_positions, scale):
+    """How well each key fits each query, in float32: [B, T, H, Dh], [B, S, H, Dh] -> [B, H, T, S].
+    A key is visible where 0 <= its position <= the query's; padding and empty slots are at -1."""
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
+    visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
+    # Not -inf: where no key is visible, softmax is then the mean, which nobody sees, and not NaN.
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
+
+def attend_chunked(q, k, v, q_positions, k_positions, **options):
+    """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
+    and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
+    score comes: Milakov and Gimelshein 2018, algorithm 3."""
+    def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
+        pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+    @jax.checkpoint  # or its gradient would keep the scores of every chunk
+    def add(carry, chunk):
+        gathered, total, largest = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        k, v, k_positions = chunk
+        scores = masked_scores(q, k, q_positions, k_positions, **options)
+        new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        gathered = gathered * shrink + jnp.einsum("bhts,bshd->bhtd", weights, v)
+        return (gathered, total, new_largest), None
+    gathered = jnp.zeros_like(q, jnp.float32).swapaxes(1, 2)
+    carry = gathered, gathered[..., :1], gathered[..., :1] - jnp.inf
+    keys = chunks(k, 0), chunks(v, 0), chunks(k_positions, -1)
+    (gathered, total, _), _ = jax.lax.scan(add, carry, keys)
+    return (gathered / total).swapaxes(1, 2).astype(v.dtype)
+
+class Attention(nnx.Module):
+    """Causal self-attention with H heads of queries and K heads of keys and values."""
+    def __init__(self, config: Config, **options):
+        self.config, init = config, normal(config.initializer_range)
+        D, H, Dh = config.hidden_size, config.num_attention_heads, config.head_dim
+        K = config.num_key_value_heads
+        options = {"use_bias": config.attention_bias, "kernel_init": init, **options}
+        self.q_proj = nnx.Linear(D, H * Dh, **options)
+        self.k_proj = nnx.Linear(D, K * Dh, **options)
+        self.v_proj = nnx.Linear(D, K * Dh, **options)
+        self.o_proj = nnx.Linear(H * Dh, D, **options)
+
+    def __call__(self, x, positions, k_positions, past, start):
+        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
+        (B, T, _), Dh = x.shape, self.config.head_dim
+        turn = frequencies(self.config, positions)
+        q = rotate(self.q_proj(x).reshape(B, T, -1, Dh), positions, turn)
+        k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, turn)
+        v = self.v_proj(x).reshape(B, T, -1, Dh)
+        k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, K, Dh]
+        x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5)  # [B, T, H, Dh]
+        return self.o_proj(x.reshape(B, T, -1)), (k, v)
+
+class MLP(nnx.Module):
+    """Two projections to F, of which one gates the other, and one back: Shazeer 2020 (SwiGLU)."""
+    def __init__(self, config: Config, **options):
+        D, F, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
+        options = {"use_bias": config.mlp_bias, "kernel_init": init, **options}
+        self.gate_proj = nnx.Linear(D, F, **options)
+        self.up_proj = nnx.Linear(D, F, **options)
+        self.down_proj = nnx.Linear(F, D, **options)
+
+    def __call__(self, x):
+        """x [B, T, D] -> [B, T, D]"""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] inside
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP, each on a normed copy of the stream and added to it."""
+    def __init__(self, config: Config, **options):
+        self.input_layernorm = norm(config, **options)
+        self.self_attn = Attention(config, **options)
+        self.post_attention_layernorm = norm(config, **options)
+        self.mlp = MLP(config, **options)
+
+    def __call__(self, x, positions, k_positions, past, start):
+        """x [B, T, D] -> (x [B, T, D], this layer's (k, v)); arguments as for Attention."""
+        y, kv = self.self_attn(self.input_layernorm(x), positions, k_positions, past, start)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+class Model(nnx.Module):
+    """Llama: tokens [B, T] -> logits [B, T, V]. From scratch as the reference: normal(0.02).
+    `dtype` is what is computed in, `param_dtype` what is stored; norms, RoPE, attention scores,
+    softmax and logits are float32. `remat` recomputes a block's activations for its gradient."""
+    def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
+                 remat=False):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        D, V = config.hidden_size, config.padded_vocab_size or config.vocab_size
+        init = normal(config.initializer_range)
+        self.embed_tokens = nnx.Embed(V, D, embedding_init=init, **options)
+        self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
+        self.norm = norm(config, **options)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(D, V, use_bias=False, kernel_init=init, **options)
+
+    def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
+        positions [B, T]: -1 for padding; default: counts on from the cache, which must have T slots
+        left. rngs is for dropout, which Llama has none of."""
+        B, T = tokens.shape
+        if cache is None and (context := self.config.max_position_embeddings) < T:
+            raise InputError(f"{T} tokens, but the context is {context}")
+        cache = init_cache(self.config, B, T, self.dtype) if cache is None else cache
+        if positions is None:
+            positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
+        start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
+        x = self.embed_tokens(tokens)  # [B, T, D]
+        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        layers = []
+        for block, past in zip(self.layers, cache.layers, strict=True):
+            x, kv = call(block, x, positions, k_positions, past, start)
+            layers.append(kv)
+        tokens = write(cache.tokens, tokens, start)
+        return self.norm(x), Cache(tuple(layers), tokens, k_positions, start + T)
+
+    def head(self, x):
+        """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
+        tied = self.config.tie_word_embeddings
+        w = self.embed_tokens.embedding[...] if tied else self.lm_head.kernel[...].T  # [V, D]
+        w = w.astype(x.dtype)
+        logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]
+
+    def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
+        x, new_cache = self.hidden(tokens, positions, cache, rngs=rngs)
+        return self.head(x) if cache is None else (self.head(x), new_cache)
+
+class Cache(NamedTuple):
+    """The keys and values of all tokens so far, so that a new token computes only its own. All rows
+    fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
+    layers: tuple  # for each layer (k, v), each [B, S, heads, Dh]
+    tokens: jax.Array  # [B, S]
+    positions: jax.Array  # [B, S]
+    filled: jax.Array  # how many of the slots are in use
+
+def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
+    """An empty cache of `length` slots."""
+    shape = batch, length, config.num_key_value_heads, config.head_dim
+    layers = [tuple(jnp.zeros((2, *shape), dtype)) for _ in range(config.num_hidden_layers)]
+    tokens, positions = jnp.zeros(shape[:2], int), jnp.full(shape[:2], -1)
+    return Cache(tuple(layers), tokens, positions, jnp.array(0))
+
+def write(slots, new, start):
+    """Puts new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+
+# ----------------------------------------------------------------------------------- the next token
+def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
+           repetition_penalty=None):
+    """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
+    is left out; temperature None takes the likeliest. The order is that of transformers: penalty
+    (Keskar 2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
+    if repetition_penalty is not None:
+        factor = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
+        logits = jnp.where(occurred, logits * factor, logits)
+    if temperature is None:
+        return jnp.argmax(logits, axis=-1)
+    logits, ids = logits / temperature, None  # ids: which tokens, once sorted
+    if top_k is not None or top_p is not None:  # from here on sorted, best first
+        V = logits.shape[-1]
+        logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
+    probs = jax.nn.softmax(logits, axis=-1)
+    if top_p is not None:  # keep a token if those before it sum to less than top_p
+        logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < top_p, logits, -jnp.inf)
+    if min_p is not None:
+        best = probs.max(axis=-1, keepdims=True)
+        logits = jnp.where(probs >= min_p * best, logits, -jnp.inf)
+    choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
+    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+
+def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
+    """What `generate` does to one row, without a cache: the whole text again for each token."""
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+    ids, end = list(prompt), len(prompt) + max_new_tokens
+    for n in range(len(prompt), end):
+        padded = np.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
+        occurred = np.isin(np.arange(model.config.vocab_size), ids)[None]
+        rng_keys = jax.random.fold_in(key, n)[None]
+        ids += sample(forward(state, padded)[:, n - 1], rng_keys, occurred, **sampling).tolist()
+    return ids[len(prompt) :]
+
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, top_k, sampling: dict):
+    """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
+    model = nnx.merge(graphdef, state)
+    x, cache = model.hidden(tokens, positions, cache)
+    logits, occurred = model.head(x[:, -1]), None
+    if sampling["repetition_penalty"] is not None:
+        row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
+        occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
+    return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
+
+STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
+
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def decode(graphdef, state, cache: Cache, token, keys, top_k, sampling: dict, steps):
+    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    def step(i, carry):
+        cache, token, new = carry
+        # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
+        inputs = cache, token[:, None], None, keys, top_k, sampling
+        cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
+        return cache, token, new.at[:, i].set(token)
+
+    empty = jnp.zeros((len(token), STEPS), int)
+    return jax.lax.fori_loop(0, steps, step, (cache, token, empty))[::2]
+
+def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+    """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
+    power of two from 64 on and S, the length of the cache, a multiple of 128: lengths share
+    compiled programs. InputError: no tokens, foreign ids, or too many."""
+    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
+    if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
+        raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
+    if longest + max_new_tokens > context:
+        raise InputError(f"{longest} + {max_new_tokens} tokens do not fit the context of {context}")
+    T = max(64, 1 << (longest - 1).bit_length())
+    tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
+    positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
+
+def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
+             top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
+    """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
+    ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
+    key: a jax.random.key, which is folded with the row's index, or one for each row. temperature 0
+    takes the likeliest token; top_p and min_p are from 0 to 1."""
+    sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
+                "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
+    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    B, stops = len(prompts), list(stop_ids)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    graphdef, state = nnx.split(model)
+    cache = init_cache(model.config, B, S, model.dtype)
+    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, top_k, sampling)
+    new = np.asarray(token)[:, None]
+    while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
+        steps = min(STEPS, max_new_tokens - new.shape[1])
+        cache, more = decode(graphdef, state, cache, new[:, -1], keys, top_k, sampling, steps)
+        new = np.concatenate([new, more[:, :steps]], axis=1)
+    return [row[: next((i for i, t in enumerate(row) if t in stops), None)] for row in new.tolist()]
+
+# -------------------------------------------------------------------------------------- checkpoints
+# Parameter path -> its name in a checkpoint, and whether it is transposed there.
+CHECKPOINT = [
+    (r"lm_head\.kernel", "lm_head.weight", True),
+    (r"(.+)\.kernel", r"model.\1.weight", True),
+    (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
+    (r"(.+)\.bias", r"model.\1.bias", False),
+]
+VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # their padded rows are not saved
+RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # in files without a head: no prefix
+IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"  # the token table again; RoPE's frequencies
+DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model"]
+
+def fetch(name, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
+    for whole in FORMATS:
+        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if any(folder.glob(patterns[-1])):
+            break
+    return folder
+
+def safetensors_in(file: Path) -> dict:
+    """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
+    def read(name):  # opens the file anew, as pages of an open file count as our memory
+        with safe_open(file, "np") as tensors:
+            return tensors.get_tensor(name)
+    with safe_open(file, "np") as tensors:
+        return {name: partial(read, name) for name in list(tensors.keys())}
+
+STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,
+            "DoubleStorage": np.float64, "LongStorage": np.int64, "BoolStorage": np.bool_}
+
+def torch_tensors_in(file: Path) -> dict:
+    """The same of a pytorch_model.bin, without torch. The file is a zip of raw storages and a
+    pickle, which gets nothing but what stands here to call, so that no code of a file ever runs."""
+    def read(storage, offset, shape, strides):
+        dtype, name = np.dtype(storage[0]), storage[1]
+        with zipfile.ZipFile(file) as archive:  # ndarray refuses what lies outside of the storage
+            return np.ndarray(shape, dtype, archive.read(name), offset * dtype.itemsize,
+                              [stride * dtype.itemsize for stride in strides])
+    callables = {"OrderedDict": type("Weights", (dict,), {}), **STORAGES,
+                 "_rebuild_tensor_v2": lambda *tensor: partial(read, *tensor[:4]),
+                 "_rebuild_parameter": lambda tensor, *_: tensor}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name not in callables:
+                raise InputError(f"{file} wants to run {module}.{name}, which weights do not need")
+            return callables[name]
+        def persistent_load(self, reference):  # ("storage", dtype, key, device, size)
+            return reference[1], pickled.replace("data.pkl", f"data/{reference[2]}")
+
+    with zipfile.ZipFile(file) as archive:
+        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return Unpickler(archive.open(pickled)).load()
+
+FORMATS = {"model.safetensors": safetensors_in, "pytorch_model.bin": torch_tensors_in}
+
+def stored_tensors(folder: Path) -> dict:
+    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    for whole, tensors_in in FORMATS.items():
+        index, files = folder / f"{whole}.index.json", [whole]
+        if index.exists() and not (folder / whole).exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif not (folder / whole).exists():
+            continue
+        stored = [item for file in files for item in tensors_in(folder / file).items()]
+        return {re.sub(*RENAMED, name): read for name, read in stored}
+    raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
+
+def named_parameters(state):
+    """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
+    for parts, param in nnx.to_flat_state(state):
+        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
+        yield path, param, re.sub(pattern, name, path), transposed
+
+def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
+    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
+    dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
+    mesh: each tensor goes straight to the devices where SHARDING puts its parts. InputError: of
+    another kind, or tensors that are missing, unexpected or of the wrong shape."""
+    folder = fetch(source, revision)
+    config = Config.from_hf(json.loads((folder / "config.json").read_text()))
+    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    key = jax.random.key(0)  # one for all, as nothing is drawn: ten times as fast as an nnx.Rngs
+    rngs = SimpleNamespace(params=lambda: key)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
+    stored = stored_tensors(folder)
+    wanted = {name for _, _, name, _ in named_parameters(state)}
+    extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
+    for problem, names in [("lacks", wanted - stored.keys()), ("has unexpected", extra)]:
+        if names:
+            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {sorted(names)[0]}")
+    # The largest first: while it is converted there are two more copies of it.
+    for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
+        tensor = stored[name]().T if transposed else stored[name]()
+        if tensor.shape != param.shape:
+            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, but config.json says "
+                             f"{param.shape}")
+        where = mesh and sharding(mesh, path, param.shape)
+        param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
+    return nnx.merge(graphdef, state)
+
+def save(model: Model, folder) -> None:
+    """Writes config.json and model.safetensors as transformers and `load` read them."""
+    tensors, V = {}, model.config.vocab_size
+    for path, param, name, transposed in named_parameters(nnx.state(model)):
+        tensor = np.asarray(param[...]).T if transposed else np.asarray(param[...])
+        tensors[name] = np.ascontiguousarray(tensor[:V] if path in VOCABULARY else tensor)
+    config = {**model.config.to_hf(), "dtype": str(tensor.dtype)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+# Which dimensions of a parameter are split over a mesh that has axes "fsdp" and "tensor".
+SHARDING = [
+    (r"embed_tokens\.embedding", ("tensor", "fsdp")),
+    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel|lm_head\.kernel", ("fsdp", "tensor")),
+    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.bias", ("tensor",)),
+    (r".+\.(o_proj|down_proj)\.kernel", ("tensor", "fsdp")),
+    (r".+", ()),
+]
+
+def sharding(mesh, path: str, shape):
+    """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
+    axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
+    axes = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+            for axis, size in zip(axes, shape, strict=False)]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+def tokenizer(name, revision: str | None = None):
+    """An object with encode(text) -> ids and decode(ids) -> text, from a folder or a Hub id: of
+    tokenizer.json, which says how a text begins, else of tokenizer.model, where it is with <s>."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+    folder = fetch(name, revision)
+    if (folder / "tokenizer.json").exists():
+        codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        return SimpleNamespace(encode=lambda text: codec.encode(text).ids, decode=codec.decode)
+    codec = SentencePieceProcessor(f"{folder}/tokenizer.model")
+    return SimpleNamespace(encode=partial(codec.encode, add_bos=True), decode=codec.decode)
+
+if __name__ == "__main__":
+    text = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
+    name = sys.argv[2] if len(sys.argv) > 2 else next(iter(PRESETS))
+    codec, model = tokenizer(name), load(name)
+    [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
+                     top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
+    print(text + codec.decode(new))
