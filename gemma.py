@@ -75,11 +75,12 @@ class Config:
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a Gemma, or an unsupported one."""
         values = {**values, **values.get("text_config", {})}  # of a multimodal Gemma 3
-        kind, rope = values.get("model_type"), values.get("rope_parameters") or {}
+        kind, rope = values.get("model_type", cls.model_type), values.get("rope_parameters") or {}
         act = values.get("hidden_activation") or values.get("hidden_act", "gelu_pytorch_tanh")
         full = {**(values.get("rope_scaling") or {}), **rope.get(FULL, rope)}
         for name, value, supported in [
             ("model_type", kind, tuple(KINDS)),
+            ("tie_word_embeddings", values.get("tie_word_embeddings", True), (True,)),
             ("hidden_activation", act, ("gelu", "gelu_pytorch_tanh")),  # both mean the tanh form
             ("rope_type", full.get("rope_type", full.get("type")), (None, "default", "linear")),
         ]:
@@ -336,7 +337,7 @@ class Cache(NamedTuple):
 def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
     """An empty cache of `length` slots; whole: also where a window needs fewer."""
     K, Dh, layers = config.num_key_value_heads, config.head_dim, []
-    for kind in config.layer_types:
+    for kind in config.layer_types[: config.num_hidden_layers]:
         slots = length if whole or kind == FULL else min(length, config.sliding_window)
         layers.append(tuple(jnp.zeros((2, batch, slots, K, Dh), dtype)))
     tokens, positions = jnp.zeros((batch, length), int), jnp.full((batch, length), -1)
@@ -403,7 +404,7 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
     return ids[len(prompt) :]
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
-def prefill(graphdef, state, cache: Cache, tokens, positions, keys, top_k, sampling: dict):
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
     """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -417,12 +418,12 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, top_k, sampl
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
-def decode(graphdef, state, cache: Cache, token, keys, top_k, sampling: dict, steps):
+def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
     """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
-        inputs = cache, token[:, None], None, keys, top_k, sampling
+        inputs = cache, token[:, None], None, keys, sampling, top_k
         cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
         return cache, token, new.at[:, i].set(token)
 
@@ -458,11 +459,11 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     graphdef, state = nnx.split(model)
     cache = init_cache(model.config, B, S, model.dtype)
-    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, top_k, sampling)
+    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling, top_k)
     new = np.asarray(token)[:, None]
     while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
         steps = min(STEPS, max_new_tokens - new.shape[1])
-        cache, more = decode(graphdef, state, cache, new[:, -1], keys, top_k, sampling, steps)
+        cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps, top_k)
         new = np.concatenate([new, more[:, :steps]], axis=1)
     return [row[: next((i for i, t in enumerate(row) if t in stops), None)] for row in new.tolist()]
 

@@ -54,6 +54,8 @@ class Family:
     dropouts: tuple[str, ...]  # the rates of dropout in config.json
     table: str  # the module that is the token table
     matrix: str  # the path of a matrix of layer 1 that is not square
+    activation: str = "activation_function"  # what config.json calls it
+    own_head: bool = True  # whether a config may ask for one
     halves: tuple[str, ...] = ("bfloat16", "float16")  # dtypes beside float32
     buffers: tuple[str, ...] = ()  # tensors of old files that are no parameters
     cut: dict = field(default_factory=dict)  # makes the published size small enough for a test
@@ -340,8 +342,10 @@ ROTARY = {
     "dropouts": (),
     "table": "embed_tokens",
     "matrix": "layers.1.mlp.up_proj.kernel",
+    "activation": "hidden_act",
 }
-SMALL = {"vocab_size": 97, "max_position_embeddings": 128, "hidden_size": 48, "head_dim": 16,
+SMALL = {"tie_word_embeddings": True, "vocab_size": 97, "max_position_embeddings": 128,
+         "hidden_size": 48, "head_dim": 16,
          "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3,
          "num_key_value_heads": 3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2}
@@ -374,16 +378,15 @@ LLAMA = Family(
     sizes=SMALL | {"rms_norm_eps": 1e-5},
     configs={
         "plain": {},
-        "grouped heads": {**GROUPED, "num_hidden_layers": 3},
-        "one key head, tied": {"num_attention_heads": 4, "num_key_value_heads": 1,
-                               "tie_word_embeddings": True, "head_dim": 20},
+        "grouped heads": {**GROUPED, "num_hidden_layers": 3, "tie_word_embeddings": False},
+        "one key head": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 20},
         "biases": {"attention_bias": True, "mlp_bias": True, **GROUPED, "head_dim": 8},
         "large epsilon and theta": {"rms_norm_eps": 1e-2, **rope("default", 500000.0)},
         "linear RoPE": rope("linear", factor=3.0),
         "dynamic RoPE": {"max_position_embeddings": 64, **rope("dynamic", factor=2.0)},
         "llama3 RoPE": rope("llama3", 500.0, factor=8.0, low_freq_factor=1.0,
                             high_freq_factor=4.0, original_max_position_embeddings=32),
-        "square head": {"vocab_size": 48},
+        "square head": {"vocab_size": 48, "tie_word_embeddings": False},
     },
     parts=rotary_parts(llama),
     mutations={
@@ -431,10 +434,12 @@ GEMMA = Family(
     hf_config=gemma_config,
     cut={"vocab_size": 2000},
     halves=("bfloat16",),
+    own_head=False,
     sizes=SMALL | {"pad_token_id": 0},
     configs={
         "plain": {},
         "grouped heads": GROUPED,
+        "square head": {"vocab_size": 48},
         "one key head, wide": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 20,
                                "rms_norm_eps": 1e-2},
         "second": GEMMA2,
@@ -513,14 +518,14 @@ MISTRAL = Family(
     sizes=SMALL | {"sliding_window": None, "rms_norm_eps": 1e-5},
     configs={
         "plain": {},
-        "grouped heads": {**GROUPED, "num_hidden_layers": 3, "tie_word_embeddings": True},
+        "grouped heads": {**GROUPED, "num_hidden_layers": 3, "tie_word_embeddings": False},
         "window of 5": {"sliding_window": 5, **GROUPED, "num_hidden_layers": 3},
         "window of 70": {"sliding_window": 70, "head_dim": 20},
         "large epsilon and theta": {"rms_norm_eps": 1e-2, **rope("default", 1e6)},
         "8 experts": {**MIXTRAL, **GROUPED, "num_local_experts": 8},
         "2 experts, window of 7": {**MIXTRAL, "num_local_experts": 2, "sliding_window": 7},
         "4 experts, one at a time": {**MIXTRAL, "num_local_experts": 4, "num_experts_per_tok": 1},
-        "square head": {"vocab_size": 48},
+        "square head": {"vocab_size": 48, "tie_word_embeddings": False},
     },
     parts=rotary_parts(mistral),
     mutations={

@@ -97,6 +97,8 @@ def test_buffers_and_a_repeated_tied_head_are_skipped(family, plain, folder, ten
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_parameters_are_stored_as_dtype_or_param_dtype_says(family, plain, dtype):
+    if dtype not in ("float32", *family.halves):
+        pytest.skip(f"{family.name} refuses {dtype}")
     model = family.module.load(plain.folder, dtype=dtype)
     for path, value in state_of(model).items():
         expected = np.asarray(state_of(plain.model)[path]).astype(dtype)
@@ -167,10 +169,13 @@ def test_a_missing_an_unexpected_and_a_misshapen_tensor_are_named(family, plain,
         write(folder, tensors | {unexpected: matrix})
         refuse(module, folder, "unexpected", unexpected)
     write(folder, tensors | {name: np.ascontiguousarray(matrix.T)})
-    refuse(module, folder, name, family.matrix, "[192, 48]", "[48, 192]")
+    D, F = state_of(plain.model)[family.matrix].shape
+    refuse(module, folder, name, family.matrix, f"({F}, {D})", f"({D}, {F})")
 
 
 def test_an_own_head_is_missed_where_the_config_wants_one(family, folder, tensors):
+    if not family.own_head:
+        pytest.skip("the head is always the token table")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     write(folder, tensors)
@@ -201,13 +206,14 @@ def test_a_missing_file_is_named(family, plain, folder, tmp_path_factory):
     missing(empty, empty / "config.json")
 
 
-@pytest.mark.parametrize("change", [{"model_type": "bert"}, {"activation_function": "swish2"}],
-                         ids=str)
-def test_a_config_of_something_else_is_refused_with_what_would_do(family, folder, change):
+def test_a_config_of_something_else_is_refused_with_what_would_do(family, folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
-    possible = [family.name] if "model_type" in change else family.module.ACTIVATIONS
-    refuse(family.module, folder, *change.values(), *possible)
+    for name, value, possible in [("model_type", "bert", [family.name]),
+                                  (family.activation, "swish2", ["silu", "relu", "gelu"])]:
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(family.module.InputError, match=value) as error:
+            family.module.load(folder)
+        assert any(other in str(error.value) for other in possible)
 
 
 # -------------------------------------------------------------------------------------- the config
@@ -221,12 +227,13 @@ def test_a_config_survives_the_way_to_transformers_and_back(case, tmp_path):
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert theirs.model_type == AutoConfig.from_pretrained(case.folder).model_type
     original = AutoConfig.from_pretrained(case.folder).to_dict()
-    unlike = {key for key, value in theirs.to_dict().items() if original[key] != value}
+    unlike = {key for key, value in theirs.to_dict().items() if original.get(key, value) != value}
     assert unlike <= {"dtype", "_name_or_path"}
 
 
 def test_several_end_tokens_survive_it_too_and_a_padded_vocabulary_is_not_saved(family):
-    config = family.module.Config(eos_token_id=(5, 6), padded_vocab_size=60_000)
+    config = dataclasses.replace(next(iter(family.module.PRESETS.values()))[-1],
+                                 eos_token_id=(5, 6), padded_vocab_size=300_000)
     back = family.module.Config.from_hf(json.loads(json.dumps(config.to_hf())))
     assert back == dataclasses.replace(config, padded_vocab_size=None)
 
@@ -260,8 +267,11 @@ def test_a_bfloat16_model_is_saved_as_such(family, plain, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
 def test_rows_that_pad_the_vocabulary_are_not_saved(family, tmp_path, tied):
+    if not tied and not family.own_head:
+        pytest.skip("the head is always the token table")
+    own = {"tie_word_embeddings": tied} if family.own_head else {}
     config = dataclasses.replace(family.module.Config.from_hf(family.sizes),
-                                 padded_vocab_size=128, tie_word_embeddings=tied)
+                                 padded_vocab_size=128, **own)
     model = family.module.Model(config, rngs=nnx.Rngs(0))
     assert getattr(model, family.table).embedding.shape[0] == 128
     family.module.save(model, tmp_path)

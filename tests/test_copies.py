@@ -43,15 +43,15 @@ def test_what_is_listed_as_a_copy_is_there(what):
 
 
 def test_a_changed_copy_is_reported_and_restored(tree):
-    """A function, a method, a constant and a class with a decorator."""
-    for old, new in [("penalised = jnp.where(logits > 0,", "penalised = jnp.where(logits >= 0,"),
+    """A function, a method, a constant and a function with a decorator."""
+    for old, new in [("factor = jnp.where(logits > 0,", "factor = jnp.where(logits >= 0,"),
                      ("x, new_cache = self.hidden(", "x, rest = self.hidden("),
                      ("STEPS = 32", "STEPS = 33"),
-                     ("@dataclass(frozen=True)\nclass Sampling", "@dataclass\nclass Sampling")]:
+                     ("donate_argnames=\"cache\")\ndef decode", "donate_argnames=())\ndef decode")]:
         replace(tree / "opt.py", old, new)
     done = run(tree)
     assert done.returncode == 1
-    for what in ("sample", "Model.__call__", "STEPS", "Sampling"):
+    for what in ("sample", "Model.__call__", "STEPS", "decode"):
         assert f"{what} differs between gpt2.py and opt.py\n" in done.stdout
     assert run(tree, "--write", "gpt2.py").returncode == 0
     for name in HERE:

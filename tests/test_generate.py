@@ -87,10 +87,10 @@ def test_greedy_tokens_are_those_of_transformers(case):
 def test_greedy_with_a_repetition_penalty_is_that_of_transformers(plain):
     plain.hf64.generation_config.eos_token_id = None
     text = plain.hf64.generate(torch.tensor([[5, 7, 11]]), max_new_tokens=64, do_sample=False,
-                               attention_mask=torch.ones(1, 3), repetition_penalty=1.3,
+                               attention_mask=torch.ones(1, 3), repetition_penalty=3.0,
                                pad_token_id=0)
     [new] = plain.family.module.generate(plain.model, [[5, 7, 11]], 64, key=KEY, temperature=0,
-                                         repetition_penalty=1.3)
+                                         repetition_penalty=3.0)
     assert new == text[0, 3:].tolist()
     assert new != plain.family.module.generate(plain.model, [[5, 7, 11]], 64, key=KEY,
                                                temperature=0)[0]
@@ -107,7 +107,7 @@ def test_a_row_ends_before_its_first_stop_id_and_the_others_go_on(family, model)
 def test_generation_ends_early_once_every_row_has_stopped(family, model, monkeypatch):
     calls = []
     decode = family.module.decode
-    monkeypatch.setattr(family.module, "decode", lambda *a: calls.append(a[-1]) or decode(*a))
+    monkeypatch.setattr(family.module, "decode", lambda *a: calls.append(a[-2]) or decode(*a))
     free = family.module.generate(model, [[5, 7, 11]], 100, key=KEY)
     everywhere, calls[:] = list(calls), []
     assert sum(everywhere) == 99  # one came from prefill
