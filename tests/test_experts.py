@@ -1,0 +1,113 @@
+"""Mixtral's experts: two forms of the same sum, neither of which does more than the chosen work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from families import MISTRAL
+from flax import nnx
+from jax.nn import silu
+
+import mistral
+
+N, D, F, E, CHOSEN = 96, 16, 24, 8, 2
+
+
+@pytest.fixture(scope="module")
+def experts():
+    config = mistral.Config("mixtral", hidden_size=D, intermediate_size=F, initializer_range=0.3)
+    return [mistral.MLP(config, ("w1", "w3", "w2"), rngs=nnx.Rngs(e)) for e in range(E)]
+
+
+def choices(n, seed=0):
+    """The arguments that come after the experts: rows, and who goes where, sorted by expert."""
+    rng = np.random.default_rng(seed)
+    rows = jnp.array(rng.normal(size=(n, D)), jnp.float32)
+    chosen = np.array([rng.choice(E, CHOSEN, replace=False) for _ in range(n)])
+    order = np.argsort(chosen.ravel(), kind="stable")
+    weight = rng.uniform(size=n * CHOSEN).astype(np.float32)
+    counts = np.bincount(chosen.ravel(), minlength=E)
+    return rows, jnp.array(order // CHOSEN), jnp.array(weight[order]), jnp.array(counts)
+
+
+def dense(experts, rows, token, weight, counts):
+    """One choice after the other, in NumPy."""
+    out, expert = np.zeros(rows.shape), np.repeat(np.arange(E), counts)
+    for t, w, e in zip(token, weight, expert, strict=True):
+        w1, w3, w2 = (getattr(experts[e], name).kernel[...] for name in ("w1", "w3", "w2"))
+        out[t] += w * ((silu(rows[t] @ w1) * (rows[t] @ w3)) @ w2)
+    return out
+
+
+@pytest.mark.parametrize("run", [mistral.run_in_blocks, mistral.run_ragged],
+                         ids=["blocks", "ragged"])
+@pytest.mark.parametrize("n", [1, 5, N])
+def test_both_forms_are_the_weighted_sum_of_the_chosen_experts(experts, run, n):
+    inputs = choices(n)
+    np.testing.assert_allclose(run(experts, *inputs), dense(experts, *inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 128])
+def test_the_size_of_a_block_changes_nothing(experts, block):
+    inputs = choices(N)
+    found = mistral.run_in_blocks(experts, *inputs, block=block)
+    np.testing.assert_allclose(found, dense(experts, *inputs), rtol=0, atol=1e-5)
+
+
+def test_both_forms_have_the_same_gradients(experts):
+    graphdef, state = nnx.split(nnx.List(experts))
+    rows, *rest = choices(N)
+
+    def gradients(run):
+        def loss(state, rows):
+            return (run(nnx.merge(graphdef, state), rows, *rest) ** 2).mean()
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(state, rows))
+
+    for one, other in zip(gradients(lambda *a: mistral.run_in_blocks(*a, block=16)),
+                          gradients(mistral.run_ragged), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(("n", "block", "most"), [(1, 128, CHOSEN), (4, 4, 4 * CHOSEN),
+                                                  (N, 8, N * CHOSEN // 8 + E)])
+def test_only_the_chosen_work_is_done_in_blocks(n, block, most):
+    """Each expert counts its blocks; one that nobody chose is not called at all."""
+    calls = []
+
+    def expert(e):
+        def run(rows):
+            jax.debug.callback(lambda: calls.append(e))
+            return rows
+
+        return run
+
+    inputs = choices(n)
+    run = jax.jit(lambda *inputs: mistral.run_in_blocks([expert(e) for e in range(E)], *inputs,
+                                                        block=block))
+    run(*inputs).block_until_ready()
+    jax.effects_barrier()
+    assert 0 < len(calls) <= most
+    assert set(calls) == set(np.flatnonzero(inputs[3]).tolist())
+
+
+@pytest.mark.parametrize(("run", "platform"), [(mistral.run_in_blocks, "cpu"),
+                                               (mistral.run_ragged, "cuda")])
+def test_no_program_holds_all_tokens_for_all_experts(experts, run, platform):
+    """Read in the program before the compiler: no tensor of experts x tokens x anything."""
+    graphdef, state = nnx.split(nnx.List(experts))
+    program = jax.jit(lambda state, *rest: run(nnx.merge(graphdef, state), *rest))
+    text = program.trace(state, *choices(N)).lower(lowering_platforms=(platform,)).as_text()
+    for tokens in (N, N * CHOSEN):
+        assert f"tensor<{E}x{tokens}x" not in text and f"tensor<{tokens}x{E}x" not in text
+    assert ("ragged_dot" in text) == (run is mistral.run_ragged)
+
+
+def test_the_balance_loss_is_that_of_transformers(make_case):
+    for name in ("8 experts", "4 experts, one at a time"):
+        case = make_case(MISTRAL, name)
+        _, cache = case.model.hidden(jnp.array(case.tokens))
+        with torch.no_grad():
+            theirs = case.hf32(torch.tensor(case.tokens), output_router_logits=True).aux_loss
+        assert float(mistral.balance_loss(cache)) == pytest.approx(float(theirs), rel=1e-5)
