@@ -4,7 +4,7 @@ Gemma is Llama with other parts. Gemma 1: token vectors are scaled by sqrt(D), n
 1 + weight, the MLP's gate is a GELU, heads are 256 wide whatever D is. Gemma 2 adds norms after
 attention and MLP, caps scores and logits with a tanh, and lets every other layer see only a window
 of the last tokens. Gemma 3 norms queries and keys instead of capping, has five layers with a window
-for one without, and turns their heads at another speed. Of its multimodal models, the text part.
+for one without, which turn at speeds of their own. Of its multimodal models, the text part.
 
 Papers: Gemma Team 2024, "Gemma" and "Gemma 2"; 2025, "Gemma 3". Reference: modeling_gemma.py,
 modeling_gemma2.py and modeling_gemma3.py of Hugging Face's transformers.
@@ -58,7 +58,7 @@ class Config:
     num_key_value_heads: int = 4  # K
     head_dim: int = 256  # Dh
     query_pre_attn_scalar: float = 256  # attention scores are divided by its root
-    layer_types: tuple[str, ...] = ()  # FULL or SLIDING for each layer
+    layer_types: tuple[str, ...] = ()  # FULL or SLIDING, one for each layer: to be given
     sliding_window: int = 4096  # how many tokens a SLIDING layer sees, the current one included
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -96,7 +96,7 @@ class Config:
                   "rope_local_base_freq": local if third else theta,
                   "rope_factor": full.get("factor", 1.0)}
         if kind == "gemma":
-            known["query_pre_attn_scalar"] = known["head_dim"]
+            known["query_pre_attn_scalar"] = known.get("head_dim", cls.head_dim)
         if kind == "gemma2":
             known = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **known}
         return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
@@ -146,10 +146,10 @@ class RMSNorm(nnx.Module):
         x32 = x32 * jax.lax.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + self.eps)
         return (x32 * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
-def rotate(x, positions, frequencies):
-    """RoPE: turns the pairs (i, i + Dh / 2) of each head, in float32. x [B, T, H, Dh] -> the same.
+def rotate(x, positions, speed):
+    """RoPE: turns the pairs (i, i + Dh / 2) of each head by position times speed, in float32.
     A query times a key then depends on their distance alone: Su et al. 2021, equation (34)."""
-    angles = (positions[..., None] * frequencies)[:, :, None]  # [B, T, 1, Dh / 2]
+    angles = (positions[..., None] * speed)[:, :, None]  # [B, T, 1, Dh / 2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [one * cos - other * sin, other * cos + one * sin]
@@ -160,10 +160,10 @@ def attend(q, k, v, q_positions, k_positions, **options):
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Softmax in float32; options as in `masked_scores`. Vaswani et al. 2017, equation (1)."""
     (B, T, H, Dh), K = q.shape, k.shape[2]
-    G = H // K  # queries share a key: side by side, as if they were tokens, K heads are left
+    G = H // K  # heads kG to kG + G - 1 share key head k: they become tokens of it, of K heads
     q = q.reshape(B, T, K, G, Dh).swapaxes(2, 3).reshape(B, T * G, K, Dh)
     q_positions = jnp.repeat(q_positions, G, axis=1)
-    if T >= LONG:
+    if T * k.shape[1] >= LONG**2 and T > 1:
         x = attend_chunked(q, k, v, q_positions, k_positions, **options)
     else:
         probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, **options))
@@ -179,15 +179,15 @@ def masked_scores(q, k, q_positions, k_positions, scale, window=None, softcap=No
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
     visible = visible if window is None else visible & (q_pos - k_pos < window)
-    # Not -inf: where no key is visible, softmax is then the mean, which nobody sees, and not NaN.
+    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
+LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
-    score comes: Milakov and Gimelshein 2018, algorithm 3."""
+    score comes: Milakov and Gimelshein 2018; Rabe and Staats 2021."""
     def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
         pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, pad, constant_values=fill)
@@ -222,7 +222,7 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = (RMSNorm(config, Dh, **options) for _ in range(2))
 
     def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)): what `remember` keeps of `past` and these."""
         (B, T, _), config, Dh = x.shape, self.config, self.config.head_dim
         q = self.q_proj(x).reshape(B, T, -1, Dh)  # [B, T, H, Dh]
         k = self.k_proj(x).reshape(B, T, -1, Dh)  # [B, T, K, Dh]
@@ -233,7 +233,7 @@ class Attention(nnx.Module):
         speed = theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)
         speed = speed if self.sliding else speed / config.rope_factor
         q, k = rotate(q, positions, speed), rotate(k, positions, speed)
-        k, v, k_positions, kv = remember(past, k, v, k_positions, start)  # [B, S, K, Dh]
+        k, v, k_positions, kv = remember(past, k, v, k_positions, start)
         x = attend(q, k, v, positions, k_positions, scale=config.query_pre_attn_scalar**-0.5,
                    window=config.sliding_window if self.sliding else None,
                    softcap=config.attn_logit_softcapping)  # [B, T, H, Dh]
@@ -294,8 +294,8 @@ class Model(nnx.Module):
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
-        positions [B, T]: -1 for padding; default: counts on from the cache, which must have T slots
-        left. rngs is for dropout, which Gemma has none of."""
+        positions [B, T]: -1 for padding, which only comes first; default: counts on from the cache,
+        which must have T slots left. rngs is for dropout, which there is none of."""
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
@@ -330,9 +330,9 @@ class Cache(NamedTuple):
     """The keys and values of all tokens so far, so that a new token computes only its own. All rows
     fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
     layers: tuple  # for each layer (k, v), each [B, S, K, Dh]; SLIDING layers: a ring of slots
-    tokens: jax.Array  # [B, S]
+    tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
-    filled: jax.Array  # how many of the slots are in use
+    filled: jax.Array  # how many slots are written, padding included: where the next go
 
 def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
     """An empty cache of `length` slots; whole: also where a window needs fewer."""
@@ -345,12 +345,12 @@ def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> C
 
 def remember(past, k, v, positions, start):
     """Puts the new k and v [B, T, K, Dh] into a layer's slots -> (k, v, k_positions to attend to,
-    what is kept). Slot i of a ring holds the last token whose number leaves the remainder i."""
+    what is kept). Slot i of a ring holds the newest of the positions' columns i, i + ring, ..."""
     T, S, ring = k.shape[1], positions.shape[1], past[0].shape[1]
     if ring == S:
         k, v = write(past[0], k, start), write(past[1], v, start)
         return k, v, positions, (k, v)
-    def held(end):  # by each slot, when there are so many tokens: (number, position)
+    def held(end):  # in each slot once the columns before `end` are in: (its column, its position)
         number = end - 1 - (end - 1 - jnp.arange(ring)) % ring
         return number, jnp.where(number >= 0, positions[:, number], -1)
     (_, old_positions), (number, ring_positions) = held(start), held(start + T)
@@ -392,7 +392,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to one row, without a cache: the whole text again for each token."""
+    """What `generate` does to a row of that key, without a cache: all of the text each time."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -412,28 +412,29 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     if sampling["repetition_penalty"] is not None:
         row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
         occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # by position
     return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
-        # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
         inputs = cache, token[:, None], None, keys, sampling, top_k
+        # Without the barrier XLA on a CPU would keep a float32 copy of all half-precision weights.
         cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
         return cache, token, new.at[:, i].set(token)
 
-    empty = jnp.zeros((len(token), STEPS), int)
-    return jax.lax.fori_loop(0, steps, step, (cache, token, empty))[::2]
+    new = jnp.zeros((len(token), STEPS), int)
+    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
+    return cache, new
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
-    power of two from 64 on and S, the length of the cache, a multiple of 128: lengths share
-    compiled programs. InputError: no tokens, foreign ids, or too many."""
+    power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
+    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -478,15 +479,16 @@ RENAMED = (r"^(language_model\.|model\.)*(?!lm_head\.)", "model.")  # multimodal
 IGNORED = r".*lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model"]
 
-def fetch(name, revision: str | None = None) -> Path:
+def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
-    for whole in FORMATS:
-        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        if any(folder.glob(patterns[-1])):
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+    for whole in FORMATS if weights else []:  # the first format that there is
+        pattern = whole.replace(".", "*.") + "*"  # also shards and their index
+        snapshot_download(name, revision=revision, allow_patterns=pattern)
+        if any(folder.glob(pattern)):
             break
     return folder
 
@@ -501,7 +503,7 @@ def safetensors_in(file: Path) -> dict:
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
 
 def stored_tensors(folder: Path) -> dict:
-    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
         index, files = folder / f"{whole}.index.json", [whole]
         if index.exists() and not (folder / whole).exists():
@@ -515,15 +517,15 @@ def stored_tensors(folder: Path) -> dict:
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
     for parts, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        path = ".".join(map(str, parts))  # such as "layers.0.fc1.kernel"
         pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
-    dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
-    mesh: each tensor goes straight to the devices where SHARDING puts its parts. InputError: of
-    another kind, or tensors that are missing, unexpected or of the wrong shape."""
+    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
+    mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
+    InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -569,7 +571,7 @@ SHARDING = [
 def sharding(mesh, path: str, shape):
     """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    axes = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+    axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
@@ -579,7 +581,7 @@ def tokenizer(name, revision: str | None = None):
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
-    folder = fetch(name, revision)
+    folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
         return SimpleNamespace(encode=lambda text: codec.encode(text).ids, decode=codec.decode)
@@ -592,4 +594,4 @@ if __name__ == "__main__":
     codec, model = tokenizer(name), load(name)
     [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
                      top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
-    print(text + codec.decode(new))
+    print(codec.decode(codec.encode(text) + new))

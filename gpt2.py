@@ -63,7 +63,7 @@ class Config:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
-    padded_vocab_size: int | None = None  # for training: more rows in wte, which `save` drops
+    padded_vocab_size: int | None = None  # from scratch: more token vectors; `save` drops them
 
     @property
     def max_position_embeddings(self) -> int:
@@ -111,7 +111,7 @@ def attend(q, k, v, q_positions, k_positions, scale, dropout=None):
     """Each query gathers the values of the keys at its own and at earlier positions.
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Softmax in float32. Vaswani et al. 2017, equation (1)."""
-    if q.shape[1] >= LONG and dropout is None:
+    if q.shape[1] * k.shape[1] >= LONG**2 and q.shape[1] > 1 and dropout is None:
         return attend_chunked(q, k, v, q_positions, k_positions, scale=scale)
     probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, scale))
     probs = probs if dropout is None else dropout(probs)
@@ -123,15 +123,15 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: where no key is visible, softmax is then the mean, which nobody sees, and not NaN.
+    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
+LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
-    score comes: Milakov and Gimelshein 2018, algorithm 3."""
+    score comes: Milakov and Gimelshein 2018; Rabe and Staats 2021."""
     def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
         pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, pad, constant_values=fill)
@@ -167,9 +167,9 @@ class Attention(nnx.Module):
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)): the cache's `past`, T slots from `start` on new."""
         B, T, D = x.shape
-        dropout = None if rngs is None else partial(self.attn_dropout, rngs=rngs)
+        dropout = rngs and partial(self.attn_dropout, deterministic=False, rngs=rngs)
         qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, H, Dh] each
         k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, H, Dh]
@@ -209,7 +209,7 @@ class Model(nnx.Module):
     """GPT-2: tokens [B, T] -> logits [B, T, V].
 
     From scratch with GPT-2's own initialisation: normal(0.02), biases 0, norms 1, and the two
-    projections back into the stream scaled by 1 / sqrt(2 * n_layer), as it is added to that often.
+    projections back into the stream scaled by 1 / sqrt(2 * n_layer), as it gets that many of them.
     `dtype` is what is computed in, `param_dtype` what is stored; norms, attention scores, softmax
     and logits are float32 regardless. `remat` recomputes a block's activations for its gradient.
     """
@@ -231,7 +231,7 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
 
         positions [B, T]: below n_positions, -1 for padding; default: counts on from the cache,
-        which must have T slots left. rngs: an nnx.Rngs for dropout; None: no dropout.
+        which must have T slots left. rngs: an nnx.Rngs, to train with dropout.
         """
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
@@ -268,9 +268,9 @@ class Cache(NamedTuple):
     """The keys and values of all tokens so far, so that a new token computes only its own. All rows
     fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
     layers: tuple  # for each layer (k, v), each [B, S, heads, Dh]
-    tokens: jax.Array  # [B, S]
+    tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
-    filled: jax.Array  # how many of the slots are in use
+    filled: jax.Array  # how many slots are written, padding included: where the next go
 
 def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     """An empty cache of `length` slots."""
@@ -308,7 +308,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to one row, without a cache: the whole text again for each token."""
+    """What `generate` does to a row of that key, without a cache: all of the text each time."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -328,28 +328,29 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     if sampling["repetition_penalty"] is not None:
         row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
         occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # by position
     return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
-        # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
         inputs = cache, token[:, None], None, keys, sampling, top_k
+        # Without the barrier XLA on a CPU would keep a float32 copy of all half-precision weights.
         cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
         return cache, token, new.at[:, i].set(token)
 
-    empty = jnp.zeros((len(token), STEPS), int)
-    return jax.lax.fori_loop(0, steps, step, (cache, token, empty))[::2]
+    new = jnp.zeros((len(token), STEPS), int)
+    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
+    return cache, new
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
-    power of two from 64 on and S, the length of the cache, a multiple of 128: lengths share
-    compiled programs. InputError: no tokens, foreign ids, or too many."""
+    power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
+    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -397,15 +398,16 @@ RENAMED = (r"^(?!transformer\.|lm_head\.)", "transformer.")  # in files without 
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
 
-def fetch(name, revision: str | None = None) -> Path:
+def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
-    for whole in FORMATS:
-        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        if any(folder.glob(patterns[-1])):
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+    for whole in FORMATS if weights else []:  # the first format that there is
+        pattern = whole.replace(".", "*.") + "*"  # also shards and their index
+        snapshot_download(name, revision=revision, allow_patterns=pattern)
+        if any(folder.glob(pattern)):
             break
     return folder
 
@@ -420,7 +422,7 @@ def safetensors_in(file: Path) -> dict:
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
 
 def stored_tensors(folder: Path) -> dict:
-    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
         index, files = folder / f"{whole}.index.json", [whole]
         if index.exists() and not (folder / whole).exists():
@@ -434,15 +436,15 @@ def stored_tensors(folder: Path) -> dict:
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
     for parts, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        path = ".".join(map(str, parts))  # such as "layers.0.fc1.kernel"
         pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
-    dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
-    mesh: each tensor goes straight to the devices where SHARDING puts its parts. InputError: of
-    another kind, or tensors that are missing, unexpected or of the wrong shape."""
+    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
+    mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
+    InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -490,7 +492,7 @@ SHARDING = [
 def sharding(mesh, path: str, shape):
     """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    axes = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+    axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
@@ -501,7 +503,7 @@ def tokenizer(name, revision: str | None = None):
     """
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-    folder = fetch(name, revision)
+    folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
     else:
@@ -515,4 +517,4 @@ if __name__ == "__main__":
     codec, model = tokenizer(name), load(name)
     [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
                      top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
-    print(text + codec.decode(new))
+    print(codec.decode(codec.encode(text) + new))

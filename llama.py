@@ -55,7 +55,7 @@ class Config:
     head_dim: int = 128  # Dh
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()  # the items of the entry, such as ("rope_type", "linear")
+    rope_scaling: tuple = ()  # the entry's items; of linear and dynamic also "trained", its length
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
@@ -68,13 +68,13 @@ class Config:
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a Llama, or an unsupported one."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        H, K = values["num_attention_heads"], values.get("num_key_value_heads")
-        known |= {"num_key_value_heads": K or H,
-                  "head_dim": values.get("head_dim") or values["hidden_size"] // H}
+        H, D = values["num_attention_heads"], values["hidden_size"]
+        known |= {"num_key_value_heads": values.get("num_key_value_heads") or H,
+                  "head_dim": values.get("head_dim") or D // H}
         rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
         known["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", cls.rope_theta))
         kind = rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
-        if kind in ("linear", "dynamic"):  # the file's length is the trained one; longer is meant
+        if kind in ("linear", "dynamic"):  # texts may be `factor` times as long as trained
             rope["trained"] = known.get("max_position_embeddings", cls.max_position_embeddings)
             known["max_position_embeddings"] = int(rope["factor"] * rope["trained"])
         known["rope_scaling"] = tuple(sorted(rope.items())) if kind != "default" else ()
@@ -100,12 +100,11 @@ def v1(D: int, F: int, layers: int, H: int, K: int, **others) -> Config:
     """The config of a published checkpoint of the first generation."""
     return Config(hidden_size=D, intermediate_size=F, num_hidden_layers=layers, head_dim=D // H,
                   num_attention_heads=H, num_key_value_heads=K, **others)
-
 BANDS = (("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
          ("original_max_position_embeddings", 8192), ("rope_type", "llama3"))
-tiny = partial(v1, rms_norm_eps=1e-5)
-v2 = partial(tiny, max_position_embeddings=4096)
-v3 = partial(tiny, max_position_embeddings=8192, rope_theta=500000.0, vocab_size=128256)
+eps5 = partial(v1, rms_norm_eps=1e-5)
+v2 = partial(eps5, max_position_embeddings=4096)
+v3 = partial(eps5, max_position_embeddings=8192, rope_theta=500000.0, vocab_size=128256)
 v31 = partial(v3, max_position_embeddings=131072, rope_scaling=(("factor", 8.0), *BANDS))
 v32 = partial(v31, rope_scaling=(("factor", 32.0), *BANDS), tie_word_embeddings=True)
 smol = partial(v1, vocab_size=49152, rms_norm_eps=1e-5, tie_word_embeddings=True)
@@ -113,11 +112,12 @@ smol2 = partial(smol, max_position_embeddings=8192, rope_theta=100000.0)
 PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
     "HuggingFaceTB/SmolLM2-135M": (134_515_008, 0.3, False, smol2(576, 1536, 30, 9, 3)),
     "HuggingFaceTB/SmolLM2-360M": (361_821_120, 0.7, False, smol2(960, 2560, 32, 15, 5)),
-    "HuggingFaceTB/SmolLM2-1.7B": (1_711_376_384, 3.4, False, smol2(2048, 8192, 24, 32, 32)),
+    "HuggingFaceTB/SmolLM2-1.7B": (1_711_376_384, 3.4, False, smol2(
+        2048, 8192, 24, 32, 32, rope_theta=130000.0)),
     "HuggingFaceTB/SmolLM-135M": (134_515_008, 0.5, False, smol(576, 1536, 30, 9, 3)),
     "HuggingFaceTB/SmolLM-360M": (361_821_120, 1.4, False, smol(960, 2560, 32, 15, 5)),
     "HuggingFaceTB/SmolLM-1.7B": (1_711_376_384, 6.8, False, smol(2048, 8192, 24, 32, 32)),
-    "TinyLlama/TinyLlama_v1.1": (1_100_048_384, 4.4, False, tiny(2048, 5632, 22, 32, 4)),
+    "TinyLlama/TinyLlama_v1.1": (1_100_048_384, 4.4, False, eps5(2048, 5632, 22, 32, 4)),
     "openlm-research/open_llama_3b": (3_426_473_600, 6.8, False, v1(3200, 8640, 26, 32, 32)),
     "openlm-research/open_llama_7b": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
     "openlm-research/open_llama_13b": (13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
@@ -126,7 +126,7 @@ PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; 
     "huggyllama/llama-7b": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
     "huggyllama/llama-13b": (13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
     "huggyllama/llama-30b": (32_528_943_616, 65.1, False, v1(6656, 17920, 60, 52, 52)),
-    "huggyllama/llama-65b": (65_285_660_672, 130.6, False, v1(8192, 22016, 80, 64, 64)),
+    "huggyllama/llama-65b": (65_285_660_672, 130.6, False, eps5(8192, 22016, 80, 64, 64)),
     "meta-llama/Llama-2-7b-hf": (6_738_415_616, 13.5, True, v2(4096, 11008, 32, 32, 32)),
     "meta-llama/Llama-2-13b-hf": (13_015_864_320, 26.0, True, v2(5120, 13824, 40, 40, 40)),
     "meta-llama/Llama-2-70b-hf": (68_976_648_192, 137.9, True, v2(8192, 28672, 80, 64, 8)),
@@ -146,15 +146,15 @@ def norm(config: Config, **options):
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
 def frequencies(config: Config, positions):
-    """By how many radians a position turns each pair of numbers: [Dh / 2], or [B, 1, Dh / 2]. For
-    texts longer than were trained on, pairs are slowed down: all alike (linear), by a theta that
-    grows (dynamic), or those that turn less than about once in the trained length (llama3)."""
+    """By how many radians a position turns each pair: [Dh / 2], or [B, 1, Dh / 2] if dynamic. For
+    texts longer than trained, pairs are slowed down: all alike (linear), by a theta that grows with
+    the text (dynamic; keys keep the angle they had), or those of under 4 turns (llama3)."""
     rope, Dh, theta = dict(config.rope_scaling), config.head_dim, config.rope_theta
     kind, factor = rope.get("rope_type"), rope.get("factor")
     if kind == "dynamic":
         longer = jnp.maximum((positions.max(axis=1) + 1) / rope["trained"], 1)[:, None, None]
         theta = theta * (factor * longer - factor + 1) ** (Dh / (Dh - 2))
-    speed = theta ** -(np.arange(0, Dh, 2) / Dh) / (factor if kind == "linear" else 1)
+    speed = (theta ** -(np.arange(0, Dh, 2) / Dh)) / (factor if kind == "linear" else 1)
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = rope["original_max_position_embeddings"] * speed / (2 * np.pi)
@@ -162,10 +162,10 @@ def frequencies(config: Config, positions):
         speed = kept * speed + (1 - kept) * speed / factor
     return speed.astype(np.float32)
 
-def rotate(x, positions, frequencies):
-    """RoPE: turns the pairs (i, i + Dh / 2) of each head, in float32. x [B, T, H, Dh] -> the same.
+def rotate(x, positions, speed):
+    """RoPE: turns the pairs (i, i + Dh / 2) of each head by position times speed, in float32.
     A query times a key then depends on their distance alone: Su et al. 2021, equation (34)."""
-    angles = (positions[..., None] * frequencies)[:, :, None]  # [B, T, 1, Dh / 2]
+    angles = (positions[..., None] * speed)[:, :, None]  # [B, T, 1, Dh / 2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [one * cos - other * sin, other * cos + one * sin]
@@ -176,10 +176,10 @@ def attend(q, k, v, q_positions, k_positions, **options):
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Softmax in float32; options as in `masked_scores`. Vaswani et al. 2017, equation (1)."""
     (B, T, H, Dh), K = q.shape, k.shape[2]
-    G = H // K  # queries share a key: side by side, as if they were tokens, K heads are left
+    G = H // K  # heads kG to kG + G - 1 share key head k: they become tokens of it, of K heads
     q = q.reshape(B, T, K, G, Dh).swapaxes(2, 3).reshape(B, T * G, K, Dh)
     q_positions = jnp.repeat(q_positions, G, axis=1)
-    if T >= LONG:
+    if T * k.shape[1] >= LONG**2 and T > 1:
         x = attend_chunked(q, k, v, q_positions, k_positions, **options)
     else:
         probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, **options))
@@ -192,15 +192,14 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: where no key is visible, softmax is then the mean, which nobody sees, and not NaN.
+    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
-
+LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
-    score comes: Milakov and Gimelshein 2018, algorithm 3."""
+    score comes: Milakov and Gimelshein 2018; Rabe and Staats 2021."""
     def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
         pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, pad, constant_values=fill)
@@ -234,7 +233,7 @@ class Attention(nnx.Module):
         self.o_proj = nnx.Linear(H * Dh, D, **options)
 
     def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)): the cache's `past`, T slots from `start` on new."""
         (B, T, _), Dh = x.shape, self.config.head_dim
         turn = frequencies(self.config, positions)
         q = rotate(self.q_proj(x).reshape(B, T, -1, Dh), positions, turn)
@@ -324,9 +323,9 @@ class Cache(NamedTuple):
     """The keys and values of all tokens so far, so that a new token computes only its own. All rows
     fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
     layers: tuple  # for each layer (k, v), each [B, S, heads, Dh]
-    tokens: jax.Array  # [B, S]
+    tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
-    filled: jax.Array  # how many of the slots are in use
+    filled: jax.Array  # how many slots are written, padding included: where the next go
 
 def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     """An empty cache of `length` slots."""
@@ -364,7 +363,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to one row, without a cache: the whole text again for each token."""
+    """What `generate` does to a row of that key, without a cache: all of the text each time."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -384,28 +383,29 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     if sampling["repetition_penalty"] is not None:
         row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
         occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # by position
     return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
-        # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
         inputs = cache, token[:, None], None, keys, sampling, top_k
+        # Without the barrier XLA on a CPU would keep a float32 copy of all half-precision weights.
         cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
         return cache, token, new.at[:, i].set(token)
 
-    empty = jnp.zeros((len(token), STEPS), int)
-    return jax.lax.fori_loop(0, steps, step, (cache, token, empty))[::2]
+    new = jnp.zeros((len(token), STEPS), int)
+    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
+    return cache, new
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
-    power of two from 64 on and S, the length of the cache, a multiple of 128: lengths share
-    compiled programs. InputError: no tokens, foreign ids, or too many."""
+    power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
+    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -452,15 +452,16 @@ RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # in files without a head: no p
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"  # the token table again; RoPE's frequencies
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model"]
 
-def fetch(name, revision: str | None = None) -> Path:
+def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
-    for whole in FORMATS:
-        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        if any(folder.glob(patterns[-1])):
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+    for whole in FORMATS if weights else []:  # the first format that there is
+        pattern = whole.replace(".", "*.") + "*"  # also shards and their index
+        snapshot_download(name, revision=revision, allow_patterns=pattern)
+        if any(folder.glob(pattern)):
             break
     return folder
 
@@ -477,12 +478,14 @@ STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Stor
 
 def torch_tensors_in(file: Path) -> dict:
     """The same of a pytorch_model.bin, without torch. The file is a zip of raw storages and a
-    pickle, which gets nothing but what stands here to call, so that no code of a file ever runs."""
+    pickle, which may call only `callables`, so that no code of a file ever runs."""
     def read(storage, offset, shape, strides):
-        dtype, name = np.dtype(storage[0]), storage[1]
-        with zipfile.ZipFile(file) as archive:  # ndarray refuses what lies outside of the storage
-            return np.ndarray(shape, dtype, archive.read(name), offset * dtype.itemsize,
-                              [stride * dtype.itemsize for stride in strides])
+        (dtype, name), size = storage, np.dtype(storage[0]).itemsize
+        with zipfile.ZipFile(file) as archive:  # ndarray refuses what lies outside of the data
+            data = archive.read(name)
+        if dtype not in STORAGES.values() or not data:
+            raise InputError(f"{file} is damaged: no numbers in {name}")
+        return np.ndarray(shape, dtype, data, offset * size, [size * stride for stride in strides])
     callables = {"OrderedDict": type("Weights", (dict,), {}), **STORAGES,
                  "_rebuild_tensor_v2": lambda *tensor: partial(read, *tensor[:4]),
                  "_rebuild_parameter": lambda tensor, *_: tensor}
@@ -502,7 +505,7 @@ def torch_tensors_in(file: Path) -> dict:
 FORMATS = {"model.safetensors": safetensors_in, "pytorch_model.bin": torch_tensors_in}
 
 def stored_tensors(folder: Path) -> dict:
-    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
         index, files = folder / f"{whole}.index.json", [whole]
         if index.exists() and not (folder / whole).exists():
@@ -516,15 +519,15 @@ def stored_tensors(folder: Path) -> dict:
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
     for parts, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        path = ".".join(map(str, parts))  # such as "layers.0.fc1.kernel"
         pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
-    dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
-    mesh: each tensor goes straight to the devices where SHARDING puts its parts. InputError: of
-    another kind, or tensors that are missing, unexpected or of the wrong shape."""
+    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
+    mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
+    InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -571,7 +574,7 @@ SHARDING = [
 def sharding(mesh, path: str, shape):
     """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    axes = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+    axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
@@ -581,7 +584,7 @@ def tokenizer(name, revision: str | None = None):
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
-    folder = fetch(name, revision)
+    folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
         return SimpleNamespace(encode=lambda text: codec.encode(text).ids, decode=codec.decode)
@@ -594,4 +597,4 @@ if __name__ == "__main__":
     codec, model = tokenizer(name), load(name)
     [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
                      top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
-    print(text + codec.decode(new))
+    print(codec.decode(codec.encode(text) + new))

@@ -13,7 +13,7 @@ Shape letters:  B batch   T tokens of this call   S slots of the cache   D width
 
     pip install "jax<0.13" "flax<0.13" numpy safetensors tokenizers huggingface_hub sentencepiece
     python mistral.py "Once upon a time"                      # downloads mistralai/Mistral-7B-v0.1
-    python mistral.py "Once upon a time" path/to/checkpoint   # any of both in Hugging Face's format
+    python mistral.py "Once upon a time" path/to/checkpoint   # either kind in Hugging Face's format
 
 MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one file each".
 """
@@ -104,10 +104,10 @@ def norm(config: Config, **options):
     """RMSNorm: x over its root mean square over D, times a weight; in float32 inside."""
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
-def rotate(x, positions, frequencies):
-    """RoPE: turns the pairs (i, i + Dh / 2) of each head, in float32. x [B, T, H, Dh] -> the same.
+def rotate(x, positions, speed):
+    """RoPE: turns the pairs (i, i + Dh / 2) of each head by position times speed, in float32.
     A query times a key then depends on their distance alone: Su et al. 2021, equation (34)."""
-    angles = (positions[..., None] * frequencies)[:, :, None]  # [B, T, 1, Dh / 2]
+    angles = (positions[..., None] * speed)[:, :, None]  # [B, T, 1, Dh / 2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [one * cos - other * sin, other * cos + one * sin]
@@ -118,10 +118,10 @@ def attend(q, k, v, q_positions, k_positions, **options):
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Softmax in float32; options as in `masked_scores`. Vaswani et al. 2017, equation (1)."""
     (B, T, H, Dh), K = q.shape, k.shape[2]
-    G = H // K  # queries share a key: side by side, as if they were tokens, K heads are left
+    G = H // K  # heads kG to kG + G - 1 share key head k: they become tokens of it, of K heads
     q = q.reshape(B, T, K, G, Dh).swapaxes(2, 3).reshape(B, T * G, K, Dh)
     q_positions = jnp.repeat(q_positions, G, axis=1)
-    if T >= LONG:
+    if T * k.shape[1] >= LONG**2 and T > 1:
         x = attend_chunked(q, k, v, q_positions, k_positions, **options)
     else:
         probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, **options))
@@ -136,15 +136,15 @@ def masked_scores(q, k, q_positions, k_positions, scale, window=None):
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
     visible = visible if window is None else visible & (q_pos - k_pos < window)
-    # Not -inf: where no key is visible, softmax is then the mean, which nobody sees, and not NaN.
+    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # queries from which attention is chunked, and keys of a chunk
+LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
-    score comes: Milakov and Gimelshein 2018, algorithm 3."""
+    score comes: Milakov and Gimelshein 2018; Rabe and Staats 2021."""
     def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
         pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, pad, constant_values=fill)
@@ -177,13 +177,13 @@ class Attention(nnx.Module):
         self.o_proj = nnx.Linear(H * Dh, D, **options)
 
     def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): `past`, with T slots written from `start` on."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)): what `remember` keeps of `past` and these."""
         (B, T, _), config, Dh = x.shape, self.config, self.config.head_dim
         speed = config.rope_theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)
         q = rotate(self.q_proj(x).reshape(B, T, -1, Dh), positions, speed)  # [B, T, H, Dh]
         k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, speed)  # [B, T, K, Dh]
         v = self.v_proj(x).reshape(B, T, -1, Dh)
-        k, v, k_positions, kv = remember(past, k, v, k_positions, start)  # [B, S, K, Dh]
+        k, v, k_positions, kv = remember(past, k, v, k_positions, start)
         window = config.sliding_window
         x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5, window=window)  # [B, T, H, Dh]
         return self.o_proj(x.reshape(B, T, -1)), kv
@@ -202,7 +202,7 @@ class MLP(nnx.Module):
         return down(jax.nn.silu(gate(x)) * up(x))  # [..., F] inside
 
 class Experts(nnx.Module):
-    """E MLPs, of which each token goes through the few that its router score is highest for."""
+    """E MLPs; each token goes through the few whose router scores for it are highest."""
     def __init__(self, config: Config, **options):
         self.per_token, E = config.num_experts_per_tok, config.num_local_experts
         self.gate = nnx.Linear(config.hidden_size, E, use_bias=False,
@@ -210,7 +210,7 @@ class Experts(nnx.Module):
         self.experts = nnx.List([MLP(config, ("w1", "w3", "w2"), **options) for _ in range(E)])
 
     def __call__(self, x):
-        """x [B, T, D] -> (x [B, T, D], [2, E]: choices of each expert a token, and mean score)."""
+        """x [B, T, D] -> (x [B, T, D], [2, E]: choices a token and mean score of each expert)."""
         rows, E = x.reshape(-1, x.shape[-1]), len(self.experts)  # [N, D]
         scores = jax.nn.softmax(self.gate(rows).astype(jnp.float32))  # [N, E]
         weights, chosen = jax.lax.top_k(scores, self.per_token)  # [N, per_token], in float32
@@ -218,7 +218,7 @@ class Experts(nnx.Module):
         counts = jnp.zeros(E, int).at[chosen.ravel()].add(1)
         order = jnp.argsort(chosen.ravel())  # all choices, sorted by expert
         token, weight = order // self.per_token, weights.ravel()[order]
-        run = run_in_blocks if jax.default_backend() == "cpu" or len(rows) <= E else run_ragged
+        run = run_in_blocks if len(rows) <= E or jax.default_backend() == "cpu" else run_ragged
         y = run(self.experts, rows, token, weight, counts).astype(x.dtype)
         return y.reshape(x.shape), jnp.stack([counts / len(rows), scores.mean(axis=0)])
 
@@ -226,7 +226,6 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
     """The sum of each token's experts, [N, D] -> [N, D] float32: one expert after the other, a
     block of its tokens at a time. Experts and blocks without tokens are skipped, and not read."""
     N, block = len(rows), min(len(rows), block)
-
     def run(out, expert, first, count):
         @jax.checkpoint  # or the gradient would keep [blocks, block, F] of every expert
         def add(out, i):
@@ -237,7 +236,6 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
 
         def step(out, i):
             return jax.lax.cond(i * block < count, add, lambda out, i: out, out, i), None
-
         return jax.lax.scan(step, out, jnp.arange(-(-N // block)))[0]
     out = jnp.zeros(rows.shape, jnp.float32)
     for expert, first, count in zip(experts, jnp.cumsum(counts) - counts, counts, strict=True):
@@ -245,7 +243,7 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
     return out
 
 def run_ragged(experts, rows, token, weight, counts):
-    """The same by `jax.lax.ragged_dot`, which a GPU or TPU does in one go; dense on a CPU."""
+    """The same by `jax.lax.ragged_dot`, in one go; a CPU would do all the work of all experts."""
     def weights(name):
         return jnp.stack([getattr(e, name).kernel[...].astype(rows.dtype) for e in experts])
 
@@ -256,7 +254,7 @@ def run_ragged(experts, rows, token, weight, counts):
 
 def balance_loss(cache):
     """The auxiliary loss that keeps routers from choosing the same experts always, from the cache
-    of a call: Fedus et al. 2021, equation (4). Even choices give num_experts_per_tok."""
+    that `hidden` returns: Fedus et al. 2021, equation (4). Even choices: num_experts_per_tok."""
     choices, score = jnp.stack([routed for *_, routed in cache.layers]).mean(axis=0)
     return len(score) * jnp.sum(choices * score)
 
@@ -297,8 +295,8 @@ class Model(nnx.Module):
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
-        positions [B, T]: -1 for padding; default: counts on from the cache, which must have T slots
-        left. rngs is for dropout, which Mistral has none of."""
+        positions [B, T]: -1 for padding, which only comes first; default: counts on from the cache,
+        which must have T slots left. rngs is for dropout, which there is none of."""
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
@@ -333,9 +331,9 @@ class Cache(NamedTuple):
     fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
     layers: tuple  # each (k, v, what Experts says of the last tokens); k and v [B, S, K, Dh], or a
     # ring of slots in place of S, where attention has a window and needs no more
-    tokens: jax.Array  # [B, S]
+    tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
-    filled: jax.Array  # how many of the slots are in use
+    filled: jax.Array  # how many slots are written, padding included: where the next go
 
 def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
     """An empty cache of `length` slots; whole: also where a window needs fewer."""
@@ -348,12 +346,12 @@ def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> C
 
 def remember(past, k, v, positions, start):
     """Puts the new k and v [B, T, K, Dh] into a layer's slots -> (k, v, k_positions to attend to,
-    what is kept). Slot i of a ring holds the last token whose number leaves the remainder i."""
+    what is kept). Slot i of a ring holds the newest of the positions' columns i, i + ring, ..."""
     T, S, ring = k.shape[1], positions.shape[1], past[0].shape[1]
     if ring == S:
         k, v = write(past[0], k, start), write(past[1], v, start)
         return k, v, positions, (k, v)
-    def held(end):  # by each slot, when there are so many tokens: (number, position)
+    def held(end):  # in each slot once the columns before `end` are in: (its column, its position)
         number = end - 1 - (end - 1 - jnp.arange(ring)) % ring
         return number, jnp.where(number >= 0, positions[:, number], -1)
     (_, old_positions), (number, ring_positions) = held(start), held(start + T)
@@ -395,7 +393,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to one row, without a cache: the whole text again for each token."""
+    """What `generate` does to a row of that key, without a cache: all of the text each time."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -415,28 +413,29 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     if sampling["repetition_penalty"] is not None:
         row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
         occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # new each time
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # by position
     return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """Up to STEPS tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
-        # Or XLA on a CPU would keep a float32 copy of all half-precision weights.
         inputs = cache, token[:, None], None, keys, sampling, top_k
+        # Without the barrier XLA on a CPU would keep a float32 copy of all half-precision weights.
         cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
         return cache, token, new.at[:, i].set(token)
 
-    empty = jnp.zeros((len(token), STEPS), int)
-    return jax.lax.fori_loop(0, steps, step, (cache, token, empty))[::2]
+    new = jnp.zeros((len(token), STEPS), int)
+    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
+    return cache, new
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
-    power of two from 64 on and S, the length of the cache, a multiple of 128: lengths share
-    compiled programs. InputError: no tokens, foreign ids, or too many."""
+    power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
+    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -482,15 +481,16 @@ RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # in files without a head: no p
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"  # the token table again; RoPE's frequencies
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model"]
 
-def fetch(name, revision: str | None = None) -> Path:
+def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
-    for whole in FORMATS:
-        patterns = [*DOWNLOADS, whole.replace(".", "*.") + "*"]  # also shards and their index
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        if any(folder.glob(patterns[-1])):
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+    for whole in FORMATS if weights else []:  # the first format that there is
+        pattern = whole.replace(".", "*.") + "*"  # also shards and their index
+        snapshot_download(name, revision=revision, allow_patterns=pattern)
+        if any(folder.glob(pattern)):
             break
     return folder
 
@@ -505,7 +505,7 @@ def safetensors_in(file: Path) -> dict:
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
 
 def stored_tensors(folder: Path) -> dict:
-    """The tensors of a checkpoint, which is one file or shards with an index; else as above."""
+    """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
         index, files = folder / f"{whole}.index.json", [whole]
         if index.exists() and not (folder / whole).exists():
@@ -519,15 +519,15 @@ def stored_tensors(folder: Path) -> dict:
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
     for parts, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, parts))  # such as "h.0.attn.c_attn.kernel"
+        path = ".".join(map(str, parts))  # such as "layers.0.fc1.kernel"
         pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, read tensor by tensor: none is in memory twice.
-    dtype: float32 on a CPU and bfloat16 elsewhere, unless given; param_dtype: the same as dtype.
-    mesh: each tensor goes straight to the devices where SHARDING puts its parts. InputError: of
-    another kind, or tensors that are missing, unexpected or of the wrong shape."""
+    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
+    mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
+    InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -574,7 +574,7 @@ SHARDING = [
 def sharding(mesh, path: str, shape):
     """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    axes = [axis if size % mesh.shape.get(axis, size + 1) == 0 else None
+    axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
@@ -584,7 +584,7 @@ def tokenizer(name, revision: str | None = None):
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
-    folder = fetch(name, revision)
+    folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
         return SimpleNamespace(encode=lambda text: codec.encode(text).ids, decode=codec.decode)
@@ -597,4 +597,4 @@ if __name__ == "__main__":
     codec, model = tokenizer(name), load(name)
     [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
                      top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
-    print(text + codec.decode(new))
+    print(codec.decode(codec.encode(text) + new))

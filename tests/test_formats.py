@@ -165,6 +165,17 @@ def test_a_tensor_outside_of_its_storage_is_refused(family, tmp_path, offset, sh
     assert found["tensor"].tolist() == [8, 9]
 
 
+def test_a_storage_that_the_file_made_up_is_refused(family, tmp_path):
+    """As objects, its bytes would be taken for addresses; and of no bytes numpy checks no bound."""
+    made_up = Call(torch._utils._rebuild_tensor_v2, ("O", "some/data.pkl"), 0, (1,), (1,))
+    with pytest.raises(family.module.InputError, match="no numbers"):
+        torch_tensors(family, tmp_path / "some.bin", tensor=made_up)
+    empty = Call(torch._utils._rebuild_tensor_v2, torch.zeros(0)._typed_storage(), 0, (9,), (1,),
+                 False, {})
+    with pytest.raises(family.module.InputError, match="no numbers"):
+        torch_tensors(family, tmp_path / "some.bin", tensor=empty)
+
+
 def test_a_file_of_a_pytorch_before_1_6_and_one_cut_short_are_no_zip_files(family, plain, folder):
     """sample.py says so in words."""
     state, file = plain.hf32.state_dict(), folder / "pytorch_model.bin"
