@@ -1,4 +1,4 @@
-"""`python sample.py --model gpt2` against a Hub on the loopback address: no internet is needed."""
+"""`python sample.py --model gpt2`, and opt, against a Hub on the loopback address: no internet."""
 
 import os
 import socket
@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
+import transformers
 from hub import Hub
 from small import write_checkpoint
 
@@ -27,10 +30,10 @@ def files(tmp_path_factory):
 def start(tmp_path):
     """Starts the exact command of the README, with a Hub and a cache folder of the test's own."""
 
-    def popen(endpoint, *options, **env):
+    def popen(endpoint, *options, model="gpt2", **env):
         outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         env = {**outside, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, **env}
-        command = [sys.executable, "sample.py", "--model", "gpt2", *options]
+        command = [sys.executable, "sample.py", "--model", model, *options]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -69,6 +72,34 @@ def test_first_run_downloads_with_its_size_and_the_second_needs_no_hub(files, sa
     assert second.returncode == 0, second.stderr
     assert second.stdout == first.stdout and len(first.stdout) > 200
     assert "downloading" not in second.stderr
+
+def test_opt_comes_from_a_repository_that_has_pytorch_model_bin_only(start, tmp_path):
+    """As facebook/opt-125m: half precision in a .bin beside other formats, no tokenizer.json."""
+    folder = tmp_path / "opt"
+    codec = tokenizers.ByteLevelBPETokenizer()
+    codec.train_from_iterator([Path(__file__).read_text()], vocab_size=300,
+                              special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    config = transformers.OPTConfig(
+        vocab_size=304, hidden_size=64, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=64, init_std=0.3)
+    model = transformers.OPTForCausalLM(config).half()
+    config.save_pretrained(folder)
+    codec.save_model(str(folder))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    wanted = set(files)
+    files |= dict.fromkeys(["flax_model.msgpack", "tf_model.h5"], b"not wanted")
+    with Hub("facebook/opt-125m", files) as hub:
+        process = start(hub.endpoint, model="opt")
+        first, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "downloading facebook/opt-125m" in err and "in 4 files" in err
+    assert hub.downloaded() == wanted == {"config.json", "vocab.json", "merges.txt",
+                                          "pytorch_model.bin"}
+    process = start(hub.endpoint, model="opt")  # nothing listens there any more
+    second, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert second == first and first.startswith("Once upon a time")
 
 def test_a_connection_that_is_cut_is_taken_up_where_it_broke(files, sample):
     with Hub(REPO, files, cut="model.safetensors") as hub:
