@@ -546,7 +546,7 @@ def tokenizer(name, revision: str | None = None):
     else:
         codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
         codec.add_special_tokens(["<pad>", "</s>"])
-    bos = [codec.token_to_id("</s>")]
+    bos = [codec.token_to_id("</s>")] if "</s>" in codec.get_vocab() else []
     return SimpleNamespace(decode=codec.decode, encode=lambda text: (
         bos + codec.encode(text, add_special_tokens=False).ids))
 

@@ -36,10 +36,28 @@ from safetensors import SafetensorError
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
-SIZES = {  # the sizes on the command line, as each model file's Config names them
-    "gpt2": lambda args: {"n_layer": args.layers, "n_head": args.heads, "n_embd": args.width,
-                          "n_positions": args.block, "embd_pdrop": args.dropout,
-                          "attn_pdrop": args.dropout, "resid_pdrop": args.dropout},
+def gpt2_sizes(args) -> dict:
+    """The sizes on the command line, as the config.json of a GPT-2 names them."""
+    return {"n_layer": args.layers, "n_head": args.heads, "n_embd": args.width,
+            "n_positions": args.block, "embd_pdrop": args.dropout, "attn_pdrop": args.dropout,
+            "resid_pdrop": args.dropout}
+
+def other_sizes(args, **more) -> dict:
+    """And as those of the others do; a gated MLP is narrower, so that it has as many weights."""
+    return {"num_hidden_layers": args.layers, "num_attention_heads": args.heads,
+            "hidden_size": args.width, "max_position_embeddings": args.block,
+            "num_key_value_heads": args.heads, "head_dim": args.width // args.heads,
+            "intermediate_size": -(-8 * args.width // 3 // 32) * 32, "tie_word_embeddings": True,
+            **more}
+
+SIZES = {
+    "gpt2": gpt2_sizes,
+    "opt": lambda args: other_sizes(args, ffn_dim=4 * args.width, dropout=args.dropout),
+    "llama": other_sizes,
+    "gemma": lambda args: other_sizes(args, sliding_window=-(-args.block // 2),
+                                      query_pre_attn_scalar=args.width // args.heads),
+    "mistral": lambda args: other_sizes(args, model_type="mixtral" if args.experts else "mistral",
+                                        num_local_experts=args.experts),
 }
 MODELS = [name for name in SIZES if (HERE / f"{name}.py").exists()]
 
@@ -75,7 +93,8 @@ def arguments():
     number("--heads", 4, "attention heads of a block")
     number("--width", 128, "length of a token's vector")
     number("--block", 64, "the context: tokens that are seen at once")
-    number("--dropout", 0.0, "share of the activations that each step leaves out")
+    number("--dropout", 0.0, "share of the activations that each step leaves out (gpt2, opt)")
+    number("--experts", 0, "MLPs of a block, of which a token takes two (mistral); 0: one for all")
     group = parser.add_argument_group("training")
     number("--steps", 2000, "updates of the weights")
     number("--batch", 12, "rows of --block tokens in a step")
@@ -121,6 +140,9 @@ def arguments():
          f"{args.heads}: choose a multiple of it"),
         (args.vocab_size >= 256, "--vocab-size must be 256 or more: there are 256 bytes"),
         (0 <= args.dropout < 1, "--dropout must be from 0 to below 1"),
+        (not args.dropout or args.model in ("gpt2", "opt"), f"{args.model}.py has no --dropout"),
+        (args.experts == 0 or (args.experts >= 2 and args.model == "mistral"),
+         "--experts must be 2 or more, and of --model mistral"),
         (0 <= args.min_lr <= args.lr and args.lr > 0, "--min-lr must be from 0 to --lr"),
         (0 <= args.warmup < args.steps, "--warmup must be from 0 to below --steps"),
         (0 <= args.beta2 < 1, "--beta2 must be from 0 to below 1"),
@@ -256,11 +278,12 @@ def windows(tokens, batch: int, block: int):
 # ----------------------------------------------------------------------------------------- learning
 
 def token_losses(model, tokens, rngs=None):
-    """Cross-entropy of each next token: tokens [B, T + 1] -> float32 [B, T]; 0 where one is -1."""
+    """Cross-entropy of each next token: tokens [B, T + 1] -> (float32 [B, T], the model's cache).
+    Where a target is -1, it is 0."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    x, _ = model.hidden(jnp.maximum(inputs, 0), rngs=rngs)  # [B, T, D]
+    x, cache = model.hidden(jnp.maximum(inputs, 0), rngs=rngs)  # [B, T, D]
     losses = optax.softmax_cross_entropy_with_integer_labels(model.head(x), targets)
-    return jnp.where(targets >= 0, losses, 0)
+    return jnp.where(targets >= 0, losses, 0), cache
 
 def matrices(params):
     """Which parameters weight decay shrinks: biases and norms stay free."""
@@ -276,19 +299,22 @@ def make_optimizer(args) -> tuple:
     adamw = optax.adamw(rate, b2=args.beta2, weight_decay=args.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(args.clip), adamw), rate
 
-def train_step(graphdef, optimizer, axis, params, opt_state, tokens, key, step):
+def train_step(graphdef, optimizer, balance, axis, params, opt_state, tokens, key, step):
     """Learns from tokens [B, T + 1] -> (params, opt_state, mean loss before the change).
 
-    axis: the name under which pmap counts the devices; each has its own rows. None: one device.
+    balance: what is added to the loss for experts, a function of the cache, or None. axis: the name
+    under which pmap counts the devices; each has its own rows. None: one device.
     """
     key = jax.random.fold_in(key, step)  # dropout is another in each step and on each device
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
     def mean_loss(params):
-        return token_losses(nnx.merge(graphdef, params), tokens, nnx.Rngs(dropout=key)).mean()
+        rngs = nnx.Rngs(dropout=key)
+        losses, cache = token_losses(nnx.merge(graphdef, params), tokens, rngs)
+        return losses.mean() + (balance(cache) if balance else 0), losses.mean()
 
-    loss, gradients = jax.value_and_grad(mean_loss)(params)
+    (_, loss), gradients = jax.value_and_grad(mean_loss, has_aux=True)(params)
     if axis is not None:
         loss, gradients = jax.lax.pmean((loss, gradients), axis)
     updates, opt_state = optimizer.update(gradients, opt_state, params)
@@ -296,17 +322,17 @@ def train_step(graphdef, optimizer, axis, params, opt_state, tokens, key, step):
 
 def eval_step(graphdef, axis, params, tokens):
     """The losses of all targets in tokens [B, T + 1], summed up; without dropout."""
-    total = token_losses(nnx.merge(graphdef, params), tokens).sum()
+    total = token_losses(nnx.merge(graphdef, params), tokens)[0].sum()
     return total if axis is None else jax.lax.psum(total, axis)
 
-def compile_steps(graphdef, optimizer, parallel, devices):
+def compile_steps(graphdef, optimizer, balance, parallel, devices):
     """(train_step, eval_step) as programs that take the params first; train_step overwrites them.
 
     pmap keeps a copy of the params on each device and gives each its part of the rows: tokens
     [devices, B / devices, T + 1]. All else, and every result, is the same on all devices.
     """
     axis = "devices" if parallel == "pmap" else None
-    train = partial(train_step, graphdef, optimizer, axis)
+    train = partial(train_step, graphdef, optimizer, balance, axis)
     evaluate = partial(eval_step, graphdef, axis)
     if axis is None:
         return jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate)
@@ -322,8 +348,8 @@ def mean_eval_loss(evaluate, params, batches) -> float:
 # -------------------------------------------------------------------------------------- checkpoints
 
 # What must be the same when a run goes on, or it would be another run.
-SETTINGS = ["model", "tokens", "layers", "heads", "width", "block", "dropout", "steps", "batch",
-            "lr", "min_lr", "warmup", "weight_decay", "beta2", "clip", "seed"]
+SETTINGS = ["model", "tokens", "layers", "heads", "width", "block", "dropout", "experts", "steps",
+            "batch", "lr", "min_lr", "warmup", "weight_decay", "beta2", "clip", "seed"]
 
 @contextmanager
 def writing(out):
@@ -408,20 +434,25 @@ def main(args) -> int:
 
     vocab_size, end = codec.get_vocab_size(), "<|endoftext|>" if args.tokens == "gpt2" else None
     end_id = end and codec.token_to_id(end)
-    config = module.Config(
-        **SIZES[args.model](args), vocab_size=vocab_size, bos_token_id=end_id, eos_token_id=end_id,
-        padded_vocab_size=-(-vocab_size // 128) * 128)  # even sizes are faster, on GPUs above all
+    config = module.Config.from_hf({
+        **SIZES[args.model](args), "vocab_size": vocab_size, "bos_token_id": end_id,
+        "eos_token_id": end_id,
+        "padded_vocab_size": -(-vocab_size // 128) * 128})  # even is faster, on GPUs above all
+    balance = None
+    if args.experts:
+        balance = lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)  # noqa: E731
     model = module.Model(config, rngs=nnx.Rngs(args.seed), dtype=dtype, remat=args.remat)
     graphdef, params = nnx.split(model)
     optimizer, rate = make_optimizer(args)
     opt_state, step = optimizer.init(params), 0
-    train, evaluate = compile_steps(graphdef, optimizer, args.parallel, devices)
+    train, evaluate = compile_steps(graphdef, optimizer, balance, args.parallel, devices)
 
     # For each token, a weight of a matrix takes part in 2 operations forward and 4 backward, and
     # attention adds its two products. An embedding is looked up, and counts only as the head.
     sizes = {jax.tree_util.keystr(path): p.size for path, p in jax.tree.leaves_with_path(params)}
-    N = sum(size for path, size in sizes.items() if "kernel" in path)
-    N += vocab_size * args.width * config.tie_word_embeddings
+    N = sum(size * (2 / args.experts if "experts" in path else 1) for path, size in sizes.items()
+            if "kernel" in path)
+    N = round(N + vocab_size * args.width)  # all heads are the token table
     flops, peak = 6 * N + 12 * args.layers * args.width * args.block, measure_peak(devices, dtype)
     print(f"model  {args.model}.py, {sum(sizes.values()):,} parameters, in {dtype.name} on "
           f"{len(devices)} x {devices[0].device_kind}\n"
@@ -491,7 +522,7 @@ def main(args) -> int:
     stored = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
     write_model(args.out, module, nnx.merge(graphdef, stored), codec, end)
     graphdef, params = nnx.split(module.load(args.out, dtype=dtype, param_dtype=jnp.float32))
-    _, evaluate = compile_steps(graphdef, optimizer, args.parallel, devices)
+    _, evaluate = compile_steps(graphdef, optimizer, balance, args.parallel, devices)
     loss = mean_eval_loss(evaluate, params, val_batches)
     bits = loss / np.log(2) * (len(val_tokens) - 1) / val_bytes
     print(f"validation loss of the stored form, in {args.save_dtype}: {loss:.4f} a token, or "

@@ -1,5 +1,6 @@
 """train.py: what a step computes, and what a whole run leaves behind."""
 
+import importlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiktoken
+import torch
+import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -79,13 +82,14 @@ def test_the_loss_is_the_mean_negative_log_probability_of_the_next_token():
     log_probs = jax.nn.log_softmax(model(tokens[:, :-1]))
     expected = -np.take_along_axis(np.array(log_probs), tokens[:, 1:, None], axis=2)[..., 0]
     # Both in float32, 50 terms in a sum: a few units of the seventh digit.
-    np.testing.assert_allclose(train.token_losses(model, tokens), expected, rtol=1e-5)
+    np.testing.assert_allclose(train.token_losses(model, tokens)[0], expected, rtol=1e-5)
 
 def test_padding_counts_for_nothing():
     model, tokens = small_model(), some_tokens()
     padded = np.concatenate([tokens[:, :10], np.full((3, 7), -1, np.int32)], axis=1)
-    losses = train.token_losses(model, padded)
-    np.testing.assert_allclose(losses[:, :9], train.token_losses(model, tokens)[:, :9], rtol=1e-5)
+    losses, _ = train.token_losses(model, padded)
+    expected, _ = train.token_losses(model, tokens)
+    np.testing.assert_allclose(losses[:, :9], expected[:, :9], rtol=1e-5)
     assert not losses[:, 9:].any()
 
 def test_loss_and_gradients_are_those_of_transformers(tmp_path):
@@ -96,7 +100,7 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path):
     gpt2.save(model, tmp_path)
     graphdef, params = nnx.split(model)
     loss, gradients = jax.value_and_grad(
-        lambda params: train.token_losses(nnx.merge(graphdef, params), tokens).mean())(params)
+        lambda params: train.token_losses(nnx.merge(graphdef, params), tokens)[0].mean())(params)
 
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     logits = theirs(torch.tensor(tokens[:, :-1])).logits
@@ -129,7 +133,7 @@ def test_the_learning_rate_rises_and_falls_to_its_minimum():
 def test_steps_lower_the_loss():
     graphdef, params = nnx.split(small_model())
     optimizer, _ = train.make_optimizer(some_settings())
-    step, _ = train.compile_steps(graphdef, optimizer, None, jax.devices()[:1])
+    step, _ = train.compile_steps(graphdef, optimizer, None, None, jax.devices()[:1])
     opt_state, losses = optimizer.init(params), []
     for i in range(30):  # the same batch again and again, which a model learns by heart
         params, opt_state, loss = step(params, opt_state, some_tokens(), jax.random.key(0), i)
@@ -143,11 +147,11 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     opt_state, key = optimizer.init(params), jax.random.key(0)
 
     def loss_at(step):
-        return float(train.train_step(graphdef, optimizer, None, params, opt_state, some_tokens(),
-                                      key, step)[2])
+        return float(train.train_step(graphdef, optimizer, None, None, params, opt_state,
+                                      some_tokens(), key, step)[2])
 
     assert loss_at(0) == loss_at(0) != loss_at(1)
-    plain = train.token_losses(small_model(), some_tokens()).sum()
+    plain = train.token_losses(small_model(), some_tokens())[0].sum()
     assert float(train.eval_step(graphdef, None, params, some_tokens())) == pytest.approx(plain)
 
 def test_remat_changes_no_gradient():
@@ -157,7 +161,7 @@ def test_remat_changes_no_gradient():
         model.remat = remat
         graphdef, params = nnx.split(model)
         return jax.grad(lambda p: train.token_losses(
-            nnx.merge(graphdef, p), some_tokens(), nnx.Rngs(dropout=3)).mean())(params)
+            nnx.merge(graphdef, p), some_tokens(), nnx.Rngs(dropout=3))[0].mean())(params)
 
     # The same operations; compiled apart, so that the last bits may differ.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
@@ -235,6 +239,38 @@ def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
     assert logits.shape[-1] == config["vocab_size"] == len(theirs)
     # float32 in another order of addition, on logits below 1.
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+@pytest.mark.parametrize("flags", ["--model opt", "--model llama", "--model gemma",
+                                   "--model mistral", "--model mistral --experts 4"])
+def test_every_model_file_learns_and_writes_a_folder_that_transformers_reads(
+        text_file, tmp_path, flags):
+    done = run("--data", text_file, "--tokens", "bytes", "--steps", 30, "--out", tmp_path, "--lr",
+               "1e-2", *flags.split())
+    assert done.returncode == 0, done.stderr
+    losses = [val for _, _, val in curve(done.stderr)]
+    assert losses[-1] < 0.8 * np.log(256)  # bytes of this text are not all as likely
+    module = importlib.import_module(flags.split()[1])
+    model, codec = module.load(tmp_path), module.tokenizer(tmp_path)
+    ids = torch.tensor([codec.encode("The 3 of 9 said")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+    np.testing.assert_allclose(model(jnp.array(ids)), theirs.detach(), rtol=0, atol=1e-4)
+
+def test_experts_are_kept_balanced(text_file, tmp_path, monkeypatch):
+    """The loss for balance is a part of what is learned: its gradient reaches the router."""
+    module = importlib.import_module("mistral")
+    config = module.Config("mixtral", 50, 16, 32, 64, 1, 2, 2, 16, num_local_experts=4)
+    graphdef, params = nnx.split(module.Model(config, rngs=nnx.Rngs(0)))
+    optimizer, _ = train.make_optimizer(some_settings(clip=1e9))
+
+    def gate_after_a_step(balance):
+        new, _, loss = train.train_step(graphdef, optimizer, balance, None, params,
+                                        optimizer.init(params), some_tokens(), jax.random.key(0), 0)
+        return np.asarray(new["layers"][0]["block_sparse_moe"]["gate"]["kernel"][...]), float(loss)
+
+    plain, plain_loss = gate_after_a_step(None)
+    balanced, loss = gate_after_a_step(lambda cache: 100 * module.balance_loss(cache))
+    assert loss == plain_loss  # what is reported is that of the tokens
+    assert np.abs(balanced - plain).max() > 1e-4
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         text_file, tmp_path, monkeypatch, capsys):
@@ -372,7 +408,7 @@ def test_the_tiny_checkpoint_has_the_loss_of_its_model_card():
     text = train.read_text([SHAKESPEARE])
     ids = gpt2.tokenizer(folder).encode(text[int(0.9 * len(text)) :])
     graphdef, params = nnx.split(gpt2.load(folder, dtype=jnp.float32))
-    _, evaluate = train.compile_steps(graphdef, None, None, jax.devices()[:1])
+    _, evaluate = train.compile_steps(graphdef, None, None, None, jax.devices()[:1])
     loss = train.mean_eval_loss(evaluate, params, train.windows(ids, batch=8, block=256))
     stated = re.search(r"([\d.]+) nats a token", (folder / "README.md").read_text())[1]
     assert loss == pytest.approx(float(stated), abs=1e-3)
