@@ -438,9 +438,11 @@ def main(args) -> int:
         **SIZES[args.model](args), "vocab_size": vocab_size, "bos_token_id": end_id,
         "eos_token_id": end_id,
         "padded_vocab_size": -(-vocab_size // 128) * 128})  # even is faster, on GPUs above all
-    balance = None
-    if args.experts:
-        balance = lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)  # noqa: E731
+
+    def balance_loss(cache):
+        return config.router_aux_loss_coef * module.balance_loss(cache)
+
+    balance = balance_loss if args.experts else None
     model = module.Model(config, rngs=nnx.Rngs(args.seed), dtype=dtype, remat=args.remat)
     graphdef, params = nnx.split(model)
     optimizer, rate = make_optimizer(args)
