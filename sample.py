@@ -185,9 +185,10 @@ def check_files(model_file, folder):
     """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin"):
-            continue
+    read = [*folder.glob("*.json"), *folder.glob("model*.safetensors")]
+    if not any(folder.glob("model*.safetensors")):  # beside them, others are not read
+        read += folder.glob("pytorch_model*.bin")
+    for file in read:
         with open(file, "rb") as stream:
             start = stream.read(64).lstrip().lower()
         if start.startswith(b"version https://git-lfs"):

@@ -343,6 +343,13 @@ def test_a_bad_checkpoint_is_named_in_one_line(tmp_path, refused, damage, said):
     damage(folder)
     assert said in refused("--weights", folder, "--prompt", "Hello")
 
+def test_a_file_that_is_not_read_may_be_anything(tmp_path):
+    """As after a git clone that fetched only what is needed."""
+    folder = write_checkpoint(tmp_path / "weights")
+    for name in ("pytorch_model.bin", "consolidated.safetensors"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    assert text_of("--weights", folder, "--prompt", "Hello", "--max-new-tokens", 5)
+
 def test_a_fault_of_the_program_keeps_its_traceback(weights, tmp_path):
     """Only what the user can fix is one line: here the model file itself is broken."""
     for name in ("sample.py", "gpt2.py"):
