@@ -477,7 +477,7 @@ CHECKPOINT = [
 VOCABULARY = ("embed_tokens.embedding",)  # its padded rows are not saved
 RENAMED = (r"^(language_model\.|model\.)*(?!lm_head\.)", "model.")  # multimodal files
 IGNORED = r".*lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
-DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model"]
+DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
 
 def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""

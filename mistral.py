@@ -479,7 +479,7 @@ CHECKPOINT = [
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # their padded rows are not saved
 RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # in files without a head: no prefix
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"  # the token table again; RoPE's frequencies
-DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model"]
+DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
 
 def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""

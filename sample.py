@@ -3,6 +3,7 @@
     python sample.py                                     # the bundled tiny GPT-2; needs no network
     python sample.py --model gpt2 --prompt "Hello, I am" # openai-community/gpt2 from the Hub
     python sample.py --model gpt2 --weights my/folder    # a checkpoint in Hugging Face's format
+    python sample.py --model llama --weights HuggingFaceTB/SmolLM2-135M-Instruct --chat
     python sample.py --list                              # what there is, and how large it is
 
 The text goes to standard output as it is made; what is said about it goes to standard error.
@@ -57,8 +58,12 @@ def arguments():
     group("--prompt-file", action="append", default=[], metavar="FILE",
           help="a file whose whole text is a prompt; may be given several times. "
                "Without any of the two, a prompt is read from standard input where that is piped")
+    group("--chat", action="store_true", help="let a model that was tuned for it answer: each "
+          "prompt, or on a terminal one message after the other (Ctrl-C stops an answer, Ctrl-D "
+          "ends the conversation)")
     group("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
-    group("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
+    group("--max-new-tokens", type=int, metavar="N",
+          help="default: 200, 1000 with --chat, or as many as the model's context has room for")
     group("--stop", action="append", default=[], metavar="TEXT",
           help="end before this text; may be given several times")
     group = parser.add_argument_group("sampling").add_argument
@@ -86,10 +91,9 @@ def arguments():
     args = parser.parse_args()
     if args.model not in (None, *MODELS):
         fail(f"there is no model file {args.model}.py; take one of: {', '.join(MODELS)}")
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be 1 or more")
     for name, fits, rule in [
+        ("num-samples", args.num_samples >= 1, "1 or more"),
+        ("max-new-tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "1 or more"),
         ("temperature", args.temperature >= 0, "0 (the likeliest token) or more"),
         ("top-k", args.top_k is None or args.top_k >= 1, "1 or more"),
         ("top-p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -102,14 +106,21 @@ def arguments():
         fail("--stop needs a text; leave it out to go on to --max-new-tokens")
     return args
 
-def read_prompts(args) -> list[str]:
-    """The prompts of --prompt, --prompt-file or standard input; [] where there is none."""
+def read_prompts(args) -> list[str] | None:
+    """The prompts of --prompt, --prompt-file or standard input; [] where there is none, and None
+    where they will be the messages of a conversation.
+    """
     prompts = list(args.prompt)
     for file in args.prompt_file:
         try:
             prompts.append(Path(file).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--prompt-file {file} cannot be read: {error}")
+    if args.chat and not prompts and sys.stdin and sys.stdin.isatty():
+        if args.num_samples > 1 or args.parallel or args.json or args.no_stream:
+            fail("a conversation on the terminal is one text on one device, as it is made: leave "
+                 "--num-samples, --parallel, --json and --no-stream out, or give a --prompt")
+        return None
     mode = os.fstat(0).st_mode if sys.stdin else 0
     if not prompts and (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
         if not select.select([sys.stdin], [], [], 1)[0]:
@@ -118,7 +129,9 @@ def read_prompts(args) -> list[str]:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             fail(f"standard input is not UTF-8 text: {error}")
-        return [text] if text else []
+        prompts = [text] if text else []
+    if args.chat and not prompts:
+        fail("--chat needs a terminal to converse on, or a --prompt to answer")
     if not all(prompts):
         fail("an empty prompt: give at least one character, or leave --prompt out")
     return prompts
@@ -284,6 +297,12 @@ def overlap(text, stop) -> int:
     """How many characters at the end of text are the beginning of stop."""
     return max(n for n in range(min(len(text), len(stop)) + 1) if text.endswith(stop[:n]))
 
+def sampling_of(args) -> dict:
+    """The options that the compiled programs take as inputs; what is None is left out of them."""
+    penalty = None if args.repetition_penalty == 1 else args.repetition_penalty
+    return {"temperature": args.temperature or None, "top_p": args.top_p, "min_p": args.min_p,
+            "repetition_penalty": penalty}
+
 def generate(model_file, model, devices, prompts, args, streaming, timing):
     """Yields new tokens [B, n] of all rows as they are drawn, and leaves its timings in `timing`.
 
@@ -294,10 +313,7 @@ def generate(model_file, model, devices, prompts, args, streaming, timing):
     import numpy as np
     from flax import nnx
 
-    B, n, limit = len(prompts), len(devices), args.max_new_tokens
-    penalty = None if args.repetition_penalty == 1 else args.repetition_penalty
-    sampling = {"temperature": args.temperature or None, "top_p": args.top_p, "min_p": args.min_p,
-                "repetition_penalty": penalty}
+    B, n, limit, sampling = len(prompts), len(devices), args.max_new_tokens, sampling_of(args)
     prompts = prompts + prompts[-1:] * (-B % n)  # pmap wants as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
@@ -346,6 +362,148 @@ def generate(model_file, model, devices, prompts, args, streaming, timing):
             steps = max(1, min(model_file.STEPS, int(0.1 * steps / elapsed)))
         yield new
 
+# --------------------------------------------------------------------------------------------- chat
+
+def chat_tokenizer(folder):
+    """encode(messages) -> ids and decode(ids) -> text, by the checkpoint's own chat template.
+
+    A message is {"role": "user" or "assistant", "content": its text}; a text alone is a first
+    message. The ids end where the assistant is to speak.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that PyTorch is missing
+    from transformers import AutoTokenizer  # half a second, which only chats have to wait
+
+    codec = AutoTokenizer.from_pretrained(folder)
+    if not codec.chat_template:
+        fail(f"{folder} has no chat template, so it was not tuned to answer: leave --chat out, or "
+             "take a checkpoint that was, such as HuggingFaceTB/SmolLM2-135M-Instruct")
+
+    def encode(messages):
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = codec.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return codec.encode(text, add_special_tokens=False)  # the template has written them
+
+    decode = partial(codec.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return SimpleNamespace(encode=encode, decode=decode)
+
+PIECES = (512, 64, 8, 1)  # lengths that a message is fed in, so that few programs are compiled
+
+class Memory:
+    """What a conversation keeps from turn to turn: the KV cache, and the ids that are in it."""
+
+    def __init__(self, model_file, model, args, timing):
+        import jax
+        from flax import nnx
+
+        self.model_file, self.model, self.timing, self.top_k = model_file, model, timing, args.top_k
+        self.graphdef, self.state = nnx.split(model)
+        self.ids, self.cache, self.length, self.programs = [], None, 0, {}
+        key = jax.random.fold_in(jax.random.key(args.seed), 0)
+        self.last = key[None], sampling_of(args)  # the inputs that are always the same
+
+    def call(self, function, *inputs):
+        """The token that prefill or decode returns; the cache stays here."""
+        import numpy as np
+
+        inputs = self.state, self.cache, *inputs
+        key = function, inputs[2].shape, self.length
+        if key not in self.programs:
+            start = time.perf_counter()
+            program = function.lower(self.graphdef, *inputs, top_k=self.top_k).compile()
+            self.programs[key] = program
+            self.timing.compile += time.perf_counter() - start
+        self.cache, tokens = self.programs[key](*inputs)
+        return np.asarray(tokens).reshape(-1)[:1]
+
+    def answer(self, ids, limit):
+        """Yields up to `limit` tokens after ids, of which only the new ones are computed.
+
+        All are computed anew where the cache is too short, or where ids begin in another way: some
+        templates drop parts of an answer, and its text may be cut into other tokens than were
+        drawn.
+        """
+        import numpy as np
+
+        known, end = len(self.ids), len(ids) + limit
+        if self.ids != ids[:known] or self.cache is None or end > self.length:
+            known, self.length = 0, max(1024, 1 << (end - 1).bit_length())
+            config, dtype = self.model.config, self.model.dtype
+            self.cache = self.model_file.init_cache(config, 1, self.length, dtype)
+        start = time.perf_counter() - self.timing.compile
+        for T in PIECES:
+            while len(ids) - known >= T:
+                tokens, positions = np.array([ids[known : known + T]]), np.arange(known, known + T)
+                token = self.call(self.model_file.prefill, tokens, positions[None], *self.last)
+                known += T
+                self.timing.prompt += T
+        self.ids = list(ids)
+        self.timing.first += time.perf_counter() - self.timing.compile - start
+        for _ in range(limit):
+            yield token
+            start = time.perf_counter() - self.timing.compile
+            self.ids += token.tolist()
+            token = self.call(self.model_file.decode, token, *self.last, 1)
+            self.timing.decode += time.perf_counter() - self.timing.compile - start
+            self.timing.steps += 1
+
+def converse(model_file, model, codec, stop_ids, args, timing):
+    """Reads messages from the terminal and writes the answers, until Ctrl-D."""
+    import readline  # noqa: F401  (the arrow keys then work in `input`)
+
+    memory, messages = Memory(model_file, model, args, timing), []
+    context = model.config.max_position_embeddings
+    print("Ctrl-C stops an answer, Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            message = input("> ")
+        except EOFError:
+            return print()
+        if not message.strip():
+            continue
+        messages.append({"role": "user", "content": message})
+        answer, written = Text(codec, messages, args.stop), 0
+        limit = min(args.max_new_tokens or 1000, context - len(answer.prompt_ids))
+        if limit < 1:
+            fail(f"the conversation has filled the context of {context} tokens: begin a new one")
+        try:
+            for token in memory.answer(answer.prompt_ids, limit):
+                answer.add(token, stop_ids, limit)
+                print(answer.completion[written:], end="", flush=True)
+                written = len(answer.completion)
+                if answer.reason:
+                    break
+        except KeyboardInterrupt:
+            memory.cache = None  # it may have been given away to a step that was not finished
+        print()
+        messages.append({"role": "assistant", "content": answer.completion})
+
+def write_texts(model_file, model, devices, texts, stop_ids, args, timing):
+    """Writes each text as it grows, one after the other."""
+    room = model.config.max_position_embeddings - max(len(text.prompt_ids) for text in texts)
+    args.max_new_tokens = args.max_new_tokens or max(1, min(1000 if args.chat else 200, room))
+    shown, written = 0, 0  # texts that are out whole, and characters of the one after them
+    streaming = not (args.no_stream or args.json)
+    for new in generate(model_file, model, devices, [text.prompt_ids for text in texts],
+                        args, streaming, timing):
+        for text, ids in zip(texts, new, strict=True):
+            text.add(ids, stop_ids, args.max_new_tokens)
+        while shown < len(texts) and (streaming or texts[shown].reason):
+            text = texts[shown]
+            if args.json:
+                print(json.dumps(text.record(timing), ensure_ascii=False), flush=True)
+            else:
+                whole = text.completion if args.chat else text.prompt + text.completion
+                print(whole[written:], end="" if not text.reason else "\n", flush=True)
+                written = len(whole)
+            if not text.reason:
+                break
+            shown, written = shown + 1, 0
+            if shown < len(texts) and not args.json:
+                print("-" * 40)
+        if shown == len(texts):
+            break
+
 # --------------------------------------------------------------------------------------------- main
 
 def main():
@@ -382,42 +540,25 @@ def run(args, model_file, texts):
         folder = checkout(model_file, name, args.revision)
     dtype = jnp.dtype(args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16"))
     check_files(model_file, folder)
-    model, codec = model_file.load(folder, dtype=dtype), model_file.tokenizer(folder)
+    codec = chat_tokenizer(folder) if args.chat else model_file.tokenizer(folder)
+    model = model_file.load(folder, dtype=dtype)
     stop_ids = model.config.eos_token_id
     if (folder / "generation_config.json").exists():
         generation_config = json.loads((folder / "generation_config.json").read_text())
         stop_ids = generation_config.get("eos_token_id", stop_ids)
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-
-    texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
-    texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
-    timing = SimpleNamespace(compile=0.0, first=0.0, decode=0.0, steps=0)
-    shown, written = 0, 0  # texts that are out whole, and characters of the one after them
-    streaming = not (args.no_stream or args.json)
-    for new in generate(model_file, model, devices, [text.prompt_ids for text in texts],
-                        args, streaming, timing):
-        for text, ids in zip(texts, new, strict=True):
-            text.add(ids, stop_ids, args.max_new_tokens)
-        while shown < len(texts) and (streaming or texts[shown].reason):
-            text = texts[shown]
-            if args.json:
-                print(json.dumps(text.record(timing), ensure_ascii=False), flush=True)
-            else:
-                whole = text.prompt + text.completion
-                print(whole[written:], end="" if not text.reason else "\n", flush=True)
-                written = len(whole)
-            if not text.reason:
-                break
-            shown, written = shown + 1, 0
-            if shown < len(texts) and not args.json:
-                print("-" * 40)
-        if shown == len(texts):
-            break
-    prompt_tokens = sum(len(text.prompt_ids) for text in texts)
-    new_tokens = len(texts) * timing.steps
+    timing = SimpleNamespace(compile=0.0, prompt=0, first=0.0, decode=0.0, steps=0)
+    rows = 1
+    if texts is None:
+        converse(model_file, model, codec, stop_ids, args, timing)
+    else:
+        texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
+        texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
+        write_texts(model_file, model, devices, texts, stop_ids, args, timing)
+        rows, timing.prompt = len(texts), sum(len(text.prompt_ids) for text in texts)
     print(f"{len(devices)} x {devices[0].device_kind}, {dtype.name}: compiled in "
-          f"{timing.compile:.1f} s, prefill {prompt_tokens / timing.first:,.0f} tokens/s, "
-          f"decode {new_tokens / (timing.decode or 1):,.1f} tokens/s", file=sys.stderr)
+          f"{timing.compile:.1f} s, prefill {timing.prompt / (timing.first or 1):,.0f} tokens/s, "
+          f"decode {rows * timing.steps / (timing.decode or 1):,.1f} tokens/s", file=sys.stderr)
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):

@@ -1,10 +1,14 @@
-"""Checkpoints that many tests share. They are small, random and made once."""
+"""What many tests share: checkpoints, which are small, random and made once."""
+
+import sys
 
 import jax
 import pytest
 import torch
 from families import FAMILIES
 from reference import Case, write_random
+
+import sample
 
 # GPUs and TPUs round the inputs of a float32 product unless told otherwise; parity needs all bits.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -49,3 +53,21 @@ EVERY_CONFIG = [(family, name) for family in FAMILIES for name in family.configs
 @pytest.fixture(scope="session", params=EVERY_CONFIG, ids=lambda p: f"{p[0].name}: {p[1]}")
 def case(request, make_case):
     return make_case(*request.param)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs sample.py in this process, for speed; its one line on standard error."""
+
+    def call(*options):
+        command = ["sample.py", "--compile-cache", "off", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            sample.main()
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out) == (2, "")
+        assert err.startswith("sample.py: ") and err.count("\n") == 1
+        return err
+
+    yield call
+    jax.config.update("jax_default_device", None)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
 from small import byte_tokenizer, edit_config, write_checkpoint
 
@@ -226,23 +225,6 @@ def test_a_reader_that_leaves_early_is_no_error(weights):
     assert "Traceback" not in result.stderr and "Broken" not in result.stderr
 
 # ---------------------------------------------------------------------------------------- bad input
-
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Runs sample.py in this process, for speed; its one line on standard error."""
-
-    def call(*options):
-        command = ["sample.py", "--compile-cache", "off", *map(str, options)]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as stop:
-            sample.main()
-        out, err = capsys.readouterr()
-        assert (stop.value.code, out) == (2, "")
-        assert err.startswith("sample.py: ") and err.count("\n") == 1
-        return err
-
-    yield call
-    jax.config.update("jax_default_device", None)
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--model", "gpt5"], "no model file gpt5.py"),

@@ -1,0 +1,217 @@
+"""sample.py --chat: a checkpoint's chat template, once or as a conversation on a terminal."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+import tokenizers
+import transformers
+from flax import nnx
+
+import gemma
+import llama
+import mistral
+import sample
+
+ROOT = Path(__file__).parents[1]
+CHATML = (  # the template that SmolLM2-Instruct and many others use
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LETTERS = ["\n", *map(chr, range(32, 127))]  # one token each: a text is cut in only one way
+END = len(LETTERS) + 1
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": END + 1,
+         "initializer_range": 0.3, "max_position_embeddings": 2048}
+MORE = {llama: {}, mistral: {"sliding_window": 24},
+        gemma: {"sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8,
+                "model_type": "gemma3_text"}}
+
+
+def write_chat(folder, module=llama, template=CHATML, **sizes):
+    """A random model over letters and two special tokens, with a chat template."""
+    config = module.Config.from_hf({**SIZES, **MORE[module], "eos_token_id": END, **sizes})
+    module.save(module.Model(config, rngs=nnx.Rngs(jax.random.key(0))), folder)
+    vocabulary = {letter: id for id, letter in enumerate(LETTERS)}
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    codec.decoder = tokenizers.decoders.Fuse()
+    codec.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    codec.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    if template:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_chat(tmp_path_factory.mktemp("chat"))
+
+
+def said(folder, messages, n, module=llama):
+    """Ids and text of the greedy answer, from `generate` and transformers' tokenizer."""
+    codec = transformers.AutoTokenizer.from_pretrained(folder)
+    text = codec.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = codec.encode(text, add_special_tokens=False)
+    [new] = module.generate(module.load(folder), [ids], n, key=jax.random.key(0), temperature=0,
+                            stop_ids=[END])
+    return new, codec.decode(new, skip_special_tokens=True)
+
+
+def run(*options, **more):
+    command = [sys.executable, "sample.py", "--model", "llama", *map(str, options)]
+    more = more or {"stdin": subprocess.DEVNULL}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, **more)
+
+
+# --------------------------------------------------------------------------------------- one answer
+
+def test_a_prompt_is_answered_as_the_template_asks_and_only_the_answer_is_printed(folder):
+    new, text = said(folder, [{"role": "user", "content": "Who are you?"}], 30)
+    options = ["--weights", folder, "--chat", "--temperature", 0, "--max-new-tokens", 30]
+    result = run(*options, "--prompt", "Who are you?")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode() == text + "\n"
+    assert b"PyTorch" not in result.stderr
+    piped = run(*options, "--json", input=b"Who are you?")
+    record = json.loads(piped.stdout)
+    assert (record["prompt"], record["completion"]) == ("Who are you?", text)
+    assert record["completion_ids"] == new
+
+
+def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
+    write_chat(tmp_path, template=None)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    ids = sample.chat_tokenizer(tmp_path).encode("Hi")
+    assert ids[0] == END - 1 and ids.count(END - 1) == 2 and ids.count(END) == 1
+
+
+# ----------------------------------------------------------------------------------- a conversation
+
+class Terminal:
+    """sample.py --chat on a terminal of its own."""
+
+    def __init__(self, folder, *options):
+        self.end, its_end = pty.openpty()
+        command = [sys.executable, "sample.py", "--model", "llama", "--weights", str(folder),
+                   "--chat", "--temperature", "0", *options]
+        # A session of its own, so that Ctrl-C of this terminal reaches it and nobody else.
+        command = ["setsid", "--ctty", *command]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=its_end, stdout=its_end,
+                                        stderr=its_end, env={**os.environ, "TERM": "dumb"})
+        os.close(its_end)
+        self.shown = ""
+
+    def read(self, *, until, limit=60):
+        """What is shown up to a text, which is taken away."""
+        deadline = time.monotonic() + limit
+        while until not in self.shown:
+            assert select.select([self.end], [], [], deadline - time.monotonic())[0], self.shown
+            self.shown += os.read(self.end, 10_000).decode("utf-8", "replace").replace("\r\n", "\n")
+        text, _, self.shown = self.shown.partition(until)
+        return text
+
+    def type(self, text):
+        os.write(self.end, text.encode())
+
+
+def test_a_conversation_keeps_what_was_said_and_ends_with_ctrl_d(folder):
+    terminal = Terminal(folder, "--max-new-tokens", "30")
+    terminal.read(until="> ")
+    messages = []
+    for message in ["Who are you?", "And who am I?", "Well"]:
+        messages.append({"role": "user", "content": message})
+        terminal.type(message + "\n")
+        terminal.read(until=message + "\n")  # the terminal shows what is typed
+        _, text = said(folder, messages, 30)
+        assert terminal.read(until="\n> ") == text
+        messages.append({"role": "assistant", "content": text})
+    terminal.type("\x04")
+    assert "decode" in terminal.read(until=" tokens/s\n")
+    assert terminal.process.wait(20) == 0
+
+
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(tmp_path):
+    folder = write_chat(tmp_path, max_position_embeddings=50_000, eos_token_id=None)
+    terminal = Terminal(folder, "--max-new-tokens", "40000")
+    terminal.read(until="> ")
+    terminal.type("Talk\n")
+    terminal.read(until="Talk\n")
+    time.sleep(5)
+    terminal.type("\x03")
+    terminal.read(until="\n> ")
+    terminal.type("Once more\n")
+    terminal.read(until="Once more\n")
+    time.sleep(3)
+    terminal.type("\x03")
+    terminal.read(until="\n> ")
+    terminal.type("\x03")
+    assert "Traceback" not in terminal.read(until="stopped\n")
+    assert terminal.process.wait(20) == 130
+
+
+@pytest.mark.parametrize("module", [llama, gemma, mistral], ids=lambda module: module.__name__)
+def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_path, module):
+    """In pieces, and for longer than the windows of 24 tokens."""
+    folder = write_chat(tmp_path, module)
+    codec, model = sample.chat_tokenizer(folder), module.load(folder)
+    timing = SimpleNamespace(compile=0.0, prompt=0, first=0.0, decode=0.0, steps=0)
+    args = SimpleNamespace(top_k=None, temperature=0, top_p=None, min_p=None, seed=0,
+                           repetition_penalty=1.0)
+    memory, messages, known = sample.Memory(module, model, args, timing), [], 0
+    for message in ["The first message is one of more than sixty-four letters, so of two pieces.",
+                    "A second.", "Third."]:
+        messages.append({"role": "user", "content": message})
+        ids = codec.encode(messages)
+        new = [int(token[0]) for token in memory.answer(ids, 20)]
+        [expected] = module.generate(model, [ids], 20, key=jax.random.key(0), temperature=0)
+        assert new == expected
+        assert timing.prompt == len(ids) - known  # what the cache held was not computed again
+        known, timing.prompt = len(ids) + 20, 0
+        text = "".join([*LETTERS, "<|im_start|>", "<|im_end|>"][token] for token in new)
+        messages.append({"role": "assistant", "content": text})
+
+
+def test_where_a_template_changes_earlier_turns_all_is_computed_anew(folder):
+    codec, model = sample.chat_tokenizer(folder), llama.load(folder)
+    timing = SimpleNamespace(compile=0.0, prompt=0, first=0.0, decode=0.0, steps=0)
+    args = SimpleNamespace(top_k=None, temperature=0, top_p=None, min_p=None, seed=0,
+                           repetition_penalty=1.0)
+    memory = sample.Memory(llama, model, args, timing)
+    for text in ["Hello", "Another beginning, not of the same ids"]:
+        ids, timing.prompt = codec.encode(text), 0
+        new = [int(token[0]) for token in memory.answer(ids, 20)]
+        assert [new] == llama.generate(model, [ids], 20, key=jax.random.key(0), temperature=0)
+        assert timing.prompt == len(ids)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("template", "options", "said"), [
+    (None, ["--prompt", "Hi"], "has no chat template"),
+    (CHATML, [], "--chat needs a terminal to converse on, or a --prompt"),
+    (CHATML, ["--prompt", "a" * 3000], "do not fit the context of 2048"),
+])
+def test_what_a_chat_lacks_is_said_in_one_line(tmp_path, refused, template, options, said):
+    folder = write_chat(tmp_path, template=template)
+    assert said in refused("--model", "llama", "--weights", folder, "--chat", *options)
+
+
+def test_a_conversation_is_one_text_and_ends_with_the_context(folder, tmp_path):
+    terminal = Terminal(folder, "--num-samples", "2")
+    assert "leave --num-samples, --parallel" in terminal.read(until="give a --prompt\n")
+    assert terminal.process.wait(20) == 2
+    terminal = Terminal(write_chat(tmp_path, max_position_embeddings=64))
+    terminal.read(until="> ")
+    terminal.type("A message of more than sixty-four letters, and so of more tokens than it has.\n")
+    terminal.read(until="has filled the context of 64 tokens: begin a new one\n")
+    assert terminal.process.wait(20) == 2
