@@ -123,10 +123,10 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
+    # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
+LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
@@ -167,7 +167,7 @@ class Attention(nnx.Module):
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): the cache's `past`, T slots from `start` on new."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)): `past` with those of x written from `start` on."""
         B, T, D = x.shape
         dropout = rngs and partial(self.attn_dropout, deterministic=False, rngs=rngs)
         qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, D // self.n_head)
@@ -308,7 +308,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to a row of that key, without a cache: all of the text each time."""
+    """What `generate` does to a row with this key, without a cache; sampling: as for `sample`."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -335,7 +335,7 @@ STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take 
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         inputs = cache, token[:, None], None, keys, sampling, top_k
@@ -350,7 +350,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
-    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
+    context), so that few programs are compiled. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -361,7 +361,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -441,7 +441,7 @@ def named_parameters(state):
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    """The model in a folder or under a Hub id, read a tensor at a time.
     dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
     mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
     InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""

@@ -62,7 +62,7 @@ class Config:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
-    padded_vocab_size: int | None = None  # for training: more token vectors, which `save` drops
+    padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
 
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
@@ -192,10 +192,10 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
+    # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
+LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
@@ -233,7 +233,7 @@ class Attention(nnx.Module):
         self.o_proj = nnx.Linear(H * Dh, D, **options)
 
     def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): the cache's `past`, T slots from `start` on new."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)): `past` with those of x written from `start` on."""
         (B, T, _), Dh = x.shape, self.config.head_dim
         turn = frequencies(self.config, positions)
         q = rotate(self.q_proj(x).reshape(B, T, -1, Dh), positions, turn)
@@ -363,7 +363,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to a row of that key, without a cache: all of the text each time."""
+    """What `generate` does to a row with this key, without a cache; sampling: as for `sample`."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -390,7 +390,7 @@ STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take 
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         inputs = cache, token[:, None], None, keys, sampling, top_k
@@ -405,7 +405,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
-    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
+    context), so that few programs are compiled. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -416,7 +416,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -477,17 +477,17 @@ STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Stor
             "DoubleStorage": np.float64, "LongStorage": np.int64, "BoolStorage": np.bool_}
 
 def torch_tensors_in(file: Path) -> dict:
-    """The same of a pytorch_model.bin, without torch. The file is a zip of raw storages and a
+    """The same for a pytorch_model.bin, without torch. The file is a zip of raw storages and a
     pickle, which may call only `callables`, so that no code of a file ever runs."""
-    def read(storage, offset, shape, strides):
-        (dtype, name), size = storage, np.dtype(storage[0]).itemsize
-        with zipfile.ZipFile(file) as archive:  # ndarray refuses what lies outside of the data
-            data = archive.read(name)
-        if dtype not in STORAGES.values() or not data:
+    def read(kind, name, offset, shape, strides):
+        data = zipfile.ZipFile(file).read(name)
+        if kind not in STORAGES or not data:
             raise InputError(f"{file} is damaged: no numbers in {name}")
-        return np.ndarray(shape, dtype, data, offset * size, [size * stride for stride in strides])
-    callables = {"OrderedDict": type("Weights", (dict,), {}), **STORAGES,
-                 "_rebuild_tensor_v2": lambda *tensor: partial(read, *tensor[:4]),
+        dtype = np.dtype(STORAGES[kind])  # ndarray refuses what lies outside of the data
+        strides = [dtype.itemsize * stride for stride in strides]
+        return np.ndarray(shape, dtype, data, dtype.itemsize * offset, strides)
+    callables = {"OrderedDict": type("Weights", (dict,), {}), **{name: name for name in STORAGES},
+                 "_rebuild_tensor_v2": lambda storage, *more: partial(read, *storage, *more[:3]),
                  "_rebuild_parameter": lambda tensor, *_: tensor}
 
     class Unpickler(pickle.Unpickler):
@@ -495,7 +495,7 @@ def torch_tensors_in(file: Path) -> dict:
             if name not in callables:
                 raise InputError(f"{file} wants to run {module}.{name}, which weights do not need")
             return callables[name]
-        def persistent_load(self, reference):  # ("storage", dtype, key, device, size)
+        def persistent_load(self, reference):  # ("storage", kind, key, device, size)
             return reference[1], pickled.replace("data.pkl", f"data/{reference[2]}")
 
     with zipfile.ZipFile(file) as archive:
@@ -524,7 +524,7 @@ def named_parameters(state):
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    """The model in a folder or under a Hub id, read a tensor at a time.
     dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
     mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
     InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""

@@ -63,7 +63,7 @@ class Config:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
-    padded_vocab_size: int | None = None  # for training: more token vectors, which `save` drops
+    padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
 
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
@@ -136,10 +136,10 @@ def masked_scores(q, k, q_positions, k_positions, scale, window=None):
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
     visible = visible if window is None else visible & (q_pos - k_pos < window)
-    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
+    # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
+LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
@@ -393,7 +393,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to a row of that key, without a cache: all of the text each time."""
+    """What `generate` does to a row with this key, without a cache; sampling: as for `sample`."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -420,7 +420,7 @@ STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take 
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         inputs = cache, token[:, None], None, keys, sampling, top_k
@@ -435,7 +435,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
-    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
+    context), so that few programs are compiled. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -446,7 +446,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -524,7 +524,7 @@ def named_parameters(state):
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    """The model in a folder or under a Hub id, read a tensor at a time.
     dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
     mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
     InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""

@@ -1,9 +1,9 @@
 """OPT in one file: read it from top to bottom, run it, copy it.
 
 OPT is Meta's retraining of GPT-3, and GPT-2 with small changes: query, key and value have their own
-projections, the MLP is a ReLU, position p is row p + 2 of its table, and a text begins with </s>.
-The 350M model differs: its norms come after each addition, and not before attention and MLP; none
-comes last; and its token vectors are half as wide as the stream, with projections between them.
+projections, the MLP has a ReLU, position p is row p + 2 of its table, and a text begins with </s>.
+The 350M model differs: its norms come after each addition, not before attention and MLP, so the
+head needs none; and its token vectors are half as wide as the stream, with projections between.
 
 Paper: Zhang et al. 2022, "OPT: Open Pre-trained Transformer Language Models". Reference:
 modeling_opt.py of Hugging Face transformers.
@@ -58,12 +58,12 @@ class Config:
     do_layer_norm_before: bool = True
     layer_norm_elementwise_affine: bool = True  # norms have weights
     enable_bias: bool = True
-    init_std: float = 0.006  # the paper's; files say 0.02, which is transformers' own
+    init_std: float = 0.006  # the paper's; config.json often says 0.02, a default
     dropout: float = 0.1
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 2
-    padded_vocab_size: int | None = None  # for training: more token vectors, which `save` drops
+    padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
 
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
@@ -123,10 +123,10 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: where no key is visible, softmax is then uniform, which nobody sees, and not NaN.
+    # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # chunks from LONG queries times LONG keys on; how many keys each has
+LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
@@ -165,7 +165,7 @@ class Attention(nnx.Module):
         self.out_proj = nnx.Linear(D, D, kernel_init=normal(proj_std), **options)
 
     def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): the cache's `past`, T slots from `start` on new."""
+        """x [B, T, D] -> (x [B, T, D], (k, v)): `past` with those of x written from `start` on."""
         B, T, D = x.shape
         q = self.q_proj(x).reshape(B, T, *self.heads)  # [B, T, H, Dh]
         k = self.k_proj(x).reshape(B, T, *self.heads)
@@ -175,7 +175,8 @@ class Attention(nnx.Module):
         return self.out_proj(x.reshape(B, T, D)), (k, v)
 
 class Block(nnx.Module):
-    """One layer: attention, then a two-layer MLP, each normed before or after it is added."""
+    """One layer: attention, then an MLP of two layers, each added to the stream x. There are norms
+    before both or, in 350M, after each addition."""
     def __init__(self, config: Config, **options):
         D, F, std, bias = config.hidden_size, config.ffn_dim, config.init_std, config.enable_bias
         proj_std = std / (2 * config.num_hidden_layers) ** 0.5
@@ -216,7 +217,7 @@ class Model(nnx.Module):
         E, init = config.word_embed_proj_dim or D, normal(config.init_std)
         linear = {"use_bias": False, "kernel_init": init, **options}
         self.embed_tokens = nnx.Embed(V, E, embedding_init=init, **options)
-        rows = 2 + config.max_position_embeddings  # the first two are of no position
+        rows = 2 + config.max_position_embeddings  # as in fairseq: row 0 is unused, row 1 padding's
         self.embed_positions = nnx.Embed(rows, D, embedding_init=init, **options)
         self.project_in = nnx.Linear(E, D, **linear) if E != D else None
         self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
@@ -309,7 +310,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to a row of that key, without a cache: all of the text each time."""
+    """What `generate` does to a row with this key, without a cache; sampling: as for `sample`."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -336,7 +337,7 @@ STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take 
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """`steps` tokens after token [B], each a prompt of one -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         inputs = cache, token[:, None], None, keys, sampling, top_k
@@ -351,7 +352,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
-    context): lengths share compiled programs. InputError: no tokens, foreign ids, or too many."""
+    context), so that few programs are compiled. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -362,7 +363,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # rounded up
+    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -423,17 +424,17 @@ STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Stor
             "DoubleStorage": np.float64, "LongStorage": np.int64, "BoolStorage": np.bool_}
 
 def torch_tensors_in(file: Path) -> dict:
-    """The same of a pytorch_model.bin, without torch. The file is a zip of raw storages and a
+    """The same for a pytorch_model.bin, without torch. The file is a zip of raw storages and a
     pickle, which may call only `callables`, so that no code of a file ever runs."""
-    def read(storage, offset, shape, strides):
-        (dtype, name), size = storage, np.dtype(storage[0]).itemsize
-        with zipfile.ZipFile(file) as archive:  # ndarray refuses what lies outside of the data
-            data = archive.read(name)
-        if dtype not in STORAGES.values() or not data:
+    def read(kind, name, offset, shape, strides):
+        data = zipfile.ZipFile(file).read(name)
+        if kind not in STORAGES or not data:
             raise InputError(f"{file} is damaged: no numbers in {name}")
-        return np.ndarray(shape, dtype, data, offset * size, [size * stride for stride in strides])
-    callables = {"OrderedDict": type("Weights", (dict,), {}), **STORAGES,
-                 "_rebuild_tensor_v2": lambda *tensor: partial(read, *tensor[:4]),
+        dtype = np.dtype(STORAGES[kind])  # ndarray refuses what lies outside of the data
+        strides = [dtype.itemsize * stride for stride in strides]
+        return np.ndarray(shape, dtype, data, dtype.itemsize * offset, strides)
+    callables = {"OrderedDict": type("Weights", (dict,), {}), **{name: name for name in STORAGES},
+                 "_rebuild_tensor_v2": lambda storage, *more: partial(read, *storage, *more[:3]),
                  "_rebuild_parameter": lambda tensor, *_: tensor}
 
     class Unpickler(pickle.Unpickler):
@@ -441,7 +442,7 @@ def torch_tensors_in(file: Path) -> dict:
             if name not in callables:
                 raise InputError(f"{file} wants to run {module}.{name}, which weights do not need")
             return callables[name]
-        def persistent_load(self, reference):  # ("storage", dtype, key, device, size)
+        def persistent_load(self, reference):  # ("storage", kind, key, device, size)
             return reference[1], pickled.replace("data.pkl", f"data/{reference[2]}")
 
     with zipfile.ZipFile(file) as archive:
@@ -449,7 +450,7 @@ def torch_tensors_in(file: Path) -> dict:
         return Unpickler(archive.open(pickled)).load()
 
 def flax_tensors_in(file: Path) -> dict:
-    """The same of a flax_model.msgpack, under the names and in the layout of PyTorch."""
+    """The same for a flax_model.msgpack, under the names and in the layout of PyTorch."""
     stored = traverse_util.flatten_dict(serialization.msgpack_restore(file.read_bytes()), sep=".")
     return {re.sub(r"(kernel|scale|embedding)$", "weight", name):
             partial(np.transpose if name.endswith("kernel") else np.asarray, tensor)
@@ -478,7 +479,7 @@ def named_parameters(state):
         yield path, param, re.sub(pattern, name, path), transposed
 
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, of which one tensor at a time is in memory twice.
+    """The model in a folder or under a Hub id, read a tensor at a time.
     dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
     mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
     InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""

@@ -10,6 +10,7 @@ The text goes to standard output as it is made; what is said about it goes to st
 """
 
 import argparse
+import fnmatch
 import importlib
 import json
 import os
@@ -19,8 +20,6 @@ import stat
 import sys
 import time
 import zipfile
-from fnmatch import filter as fnmatch_filter
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,14 +39,11 @@ def fail(message):
 def arguments():
     """The command line, read and checked as far as that needs no model."""
     parser = argparse.ArgumentParser(
-        prog="sample.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        usage="python sample.py [--model NAME] [--weights WEIGHTS] [--prompt TEXT] [options]",
-    )
+        prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+        usage="python sample.py [--model NAME] [--weights WEIGHTS] [--prompt TEXT] [options]")
     parser.error = fail
     group = parser.add_argument_group("model").add_argument
-    group("--model", metavar="NAME", help=f"model file: {', '.join(MODELS)} (default: gpt2)")
+    group("--model", choices=MODELS, help="which file (default: gpt2)")
     group("--weights", metavar="WEIGHTS", help="'tiny' (bundled), a Hub id, or a folder (default: "
           "the first preset of --model; tiny if --model is not given either)")
     group("--revision", help="branch, tag or commit of a Hub id")
@@ -64,8 +60,7 @@ def arguments():
     group("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
     group("--max-new-tokens", type=int, metavar="N",
           help="default: 200, 1000 with --chat, or as many as the model's context has room for")
-    group("--stop", action="append", default=[], metavar="TEXT",
-          help="end before this text; may be given several times")
+    group("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     group = parser.add_argument_group("sampling").add_argument
     group("--temperature", type=float, default=0.8, metavar="X",
           help="0 takes the likeliest token always, 1 samples as trained (default: %(default)s)")
@@ -80,8 +75,7 @@ def arguments():
     group("--dtype", choices=["float32", "bfloat16", "float16"],
           help="default: float32 on a CPU, bfloat16 elsewhere")
     group("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
-    group("--parallel", choices=["pmap"],
-          help="pmap: spread the texts over all devices of that kind")
+    group("--parallel", choices=["pmap"], help="spread the texts over all devices of that kind")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jax-one-file-models"
     group("--compile-cache", default=cache, metavar="DIR",
           help="where compiled programs are kept, or 'off' (default: the user's cache folder)")
@@ -89,8 +83,6 @@ def arguments():
     group("--no-stream", action="store_true", help="print a text only when it is complete")
     group("--json", action="store_true", help="one JSON object a line for each text")
     args = parser.parse_args()
-    if args.model not in (None, *MODELS):
-        fail(f"there is no model file {args.model}.py; take one of: {', '.join(MODELS)}")
     for name, fits, rule in [
         ("num-samples", args.num_samples >= 1, "1 or more"),
         ("max-new-tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "1 or more"),
@@ -107,9 +99,7 @@ def arguments():
     return args
 
 def read_prompts(args) -> list[str] | None:
-    """The prompts of --prompt, --prompt-file or standard input; [] where there is none, and None
-    where they will be the messages of a conversation.
-    """
+    """The prompts of --prompt, --prompt-file or standard input; None if a conversation has them."""
     prompts = list(args.prompt)
     for file in args.prompt_file:
         try:
@@ -118,8 +108,8 @@ def read_prompts(args) -> list[str] | None:
             fail(f"--prompt-file {file} cannot be read: {error}")
     if args.chat and not prompts and sys.stdin and sys.stdin.isatty():
         if args.num_samples > 1 or args.parallel or args.json or args.no_stream:
-            fail("a conversation on the terminal is one text on one device, as it is made: leave "
-                 "--num-samples, --parallel, --json and --no-stream out, or give a --prompt")
+            fail("a conversation is one text on one device, shown as it is made: leave --parallel, "
+                 "--num-samples, --json and --no-stream out, or give a --prompt")
         return None
     mode = os.fstat(0).st_mode if sys.stdin else 0
     if not prompts and (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
@@ -140,13 +130,12 @@ def print_presets():
     """A table of the published checkpoints that each model file names."""
     print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
     for name in MODELS:
-        for hub_id, preset in importlib.import_module(name).PRESETS.items():
-            parameters, download, gated, _ = preset
+        presets = importlib.import_module(name).PRESETS
+        for hub_id, (parameters, download, gated, _) in presets.items():
             gated = "  gated: accept its terms on the Hub first" if gated else ""
             print(f"{name:9}{hub_id:34}{parameters:>14,}{download:>8.2f} GB{gated}")
-        if (HERE / "tiny" / name).is_dir():
-            size = sum(file.stat().st_size for file in (HERE / "tiny" / name).iterdir())
-            print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
+        size = sum(file.stat().st_size for file in (HERE / "tiny" / name).glob("*"))
+        print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
 
 # --------------------------------------------------------------------------- weights and the device
 
@@ -155,7 +144,6 @@ def checkout(model_file, name, revision) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import HfApi, constants, errors, snapshot_download
-
     try:  # what is cached whole needs no network
         folder = Path(snapshot_download(name, allow_patterns=model_file.DOWNLOADS,
                                         local_files_only=True, revision=revision))
@@ -165,16 +153,14 @@ def checkout(model_file, name, revision) -> Path:
         pass  # a download that was cut short is taken up again
     except errors.HFValidationError:
         fail(f"--weights {name}: no such folder, and not a name on the Hub (try --list)")
-    tiny = HERE / "tiny" / model_file.__name__
-    instead = " or use the bundled --weights tiny," if tiny.is_dir() else ""
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=3)
         all_files = {file.rfilename: file.size or 0 for file in info.siblings}
         weights = [whole.replace(".", "*.") + "*" for whole in model_file.FORMATS]
-        weights = [pattern for pattern in weights if fnmatch_filter(all_files, pattern)][:1]
+        weights = [pattern for pattern in weights if fnmatch.filter(all_files, pattern)][:1]
         patterns = model_file.DOWNLOADS + weights
         sizes = {file: size for file, size in all_files.items()
-                 if any(fnmatch(file, pattern) for pattern in patterns)}
+                 if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)}
         size = sum(sizes.values())
         size = f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
         print(f"downloading {name}: {size} in {len(sizes)} files", file=sys.stderr)
@@ -189,15 +175,12 @@ def checkout(model_file, name, revision) -> Path:
              "if it is private, set HF_TOKEN")
     except (errors.HTTPError, OSError) as error:
         fail(f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
-             f"({type(error).__name__}: {error}): try again online,{instead} or name a folder that "
-             "holds the checkpoint with --weights")
-
-TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")
+             f"({type(error).__name__}: {error}): try again online, take the bundled --weights "
+             "tiny, or name a folder that holds the checkpoint with --weights")
 
 def check_files(model_file, folder):
     """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
     from safetensors import SafetensorError, safe_open
-
     read = [*folder.glob("*.json"), *folder.glob("model*.safetensors")]
     if not any(folder.glob("model*.safetensors")):  # beside them, others are not read
         read += folder.glob("pytorch_model*.bin")
@@ -222,8 +205,9 @@ def check_files(model_file, folder):
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if KINDS.get(kind, model_file.__name__) != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {KINDS[kind]}.py reads: --model {KINDS[kind]}")
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        fail(f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
+    names = ("tokenizer.json", "merges.txt", "tokenizer.model")
+    if not any((folder / name).exists() for name in names):
+        fail(f"{folder} has no tokenizer: none of {', '.join(names)}")
     try:
         model_file.stored_tensors(folder)
     except FileNotFoundError as error:
@@ -232,7 +216,6 @@ def check_files(model_file, folder):
 def pick_devices(wanted, parallel):
     """The device of --device, or the first there is; with --parallel pmap all of its kind."""
     import jax
-
     kind, _, index = (wanted or "").partition(":")
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")  # leaves a GPU's memory alone
@@ -248,11 +231,8 @@ def pick_devices(wanted, parallel):
 # --------------------------------------------------------------------------------------- generation
 
 class Text:
-    """One row as it grows: its tokens so far, and how much of their text is settled.
-
-    Not settled are a character of which only some bytes are there, and the beginning of what may
-    become a stop string.
-    """
+    """One row as it grows: its tokens, and their text as far as it is settled: without a character
+    of which only some bytes are there, and the beginning of what may become a stop string."""
 
     def __init__(self, codec, prompt, stops):
         self.codec, self.prompt, self.stops = codec, prompt, stops
@@ -267,15 +247,14 @@ class Text:
                 return
             if token in stop_ids:
                 self.reason = "stop"
-                text = self.codec.decode(self.prompt_ids + self.ids)[before:]
             else:
                 self.ids.append(int(token))
-                text = self.codec.decode(self.prompt_ids + self.ids)[before:]
-                cuts = [text.find(stop) for stop in self.stops if stop in text]
-                if cuts:
-                    self.reason, text = "stop", text[: min(cuts)]
-                elif len(self.ids) == limit:
-                    self.reason = "length"
+            text = self.codec.decode(self.prompt_ids + self.ids)[before:]
+            cuts = [text.find(stop) for stop in self.stops if stop in text]
+            if cuts:
+                self.reason, text = "stop", text[: min(cuts)]
+            elif len(self.ids) == limit:
+                self.reason = "length"
             if not self.reason:
                 text = text.rstrip("\ufffd")
                 text = text[: len(text) - max(map(partial(overlap, text), self.stops), default=0)]
@@ -283,15 +262,11 @@ class Text:
 
     def record(self, timing) -> dict:
         """What --json prints of this text."""
-        return {
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "prompt_ids": self.prompt_ids,
-            "completion_ids": self.ids,
-            "finish_reason": self.reason,
-            "time_to_first_token_s": round(timing.first, 4),
-            "decode_tokens_per_s": round(timing.steps / timing.decode, 2) if timing.steps else None,
-        }
+        speed = round(timing.steps / timing.decode, 2) if timing.steps else None
+        return {"prompt": self.prompt, "completion": self.completion,
+                "prompt_ids": self.prompt_ids, "completion_ids": self.ids,
+                "finish_reason": self.reason, "time_to_first_token_s": round(timing.first, 4),
+                "decode_tokens_per_s": speed}
 
 def overlap(text, stop) -> int:
     """How many characters at the end of text are the beginning of stop."""
@@ -304,15 +279,12 @@ def sampling_of(args) -> dict:
             "repetition_penalty": penalty}
 
 def generate(model_file, model, devices, prompts, args, streaming, timing):
-    """Yields new tokens [B, n] of all rows as they are drawn, and leaves its timings in `timing`.
-
-    One row for each of the prompts (lists of ids). On several devices the rows are spread by pmap:
-    every array then has a leading axis of devices, and the programs are otherwise the same.
-    """
+    """Yields new tokens [B, n] after B prompts (lists of ids) as they are drawn; fills in `timing`.
+    On several devices the rows are spread by pmap: every array then has a leading axis of devices,
+    and the programs are otherwise the same."""
     import jax
     import numpy as np
     from flax import nnx
-
     B, n, limit, sampling = len(prompts), len(devices), args.max_new_tokens, sampling_of(args)
     prompts = prompts + prompts[-1:] * (-B % n)  # pmap wants as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
@@ -365,14 +337,10 @@ def generate(model_file, model, devices, prompts, args, streaming, timing):
 # --------------------------------------------------------------------------------------------- chat
 
 def chat_tokenizer(folder):
-    """encode(messages) -> ids and decode(ids) -> text, by the checkpoint's own chat template.
-
-    A message is {"role": "user" or "assistant", "content": its text}; a text alone is a first
-    message. The ids end where the assistant is to speak.
-    """
+    """encode(messages) -> ids, up to where the answer begins, and decode(ids) -> text. A message is
+    {"role": "user" or "assistant", "content": its text}; a text alone is a first message."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that PyTorch is missing
     from transformers import AutoTokenizer  # half a second, which only chats have to wait
-
     codec = AutoTokenizer.from_pretrained(folder)
     if not codec.chat_template:
         fail(f"{folder} has no chat template, so it was not tuned to answer: leave --chat out, or "
@@ -387,73 +355,41 @@ def chat_tokenizer(folder):
     decode = partial(codec.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return SimpleNamespace(encode=encode, decode=decode)
 
-PIECES = (512, 64, 8, 1)  # lengths that a message is fed in, so that few programs are compiled
+def answer(model_file, model, memory, ids, limit, args):
+    """Yields up to `limit` tokens [1] after ids, of which those in memory.ids are in memory.cache.
+    All are computed anew where that is too short, or where ids begin in another way: some templates
+    drop parts of an answer, and its text may be cut into other tokens than were drawn."""
+    import jax
+    import numpy as np
+    from flax import nnx
+    graphdef, state = nnx.split(model)
+    key = jax.random.fold_in(jax.random.key(args.seed), 0)
+    options = {"keys": key[None], "sampling": sampling_of(args), "top_k": args.top_k}
+    known, end = len(memory.ids), len(ids) + limit
+    if memory.cache is None or memory.ids != ids[:known] or end > memory.length:
+        known, memory.length = 0, max(1024, 1 << (end - 1).bit_length())
+        memory.cache = model_file.init_cache(model.config, 1, memory.length, model.dtype)
+    for T in (512, 64, 8, 1):  # in pieces of few lengths, as each is a program to compile
+        while len(ids) - known >= T:
+            new = np.array([ids[known : known + T]]), np.arange(known, known + T)[None]
+            memory.cache, token = model_file.prefill(graphdef, state, memory.cache, *new,
+                                                     **options)
+            known += T
+    memory.ids = list(ids)
+    for _ in range(limit):
+        yield np.asarray(token)
+        memory.ids += token.tolist()
+        memory.cache, token = model_file.decode(graphdef, state, memory.cache, token, steps=1,
+                                                **options)
+        token = token[:, 0]
 
-class Memory:
-    """What a conversation keeps from turn to turn: the KV cache, and the ids that are in it."""
-
-    def __init__(self, model_file, model, args, timing):
-        import jax
-        from flax import nnx
-
-        self.model_file, self.model, self.timing, self.top_k = model_file, model, timing, args.top_k
-        self.graphdef, self.state = nnx.split(model)
-        self.ids, self.cache, self.length, self.programs = [], None, 0, {}
-        key = jax.random.fold_in(jax.random.key(args.seed), 0)
-        self.last = key[None], sampling_of(args)  # the inputs that are always the same
-
-    def call(self, function, *inputs):
-        """The token that prefill or decode returns; the cache stays here."""
-        import numpy as np
-
-        inputs = self.state, self.cache, *inputs
-        key = function, inputs[2].shape, self.length
-        if key not in self.programs:
-            start = time.perf_counter()
-            program = function.lower(self.graphdef, *inputs, top_k=self.top_k).compile()
-            self.programs[key] = program
-            self.timing.compile += time.perf_counter() - start
-        self.cache, tokens = self.programs[key](*inputs)
-        return np.asarray(tokens).reshape(-1)[:1]
-
-    def answer(self, ids, limit):
-        """Yields up to `limit` tokens after ids, of which only the new ones are computed.
-
-        All are computed anew where the cache is too short, or where ids begin in another way: some
-        templates drop parts of an answer, and its text may be cut into other tokens than were
-        drawn.
-        """
-        import numpy as np
-
-        known, end = len(self.ids), len(ids) + limit
-        if self.ids != ids[:known] or self.cache is None or end > self.length:
-            known, self.length = 0, max(1024, 1 << (end - 1).bit_length())
-            config, dtype = self.model.config, self.model.dtype
-            self.cache = self.model_file.init_cache(config, 1, self.length, dtype)
-        start = time.perf_counter() - self.timing.compile
-        for T in PIECES:
-            while len(ids) - known >= T:
-                tokens, positions = np.array([ids[known : known + T]]), np.arange(known, known + T)
-                token = self.call(self.model_file.prefill, tokens, positions[None], *self.last)
-                known += T
-                self.timing.prompt += T
-        self.ids = list(ids)
-        self.timing.first += time.perf_counter() - self.timing.compile - start
-        for _ in range(limit):
-            yield token
-            start = time.perf_counter() - self.timing.compile
-            self.ids += token.tolist()
-            token = self.call(self.model_file.decode, token, *self.last, 1)
-            self.timing.decode += time.perf_counter() - self.timing.compile - start
-            self.timing.steps += 1
-
-def converse(model_file, model, codec, stop_ids, args, timing):
+def converse(model_file, model, device, codec, stop_ids, args):
     """Reads messages from the terminal and writes the answers, until Ctrl-D."""
     import readline  # noqa: F401  (the arrow keys then work in `input`)
-
-    memory, messages = Memory(model_file, model, args, timing), []
+    memory, messages = SimpleNamespace(ids=[], cache=None, length=0), []
     context = model.config.max_position_embeddings
-    print("Ctrl-C stops an answer, Ctrl-D ends the conversation.", file=sys.stderr)
+    print(f"{device.device_kind}, {model.dtype.name}; Ctrl-C stops an answer, Ctrl-D ends the "
+          "conversation", file=sys.stderr)
     while True:
         try:
             message = input("> ")
@@ -462,24 +398,25 @@ def converse(model_file, model, codec, stop_ids, args, timing):
         if not message.strip():
             continue
         messages.append({"role": "user", "content": message})
-        answer, written = Text(codec, messages, args.stop), 0
-        limit = min(args.max_new_tokens or 1000, context - len(answer.prompt_ids))
+        text, written = Text(codec, messages, args.stop), 0
+        limit = min(args.max_new_tokens or 1000, context - len(text.prompt_ids))
         if limit < 1:
             fail(f"the conversation has filled the context of {context} tokens: begin a new one")
         try:
-            for token in memory.answer(answer.prompt_ids, limit):
-                answer.add(token, stop_ids, limit)
-                print(answer.completion[written:], end="", flush=True)
-                written = len(answer.completion)
-                if answer.reason:
+            for token in answer(model_file, model, memory, text.prompt_ids, limit, args):
+                text.add(token, stop_ids, limit)
+                print(text.completion[written:], end="", flush=True)
+                written = len(text.completion)
+                if text.reason:
                     break
         except KeyboardInterrupt:
             memory.cache = None  # it may have been given away to a step that was not finished
         print()
-        messages.append({"role": "assistant", "content": answer.completion})
+        messages.append({"role": "assistant", "content": text.completion})
 
-def write_texts(model_file, model, devices, texts, stop_ids, args, timing):
-    """Writes each text as it grows, one after the other."""
+def write_texts(model_file, model, devices, texts, stop_ids, args):
+    """Writes each text as it grows, one after the other, and in the end how long it took."""
+    timing = SimpleNamespace(compile=0.0, first=0.0, decode=0.0, steps=0)
     room = model.config.max_position_embeddings - max(len(text.prompt_ids) for text in texts)
     args.max_new_tokens = args.max_new_tokens or max(1, min(1000 if args.chat else 200, room))
     shown, written = 0, 0  # texts that are out whole, and characters of the one after them
@@ -503,6 +440,10 @@ def write_texts(model_file, model, devices, texts, stop_ids, args, timing):
                 print("-" * 40)
         if shown == len(texts):
             break
+    prompt_tokens = sum(len(text.prompt_ids) for text in texts)
+    print(f"{len(devices)} x {devices[0].device_kind}, {model.dtype.name}: compiled in "
+          f"{timing.compile:.1f} s, prefill {prompt_tokens / timing.first:,.0f} tokens/s, decode "
+          f"{len(texts) * timing.steps / (timing.decode or 1):,.1f} tokens/s", file=sys.stderr)
 
 # --------------------------------------------------------------------------------------------- main
 
@@ -522,7 +463,6 @@ def run(args, model_file, texts):
     """Loads the model, and writes each text as it grows."""
     import jax
     import jax.numpy as jnp
-
     devices = pick_devices(args.device, args.parallel)
     if args.compile_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(args.compile_cache))
@@ -531,8 +471,6 @@ def run(args, model_file, texts):
     name = args.weights or (default if args.model else "tiny")
     if name == "tiny":
         folder = HERE / "tiny" / model_file.__name__
-        if not folder.is_dir():
-            fail(f"{model_file.__name__}.py has no bundled checkpoint; leave --weights out")
         _, size, *_ = model_file.PRESETS[default]
         print(f"This is the tiny model that comes with the project. The real one, {size} GB from "
               f"the Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
@@ -542,23 +480,15 @@ def run(args, model_file, texts):
     check_files(model_file, folder)
     codec = chat_tokenizer(folder) if args.chat else model_file.tokenizer(folder)
     model = model_file.load(folder, dtype=dtype)
-    stop_ids = model.config.eos_token_id
-    if (folder / "generation_config.json").exists():
-        generation_config = json.loads((folder / "generation_config.json").read_text())
-        stop_ids = generation_config.get("eos_token_id", stop_ids)
+    stop_ids, file = model.config.eos_token_id, folder / "generation_config.json"
+    if file.exists():
+        stop_ids = json.loads(file.read_text()).get("eos_token_id", stop_ids)
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-    timing = SimpleNamespace(compile=0.0, prompt=0, first=0.0, decode=0.0, steps=0)
-    rows = 1
     if texts is None:
-        converse(model_file, model, codec, stop_ids, args, timing)
-    else:
-        texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
-        texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
-        write_texts(model_file, model, devices, texts, stop_ids, args, timing)
-        rows, timing.prompt = len(texts), sum(len(text.prompt_ids) for text in texts)
-    print(f"{len(devices)} x {devices[0].device_kind}, {dtype.name}: compiled in "
-          f"{timing.compile:.1f} s, prefill {timing.prompt / (timing.first or 1):,.0f} tokens/s, "
-          f"decode {rows * timing.steps / (timing.decode or 1):,.1f} tokens/s", file=sys.stderr)
+        return converse(model_file, model, devices[0], codec, stop_ids, args)
+    texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
+    texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
+    write_texts(model_file, model, devices, texts, stop_ids, args)
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):

@@ -136,7 +136,7 @@ def test_a_conversation_keeps_what_was_said_and_ends_with_ctrl_d(folder):
         assert terminal.read(until="\n> ") == text
         messages.append({"role": "assistant", "content": text})
     terminal.type("\x04")
-    assert "decode" in terminal.read(until=" tokens/s\n")
+    terminal.read(until="\n")
     assert terminal.process.wait(20) == 0
 
 
@@ -148,50 +148,77 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(tmp_path):
     terminal.read(until="Talk\n")
     time.sleep(5)
     terminal.type("\x03")
+    terminal.read(until="^C")  # as the terminal shows it
     terminal.read(until="\n> ")
     terminal.type("Once more\n")
     terminal.read(until="Once more\n")
     time.sleep(3)
     terminal.type("\x03")
+    terminal.read(until="^C")  # as the terminal shows it
     terminal.read(until="\n> ")
     terminal.type("\x03")
     assert "Traceback" not in terminal.read(until="stopped\n")
     assert terminal.process.wait(20) == 130
 
 
+class Talk:
+    """A conversation without a terminal, greedy, that counts the tokens it feeds."""
+
+    def __init__(self, module, folder):
+        self.module, self.model = module, module.load(folder)
+        self.memory, self.fed = SimpleNamespace(ids=[], cache=None, length=0), 0
+        self.args = SimpleNamespace(top_k=None, temperature=0, top_p=None, min_p=None, seed=0,
+                                    repetition_penalty=1.0)
+
+    def prefill(self, graphdef, state, cache, tokens, *more, **options):
+        self.fed += tokens.shape[1]
+        return self.module.prefill(graphdef, state, cache, tokens, *more, **options)
+
+    def answer(self, ids, n):
+        self.fed = 0
+        parts = SimpleNamespace(init_cache=self.module.init_cache, prefill=self.prefill,
+                                decode=self.module.decode)
+        tokens = sample.answer(parts, self.model, self.memory, ids, n, self.args)
+        return [int(token[0]) for token in tokens]
+
+    def anew(self, ids, n):
+        """The same without a memory."""
+        [new] = self.module.generate(self.model, [ids], n, key=jax.random.key(0), temperature=0)
+        return new
+
+
 @pytest.mark.parametrize("module", [llama, gemma, mistral], ids=lambda module: module.__name__)
 def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_path, module):
     """In pieces, and for longer than the windows of 24 tokens."""
     folder = write_chat(tmp_path, module)
-    codec, model = sample.chat_tokenizer(folder), module.load(folder)
-    timing = SimpleNamespace(compile=0.0, prompt=0, first=0.0, decode=0.0, steps=0)
-    args = SimpleNamespace(top_k=None, temperature=0, top_p=None, min_p=None, seed=0,
-                           repetition_penalty=1.0)
-    memory, messages, known = sample.Memory(module, model, args, timing), [], 0
+    codec, talk, messages, known = sample.chat_tokenizer(folder), Talk(module, folder), [], 0
     for message in ["The first message is one of more than sixty-four letters, so of two pieces.",
                     "A second.", "Third."]:
         messages.append({"role": "user", "content": message})
         ids = codec.encode(messages)
-        new = [int(token[0]) for token in memory.answer(ids, 20)]
-        [expected] = module.generate(model, [ids], 20, key=jax.random.key(0), temperature=0)
-        assert new == expected
-        assert timing.prompt == len(ids) - known  # what the cache held was not computed again
-        known, timing.prompt = len(ids) + 20, 0
+        new = talk.answer(ids, 20)
+        assert new == talk.anew(ids, 20)
+        assert talk.fed == len(ids) - known  # what the cache held was not computed again
+        known = len(ids) + 20
         text = "".join([*LETTERS, "<|im_start|>", "<|im_end|>"][token] for token in new)
         messages.append({"role": "assistant", "content": text})
 
 
 def test_where_a_template_changes_earlier_turns_all_is_computed_anew(folder):
-    codec, model = sample.chat_tokenizer(folder), llama.load(folder)
-    timing = SimpleNamespace(compile=0.0, prompt=0, first=0.0, decode=0.0, steps=0)
-    args = SimpleNamespace(top_k=None, temperature=0, top_p=None, min_p=None, seed=0,
-                           repetition_penalty=1.0)
-    memory = sample.Memory(llama, model, args, timing)
+    codec, talk = sample.chat_tokenizer(folder), Talk(llama, folder)
     for text in ["Hello", "Another beginning, not of the same ids"]:
-        ids, timing.prompt = codec.encode(text), 0
-        new = [int(token[0]) for token in memory.answer(ids, 20)]
-        assert [new] == llama.generate(model, [ids], 20, key=jax.random.key(0), temperature=0)
-        assert timing.prompt == len(ids)
+        ids = codec.encode(text)
+        assert talk.answer(ids, 20) == talk.anew(ids, 20)
+        assert talk.fed == len(ids)
+
+
+def test_a_conversation_that_outgrows_its_cache_gets_a_longer_one(folder):
+    """It begins with 1,024 slots."""
+    codec, talk = sample.chat_tokenizer(folder), Talk(llama, folder)
+    ids = codec.encode("Hello")
+    ids += talk.answer(ids, 20) + codec.encode("a" * 1000)
+    assert talk.answer(ids, 20) == talk.anew(ids, 20)
+    assert (talk.fed, talk.memory.length) == (len(ids), 2048)
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -208,7 +235,7 @@ def test_what_a_chat_lacks_is_said_in_one_line(tmp_path, refused, template, opti
 
 def test_a_conversation_is_one_text_and_ends_with_the_context(folder, tmp_path):
     terminal = Terminal(folder, "--num-samples", "2")
-    assert "leave --num-samples, --parallel" in terminal.read(until="give a --prompt\n")
+    assert "leave --parallel, --num-samples" in terminal.read(until="give a --prompt\n")
     assert terminal.process.wait(20) == 2
     terminal = Terminal(write_chat(tmp_path, max_position_embeddings=64))
     terminal.read(until="> ")

@@ -227,7 +227,7 @@ def test_a_reader_that_leaves_early_is_no_error(weights):
 # ---------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize(("options", "said"), [
-    (["--model", "gpt5"], "no model file gpt5.py"),
+    (["--model", "gpt5"], "invalid choice: 'gpt5' (choose from"),
     (["--prompt", ""], "empty prompt"),
     (["--prompt-file", "no/such/file"], "no/such/file"),
     (["--prompt-file", sys.executable], "cannot be read"),

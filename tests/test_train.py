@@ -403,11 +403,12 @@ def test_the_defaults_reach_nanogpts_loss_on_shakespeare(seed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs Tiny Shakespeare")
-def test_the_tiny_checkpoint_has_the_loss_of_its_model_card():
-    folder = ROOT / "tiny/gpt2"
+@pytest.mark.parametrize("model", train.MODELS)
+def test_the_tiny_checkpoint_has_the_loss_of_its_model_card(model):
+    folder, module = ROOT / "tiny" / model, importlib.import_module(model)
     text = train.read_text([SHAKESPEARE])
-    ids = gpt2.tokenizer(folder).encode(text[int(0.9 * len(text)) :])
-    graphdef, params = nnx.split(gpt2.load(folder, dtype=jnp.float32))
+    ids = module.tokenizer(folder).encode(text[int(0.9 * len(text)) :])
+    graphdef, params = nnx.split(module.load(folder, dtype=jnp.float32))
     _, evaluate = train.compile_steps(graphdef, None, None, None, jax.devices()[:1])
     loss = train.mean_eval_loss(evaluate, params, train.windows(ids, batch=8, block=256))
     stated = re.search(r"([\d.]+) nats a token", (folder / "README.md").read_text())[1]
