@@ -1,11 +1,21 @@
 """What many tests share: checkpoints, which are small, random and made once."""
 
+import os
 import sys
+import tempfile
+
+# Programs that several tests need are compiled once: all processes share a folder, which goes when
+# the first of them ends. Set before jax is imported.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory()
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name,
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import jax
 import pytest
 import torch
-from families import FAMILIES
+from families import EVERY_CONFIG, FAMILIES
 from reference import Case, write_random
 
 import sample
@@ -45,9 +55,6 @@ def plain(make_case, family):
 @pytest.fixture(scope="session")
 def model(plain):
     return plain.model
-
-
-EVERY_CONFIG = [(family, name) for family in FAMILIES for name in family.configs]
 
 
 @pytest.fixture(scope="session", params=EVERY_CONFIG, ids=lambda p: f"{p[0].name}: {p[1]}")

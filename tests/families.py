@@ -10,6 +10,7 @@ from types import ModuleType
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from transformers import (
     Gemma2Config,
@@ -554,3 +555,7 @@ MISTRAL = Family(
 )
 
 FAMILIES = [GPT2, OPT, LLAMA, GEMMA, MISTRAL]
+EVERY_CONFIG = [(family, name) for family in FAMILIES for name in family.configs]
+
+# A test of what is the same to the letter in all files, as test_copies.py holds it: once is enough.
+once = pytest.mark.parametrize("family", [GPT2], ids=["gpt2"], indirect=True)

@@ -26,7 +26,8 @@ CHATML = (  # the template that SmolLM2-Instruct and many others use
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LETTERS = ["\n", *map(chr, range(32, 127))]  # one token each: a text is cut in only one way
+# One token each, so that a text is cut in only one way; without the sign that asks for a message.
+LETTERS = ["\n", *(chr(code) for code in range(32, 127) if chr(code) != ">")]
 END = len(LETTERS) + 1
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": END + 1,
@@ -120,6 +121,10 @@ class Terminal:
         text, _, self.shown = self.shown.partition(until)
         return text
 
+    def wait_for_an_answer(self):
+        while len(self.shown) < 100:
+            self.shown += os.read(self.end, 10_000).decode("utf-8", "replace")
+
     def type(self, text):
         os.write(self.end, text.encode())
 
@@ -144,18 +149,12 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(tmp_path):
     folder = write_chat(tmp_path, max_position_embeddings=50_000, eos_token_id=None)
     terminal = Terminal(folder, "--max-new-tokens", "40000")
     terminal.read(until="> ")
-    terminal.type("Talk\n")
-    terminal.read(until="Talk\n")
-    time.sleep(5)
-    terminal.type("\x03")
-    terminal.read(until="^C")  # as the terminal shows it
-    terminal.read(until="\n> ")
-    terminal.type("Once more\n")
-    terminal.read(until="Once more\n")
-    time.sleep(3)
-    terminal.type("\x03")
-    terminal.read(until="^C")  # as the terminal shows it
-    terminal.read(until="\n> ")
+    for message in ["Talk\n", "Once more\n"]:
+        terminal.type(message)
+        terminal.read(until=message)
+        terminal.wait_for_an_answer()
+        terminal.type("\x03")
+        terminal.read(until="> ")
     terminal.type("\x03")
     assert "Traceback" not in terminal.read(until="stopped\n")
     assert terminal.process.wait(20) == 130

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import GPT2
+from families import GPT2, once
 from flax import nnx
 from reference import ROOT, assert_same_model, read_hf, state_of
 from safetensors import SafetensorError
@@ -71,6 +71,7 @@ def test_every_parameter_is_the_tensor_of_its_name(plain, tensors):
         np.testing.assert_array_equal(param[...], tensor.T if turned else tensor, err_msg=path)
 
 
+@once
 def test_shards_give_the_same_model_as_one_file(family, plain, tmp_path):
     plain.hf32.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -96,6 +97,7 @@ def test_buffers_and_a_repeated_tied_head_are_skipped(family, plain, folder, ten
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@once
 def test_parameters_are_stored_as_dtype_or_param_dtype_says(family, plain, dtype):
     if dtype not in ("float32", *family.halves):
         pytest.skip(f"{family.name} refuses {dtype}")
@@ -109,6 +111,7 @@ def test_parameters_are_stored_as_dtype_or_param_dtype_says(family, plain, dtype
     assert mixed.hidden(jnp.array([[1, 2]]))[0].dtype == jnp.dtype(dtype)
 
 
+@once
 def test_half_precision_files_are_read_into_any_dtype(family, plain, folder):
     half = read_hf(plain.family, plain.folder, torch.bfloat16)
     half.save_pretrained(folder)
@@ -183,6 +186,7 @@ def test_an_own_head_is_missed_where_the_config_wants_one(family, folder, tensor
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+@once
 def test_a_file_that_was_cut_short_is_refused(family, folder, tensors, share):
     write(folder, tensors)
     data = (folder / "model.safetensors").read_bytes()
@@ -191,6 +195,7 @@ def test_a_file_that_was_cut_short_is_refused(family, folder, tensors, share):
         family.module.load(folder)
 
 
+@once
 def test_a_missing_file_is_named(family, plain, folder, tmp_path_factory):
     def missing(folder, file):
         named = re.escape(str(file.parent)) + ".*" + re.escape(file.name)
@@ -284,6 +289,7 @@ def test_rows_that_pad_the_vocabulary_are_not_saved(family, tmp_path, tied):
     np.testing.assert_allclose(again(tokens), model(tokens), rtol=0, atol=1e-5)
 
 
+@once
 def test_saving_over_a_sharded_checkpoint_replaces_it(family, plain, tmp_path):
     other = family.module.Model(plain.model.config, rngs=nnx.Rngs(3))
     plain.hf32.save_pretrained(tmp_path, max_shard_size="60KB")

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import EVERY_CONFIG, FAMILIES, GPT2
 from flax import nnx
 from reference import ROOT, Case, hf_values, mutated, read_hf, write_random
 
+HALVES = [pytest.param(config, dtype, id=f"{config[0].name}: {config[1]} in {dtype}")
+          for config in EVERY_CONFIG for dtype in ("bfloat16", "float16")
+          if dtype == "bfloat16" or config[1] == "plain"]
 EVERY_MUTATION = [(family, fault) for family in FAMILIES for fault in family.mutations]
 
 
@@ -49,6 +52,9 @@ def test_the_trained_tiny_checkpoint_matches_float64(family):
     case.assert_close("gradients", factor=8)
 
 
+@pytest.mark.parametrize("family", [
+    pytest.param(family, marks=[] if family is GPT2 else pytest.mark.slow, id=family.name)
+    for family in FAMILIES], indirect=True)
 def test_the_published_size_matches_float64(family, tmp_path):
     """Random weights in the shape of the default checkpoint: 124M parameters for GPT-2, 125M for
     OPT."""
@@ -58,7 +64,7 @@ def test_the_published_size_matches_float64(family, tmp_path):
     Case(family, folder, rows=1, length=64).assert_close("stream")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("case", "dtype"), HALVES, indirect=["case"])
 def test_half_precision_is_as_near_to_float64_as_that_of_pytorch(case, dtype):
     """Both round all weights and all steps; the root mean square of 24 x V logits differs little
     from run to run, the largest error more. transformers' GPT-2 rounds the softmax as well, which

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from families import GPT2
 from reference import sampling
 from scipy.stats import chi2
 from transformers import (
@@ -60,6 +61,12 @@ def exact(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetitio
         steps.append(MinPLogitsWarper(min_p))
     scores = steps(torch.tensor([OCCURRED]), torch.tensor(logits, dtype=torch.float64)[None])
     return scores.softmax(-1)[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def family():
+    """One is enough: sample() is the same to the letter in all files (test_copies.py)."""
+    return GPT2
 
 
 @pytest.fixture(scope="module")
