@@ -384,7 +384,8 @@ LLAMA = Family(
         "biases": {"attention_bias": True, "mlp_bias": True, **GROUPED, "head_dim": 8},
         "large epsilon and theta": {"rms_norm_eps": 1e-2, **rope("default", 500000.0)},
         "linear RoPE": rope("linear", factor=3.0),
-        "dynamic RoPE": {"max_position_embeddings": 64, **rope("dynamic", factor=2.0)},
+        # Of 24 tokens and more, of which 16 were trained.
+        "dynamic RoPE": {"max_position_embeddings": 16, **rope("dynamic", factor=8.0)},
         "llama3 RoPE": rope("llama3", 500.0, factor=8.0, low_freq_factor=1.0,
                             high_freq_factor=4.0, original_max_position_embeddings=32),
         "square head": {"vocab_size": 48, "tie_word_embeddings": False},
@@ -394,6 +395,8 @@ LLAMA = Family(
         **ROTARY_FAULTS,
         "epsilon of flax": Mutation("epsilon=config.rms_norm_eps", "epsilon=1e-6",
                                     "large epsilon and theta"),
+        "dynamic RoPE that does not grow": Mutation(
+            "(positions.max(axis=1) + 1)", "(positions.max(axis=1) * 0 + 1)", "dynamic RoPE"),
         "theta of Llama 1": Mutation("config.head_dim, config.rope_theta",
                                      "config.head_dim, 10000.0", "large epsilon and theta"),
         "keys not turned": Mutation("k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, "

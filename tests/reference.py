@@ -180,7 +180,7 @@ def our_values(case, what, module):
         return stream_of(module, nnx.merge(graphdef, state), tokens)
 
     def loss(state):
-        logits = nnx.merge(graphdef, state)(tokens[:, :-1])
+        logits = nnx.merge(graphdef, state)(tokens)[:, :-1]
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
         return -chosen.mean()
 
