@@ -103,10 +103,14 @@ class Terminal:
 
     def __init__(self, folder, *options):
         self.end, its_end = pty.openpty()
-        command = [sys.executable, "sample.py", "--model", "llama", "--weights", str(folder),
-                   "--chat", "--temperature", "0", *options]
-        # A session of its own, so that Ctrl-C of this terminal reaches it and nobody else.
-        command = ["setsid", "--ctty", *command]
+        # A session of its own, so that Ctrl-C of this terminal reaches it and nobody else; and it
+        # heeds Ctrl-C also where the tests were started with `&`, which lets children ignore it.
+        start = ("import fcntl, os, signal, sys, termios; os.setsid();"
+                 "fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+                 "signal.signal(signal.SIGINT, signal.SIG_DFL);"
+                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+        command = [sys.executable, "-c", start, "sample.py", "--model", "llama", "--weights",
+                   str(folder), "--chat", "--temperature", "0", *options]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=its_end, stdout=its_end,
                                         stderr=its_end, env={**os.environ, "TERM": "dumb"})
         os.close(its_end)
@@ -155,6 +159,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(tmp_path):
         terminal.wait_for_an_answer()
         terminal.type("\x03")
         terminal.read(until="> ")
+    time.sleep(2)  # it asks before it listens
     terminal.type("\x03")
     assert "Traceback" not in terminal.read(until="stopped\n")
     assert terminal.process.wait(20) == 130
