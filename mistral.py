@@ -300,6 +300,9 @@ class Model(nnx.Module):
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
+        # XLA on a CPU computes half precision in float32, and would convert the weights of all
+        # blocks in advance. So each stands in a branch, which XLA cannot know to be always taken.
+        fenced = cache and self.dtype != jnp.float32 and jax.default_backend() == "cpu"
         cache = init_cache(self.config, B, T, self.dtype, whole=True) if cache is None else cache
         if positions is None:
             positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
@@ -308,7 +311,8 @@ class Model(nnx.Module):
         call = nnx.remat(Block.__call__) if self.remat else Block.__call__
         layers = []
         for block, past in zip(self.layers, cache.layers, strict=True):
-            x, kv = call(block, x, positions, k_positions, past, start)
+            run = partial(call, block, x, positions, k_positions, past, start)
+            x, kv = jax.lax.cond(start >= 0, run, partial(tuple, (x, past))) if fenced else run()
             layers.append(kv)
         tokens = write(cache.tokens, tokens, start)
         return self.norm(x), Cache(tuple(layers), tokens, k_positions, start + T)
@@ -393,7 +397,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """What `generate` does to a row with this key, without a cache; sampling: as for `sample`."""
+    """One row of `generate`, of this prompt and key, without a cache; sampling as for `sample`."""
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     ids, end = list(prompt), len(prompt) + max_new_tokens
@@ -423,11 +427,8 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
     """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
-        inputs = cache, token[:, None], None, keys, sampling, top_k
-        # Without the barrier XLA on a CPU would keep a float32 copy of all half-precision weights.
-        cache, token = prefill(graphdef, jax.lax.optimization_barrier(state), *inputs)
+        cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
         return cache, token, new.at[:, i].set(token)
-
     new = jnp.zeros((len(token), STEPS), int)
     cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
     return cache, new
@@ -477,7 +478,7 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # their padded rows are not saved
-RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # in files without a head: no prefix
+RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # bare models lack the prefix
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"  # the token table again; RoPE's frequencies
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
 
@@ -557,7 +558,7 @@ def save(model: Model, folder) -> None:
     for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...]).T if transposed else np.asarray(param[...])
         tensors[name] = np.ascontiguousarray(tensor[:V] if path in VOCABULARY else tensor)
-    config = {**model.config.to_hf(), "dtype": str(tensor.dtype)}
+    config = {**model.config.to_hf(), "dtype": str(next(iter(tensors.values())).dtype)}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -583,7 +584,6 @@ def tokenizer(name, revision: str | None = None):
     tokenizer.json, which says how a text begins, else of tokenizer.model, where it is with <s>."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
-
     folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")

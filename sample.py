@@ -49,8 +49,7 @@ def arguments():
     group("--revision", help="branch, tag or commit of a Hub id")
     group("--list", action="store_true", help="print the published checkpoints and stop")
     group = parser.add_argument_group("text").add_argument
-    group("--prompt", action="append", default=[], metavar="TEXT",
-          help="may be given several times")
+    group("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     group("--prompt-file", action="append", default=[], metavar="FILE",
           help="a file whose whole text is a prompt; may be given several times. "
                "Without any of the two, a prompt is read from standard input where that is piped")
@@ -191,7 +190,8 @@ def check_files(model_file, folder):
             fail(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull`")
         if start.startswith((b"<!doctype", b"<html")):
             fail(f"{file} is a web page and not the file itself: download it again")
-        if file.suffix == ".bin" and not zipfile.is_zipfile(file):
+        if file.suffix == ".bin" and not (zipfile.is_zipfile(file) and any(
+                name.endswith("/data.pkl") for name in zipfile.ZipFile(file).namelist())):
             fail(f"{file} is damaged, or of a PyTorch before 1.6: save it anew")
         try:
             if file.suffix == ".json":
@@ -238,10 +238,10 @@ class Text:
         self.codec, self.prompt, self.stops = codec, prompt, stops
         self.prompt_ids, self.ids = codec.encode(prompt), []
         self.completion, self.reason = "", None
+        self.begin = len(codec.decode(self.prompt_ids))  # of the completion, in the decoded text
 
     def add(self, ids, stop_ids, limit):
         """Takes new tokens, up to a stop id, a stop string or the limit."""
-        before = len(self.codec.decode(self.prompt_ids))
         for token in ids:
             if self.reason:
                 return
@@ -249,7 +249,7 @@ class Text:
                 self.reason = "stop"
             else:
                 self.ids.append(int(token))
-            text = self.codec.decode(self.prompt_ids + self.ids)[before:]
+            text = self.codec.decode(self.prompt_ids + self.ids)[self.begin :]
             cuts = [text.find(stop) for stop in self.stops if stop in text]
             if cuts:
                 self.reason, text = "stop", text[: min(cuts)]

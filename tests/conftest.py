@@ -15,7 +15,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 import torch
-from families import EVERY_CONFIG, FAMILIES
+from families import EVERY_CONFIG, FAMILIES, GPT2
 from reference import Case, write_random
 
 import sample
@@ -24,6 +24,14 @@ import sample
 jax.config.update("jax_default_matmul_precision", "highest")
 # The reference models are tiny: threads that wait for each other take longer than their work.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a `dear` test the core suite runs gpt2's case, and the wide one those of the others."""
+    for item in items:
+        if item.get_closest_marker("dear") and item.callspec.params["family"] is not GPT2:
+            item.add_marker("wide")
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +65,7 @@ def model(plain):
     return plain.model
 
 
-@pytest.fixture(scope="session", params=EVERY_CONFIG, ids=lambda p: f"{p[0].name}: {p[1]}")
+@pytest.fixture(scope="session", params=EVERY_CONFIG)
 def case(request, make_case):
     return make_case(*request.param)
 

@@ -49,6 +49,7 @@ class Family:
     hf_parts: Callable  # (model, tokens, x) -> {name: tensor}
     hf_blocks: Callable  # model -> its blocks
     mutations: dict[str, Mutation]
+    core: str  # the config that stands for all in the core suite
     width: str  # what config.json calls D,
     depth: str  # the number of layers
     context: str  # and the longest text
@@ -167,6 +168,7 @@ GPT2 = Family(
         "own head transposed": Mutation(  # square, so that no shape tells
             '"lm_head.weight", True', '"lm_head.weight", False', "square head"),
     },
+    core="plain",
     width="n_embd",
     depth="n_layer",
     context="n_positions",
@@ -283,6 +285,7 @@ OPT = Family(
             f'CHECKPOINT = [(r"(.+{name})\\.kernel", r"model.decoder.\\1.weight", False),'))
            for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
     },
+    core="norms after, narrow tokens",
     width="hidden_size",
     depth="num_hidden_layers",
     context="max_position_embeddings",
@@ -416,6 +419,7 @@ LLAMA = Family(
         "own head transposed": Mutation('"lm_head.weight", True', '"lm_head.weight", False',
                                         "square head"),
     },
+    core="llama3 RoPE",
     **ROTARY,
 )
 GEMMA2 = {"model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 20,
@@ -488,6 +492,7 @@ GEMMA = Family(
         "no layer slow": Mutation("speed if self.sliding else speed / config.rope_factor",
                                   "speed", "third, slow"),
     },
+    core="third",
     **ROTARY,
 )
 
@@ -554,11 +559,15 @@ MISTRAL = Family(
     },
     hf_names=mixtral_names,
     cut={"num_hidden_layers": 1, "vocab_size": 1000},
+    core="2 experts, window of 7",
     **ROTARY,
 )
 
 FAMILIES = [GPT2, OPT, LLAMA, GEMMA, MISTRAL]
-EVERY_CONFIG = [(family, name) for family in FAMILIES for name in family.configs]
+EVERY_CONFIG = [
+    pytest.param((family, name), marks=[] if name == family.core else pytest.mark.wide,
+                 id=f"{family.name}: {name}")
+    for family in FAMILIES for name in family.configs]
 
 # A test of what is the same to the letter in all files, as test_copies.py holds it: once is enough.
 once = pytest.mark.parametrize("family", [GPT2], ids=["gpt2"], indirect=True)

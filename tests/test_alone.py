@@ -38,12 +38,14 @@ def run(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.dear
 def test_the_file_completes_a_prompt_as_a_program(family, alone):
     prompt = "A model file is"
     text = run(alone, f"{family.name}.py", prompt, "./checkpoint")
     assert text.startswith(prompt) and len(text) > len(prompt) + 10
 
 
+@pytest.mark.dear
 def test_five_lines_that_import_from_it_complete_a_prompt(family, alone):
     (alone / "mine.py").write_text(
         f"import jax\n"

@@ -71,6 +71,7 @@ def test_a_row_of_nothing_but_padding_is_finite_and_leaves_its_neighbours_alone(
 
 @pytest.mark.parametrize("pieces", [[20], [1] * 20, [12] + [1] * 8, [9, 11], [5, 1, 14]],
                          ids=["at once", "one by one", "then one by one", "two", "three"])
+@pytest.mark.dear
 def test_the_cache_gives_the_logits_of_the_whole_text(family, model, forward, tokens, pieces):
     cache = family.module.init_cache(model.config, 3, 32, jnp.float32)
     found = []
@@ -81,6 +82,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text(family, model, forward, to
     np.testing.assert_allclose(found, forward(tokens), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.dear
 def test_the_cache_holds_padded_rows_as_well(family, model, forward, tokens):
     padded, positions = left_padded(tokens, 6)
     positions[0], positions[1, :9] = np.arange(26), -1  # three rows of 26, 17 and 20 tokens
@@ -93,6 +95,41 @@ def test_the_cache_holds_padded_rows_as_well(family, model, forward, tokens):
     for row, length in enumerate([26, 17, 20]):
         alone = np.asarray(forward(padded[row : row + 1, -length:]))[0, -16:]
         np.testing.assert_allclose(logits[row], alone, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.dear
+@pytest.mark.parametrize("T", [1, 16])
+def test_half_precision_on_a_cpu_takes_no_float32_copy_of_all_weights(family, T):
+    """XLA's own figure: what a program needs beside its arguments and results does not grow with
+    the layers, but for a bit. A float32 copy of the weights would be 4 bytes for each of them."""
+    def program(layers):
+        config = family.module.Config.from_hf(
+            family.sizes | {family.width: 192, family.depth: layers})
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: family.module.Model(
+            config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)))
+        cache = jax.eval_shape(lambda: family.module.init_cache(config, 1, 32, jnp.bfloat16))
+        steps = jax.jit(lambda state, cache, tokens: jax.lax.fori_loop(
+            0, 9, lambda i, carry: nnx.merge(graphdef, state)(tokens, None, carry[1]),
+            (jnp.zeros((1, T, config.vocab_size)), cache)))
+        compiled = steps.lower(state, cache, jax.ShapeDtypeStruct((1, T), int)).compile()
+        weights = sum(p.size for p in jax.tree.leaves(state))
+        return compiled.memory_analysis().temp_size_in_bytes, weights
+
+    (few, weights), (many, more_weights) = program(2), program(6)
+    assert many - few < 0.1 * 4 * (more_weights - weights)
+
+
+@pytest.mark.dear
+def test_half_precision_is_as_exact_with_a_cache_as_without(family, make_case, forward, tokens):
+    """There blocks stand in branches, between which XLA rounds: not bit for bit the same."""
+    model = family.module.load(make_case(family).folder, dtype="bfloat16")
+    graphdef, state = nnx.split(model)
+    half = jax.jit(lambda state, *rest: nnx.merge(graphdef, state)(*rest))
+    cache = family.module.init_cache(model.config, *tokens.shape, jnp.bfloat16)
+
+    def error(logits):
+        return np.sqrt(np.mean((np.asarray(logits) - np.asarray(forward(tokens))) ** 2))
+    assert error(half(state, tokens, None, cache)[0]) < 1.5 * error(half(state, tokens))
 
 
 @pytest.mark.parametrize("chunk", [None, 2, 4, 64])
@@ -116,6 +153,7 @@ def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family, chunk, monk
 
 
 @pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.dear
 def test_attention_in_chunks_gives_the_same_logits_and_gradients(
         family, model, tokens, chunk, monkeypatch):
     """Rows of 26, 17 and 20 tokens; the loss is that of the tokens, so padding adds nothing."""

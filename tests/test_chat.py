@@ -191,7 +191,9 @@ class Talk:
         return new
 
 
-@pytest.mark.parametrize("module", [llama, gemma, mistral], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [
+    llama, *[pytest.param(module, marks=pytest.mark.wide) for module in (gemma, mistral)]],
+    ids=lambda module: module.__name__)
 def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_path, module):
     """In pieces, and for longer than the windows of 24 tokens."""
     folder = write_chat(tmp_path, module)

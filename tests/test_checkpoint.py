@@ -122,6 +122,7 @@ def test_half_precision_files_are_read_into_any_dtype(family, plain, folder):
     assert {v.dtype.name for v in state_of(family.module.load(folder)).values()} == {"float32"}
 
 
+@pytest.mark.dear
 def test_a_model_on_several_devices_gives_the_logits_of_one(family, make_case):
     """On 4 emulated devices. NPROC lets as many threads wait for each other as there are devices;
     sums over split dimensions run in another order, so logits of about 5 differ by 1e-5."""
@@ -271,6 +272,7 @@ def test_a_bfloat16_model_is_saved_as_such(family, plain, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
+@pytest.mark.dear
 def test_rows_that_pad_the_vocabulary_are_not_saved(family, tmp_path, tied):
     if not tied and not family.own_head:
         pytest.skip("the head is always the token table")

@@ -140,7 +140,7 @@ def test_a_file_that_wants_to_run_something_is_refused_and_runs_nothing(
     proof = folder / "proof"
     torch.save({"weight": torch.ones(2), "more": harm(kind, proof)}, folder / "pytorch_model.bin",
                pickle_protocol=protocol)
-    with pytest.raises(family.module.InputError, match=f"wants to run .*({named}),"):
+    with pytest.raises(family.module.InputError, match=f"asks for .*({named}),"):
         family.module.load(folder)
     assert not proof.exists()
 

@@ -51,6 +51,7 @@ def test_generate_gives_the_tokens_of_the_naive_loop(family, model, options):
     assert new == [naive(family.module, model, prompt, 12, **options)]
 
 
+@pytest.mark.dear
 def test_they_agree_over_several_calls_of_decode(family, model):
     n = family.module.STEPS + 8
     new = family.module.generate(model, [[5, 7, 11]], n, key=KEY)
@@ -58,6 +59,7 @@ def test_they_agree_over_several_calls_of_decode(family, model):
 
 
 @every_filter
+@pytest.mark.dear
 def test_a_row_is_the_same_alone_and_in_any_batch(family, model, options):
     keys = jax.numpy.stack([row_key(i) for i in range(4)])
     together = family.module.generate(model, PROMPTS, 24, key=KEY, **options)
@@ -157,6 +159,7 @@ def test_no_key_is_used_twice(family, model, monkeypatch):
     assert len(keys) == len(set(keys)) == 9
 
 
+@pytest.mark.dear
 def test_ids_that_only_pad_the_vocabulary_are_never_drawn(family, plain):
     """The extra rows of the token table are so large that they would win everywhere."""
     module, V = family.module, plain.model.config.vocab_size
@@ -186,6 +189,7 @@ def test_what_cannot_be_continued_is_refused_with_the_reason(family, model, chan
         family.module.generate(model, **arguments)
 
 
+@pytest.mark.dear
 def test_the_context_can_be_filled_to_its_last_position(family, model):
     limit = model.config.max_position_embeddings
     prompt = [token % 50 for token in range(limit - 8)]

@@ -37,6 +37,7 @@ def tokens(fresh):
     return jax.random.randint(jax.random.key(5), (8, 40), 0, fresh.config.vocab_size)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize(("family", "name"), EVERY_PRESET, ids=lambda p: getattr(p, "name", p))
 def test_a_preset_has_the_published_number_of_parameters(family, name):
     """Counted in shapes only: nothing is allocated, and one key serves all, as none is drawn."""
@@ -121,6 +122,7 @@ def test_each_kind_of_gpt2s_dropout_works_alone_and_keeps_the_mean(place):
 
 
 @pytest.mark.parametrize("seed", [None, 3], ids=["no dropout", "dropout"])
+@pytest.mark.dear
 def test_remat_changes_neither_loss_nor_gradients(family, fresh, tokens, seed):
     """The same float32 steps: equal to a few roundings of gradients of 1e-3 to 1."""
     config = dataclasses.replace(fresh.config, **{family.depth: 1})

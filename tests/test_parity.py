@@ -11,9 +11,9 @@ from families import EVERY_CONFIG, FAMILIES, GPT2
 from flax import nnx
 from reference import ROOT, Case, hf_values, mutated, read_hf, write_random
 
-HALVES = [pytest.param(config, dtype, id=f"{config[0].name}: {config[1]} in {dtype}")
+HALVES = [pytest.param(*config.values, dtype, id=f"{config.id} in {dtype}", marks=config.marks)
           for config in EVERY_CONFIG for dtype in ("bfloat16", "float16")
-          if dtype == "bfloat16" or config[1] == "plain"]
+          if dtype == "bfloat16" or config.values[0][1] == "plain"]
 EVERY_MUTATION = [(family, fault) for family in FAMILIES for fault in family.mutations]
 
 
@@ -29,6 +29,7 @@ def test_gradients_of_all_parameters_match_float64(case):
     case.assert_close("gradients")
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize(("family", "fault"), EVERY_MUTATION, ids=lambda p: getattr(p, "name", p))
 def test_parity_notices(family, fault, make_case, tmp_path):
     """The tolerance is worth something: a planted fault exceeds it at least ten times."""
@@ -39,15 +40,13 @@ def test_parity_notices(family, fault, make_case, tmp_path):
     assert not error <= 10 * allowed
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_trained_tiny_checkpoint_matches_float64(family):
     """Twice as much is allowed for gradients: XLA's tanh on a CPU is off by 4.5 units in the last
     place, PyTorch's by 0.5. Activations of a trained model are so large that the gradient of GELU
     shows it: 4.2 times PyTorch's error was measured, and 2.9 with a tanh in float64."""
-    folder = ROOT / "tiny" / family.name
-    if not (folder / "model.safetensors").exists():
-        pytest.skip(f"tiny/{family.name} is not there")
-    case = Case(family, folder)
+    case = Case(family, ROOT / "tiny" / family.name)
     case.assert_close("stream")
     case.assert_close("gradients", factor=8)
 

@@ -8,23 +8,18 @@ import jax
 import pytest
 import torch
 import transformers
-from families import FAMILIES
 from flax import nnx
 from reference import ROOT
 
-TINY = [family for family in FAMILIES if (ROOT / "tiny" / family.name).exists()]
 PROMPTS = ["Ünïcödé, 中文 and\ttabs", 4 * "Two households, both alike in dignity, in fair Verona. "]
 
 
-@pytest.fixture(params=TINY, ids=lambda family: family.name)
-def tiny(request):
-    return request.param, ROOT / "tiny" / request.param.name
+@pytest.fixture
+def tiny(family):
+    return family, ROOT / "tiny" / family.name
 
 
-def test_every_model_file_has_one():
-    assert TINY == FAMILIES
-
-
+@pytest.mark.dear
 def test_transformers_reads_it_and_writes_the_same_greedy_text(tiny):
     """The longer prompt and 100 tokens more go past the window of tiny/gemma, which is of 128."""
     family, folder = tiny

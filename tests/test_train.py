@@ -205,8 +205,10 @@ def test_without_data_there_is_the_standard_library():
 
 # ----------------------------------------------------------------------------------------- the runs
 
-@pytest.mark.parametrize("kind, dtype", [("char", "float32"), ("bytes", "bfloat16"),
-                                         ("bpe", "bfloat16"), ("gpt2", "float32")])
+@pytest.mark.parametrize("kind, dtype", [
+    ("char", "float32"), ("bpe", "bfloat16"),
+    *[pytest.param(*case, marks=pytest.mark.wide)
+      for case in [("bytes", "bfloat16"), ("gpt2", "float32")]]])
 def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
         kind, dtype, text_file, tmp_path):
     torch = pytest.importorskip("torch")
@@ -240,8 +242,9 @@ def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
     # float32 in another order of addition, on logits below 1.
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
-@pytest.mark.parametrize("flags", ["--model opt", "--model llama", "--model gemma",
-                                   "--model mistral", "--model mistral --experts 4"])
+@pytest.mark.parametrize("flags", ["--model opt", *[
+    pytest.param(flags, marks=pytest.mark.wide) for flags in [
+        "--model llama", "--model gemma", "--model mistral", "--model mistral --experts 4"]]])
 def test_every_model_file_learns_and_writes_a_folder_that_transformers_reads(
         text_file, tmp_path, flags):
     done = run("--data", text_file, "--tokens", "bytes", "--steps", 30, "--out", tmp_path, "--lr",
@@ -255,6 +258,7 @@ def test_every_model_file_learns_and_writes_a_folder_that_transformers_reads(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
     np.testing.assert_allclose(model(jnp.array(ids)), theirs.detach(), rtol=0, atol=1e-4)
 
+@pytest.mark.wide
 def test_experts_are_kept_balanced(text_file, tmp_path, monkeypatch):
     """The loss for balance is a part of what is learned: its gradient reaches the router."""
     module = importlib.import_module("mistral")

@@ -4,19 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import GEMMA, MISTRAL
+from families import EVERY_CONFIG, GEMMA, MISTRAL
 from flax import nnx
 
 ROUNDING = 1e-5  # as in test_cache.py
-WINDOWED = [(MISTRAL, "window of 5"), (MISTRAL, "2 experts, window of 7"), (GEMMA, "second"),
-            (GEMMA, "third")]
-every_window = pytest.mark.parametrize(
-    "case", WINDOWED, ids=lambda p: f"{p[0].name}: {p[1]}", indirect=True)
-
-
-@pytest.fixture
-def case(request, make_case):
-    return make_case(*request.param)
+WINDOWED = [config for config in EVERY_CONFIG if config.values[0] in [
+    (MISTRAL, "window of 5"), (MISTRAL, "2 experts, window of 7"), (GEMMA, "second"),
+    (GEMMA, "third")]]
+every_window = pytest.mark.parametrize("case", WINDOWED, indirect=True)
 
 
 def compiled(case):
