@@ -16,7 +16,6 @@ import json
 import os
 import select
 import signal
-import stat
 import sys
 import time
 import zipfile
@@ -25,9 +24,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
+# model_type of a config.json -> the model file that reads it
 KINDS = {"gpt2": "gpt2", "opt": "opt", "llama": "llama", "gemma": "gemma", "gemma2": "gemma",
          "gemma3": "gemma", "gemma3_text": "gemma", "mistral": "mistral", "mixtral": "mistral"}
 MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
+TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # one of these is needed
 
 # --------------------------------------------------------------------------------- the command line
 
@@ -42,47 +43,43 @@ def arguments():
         prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
         usage="python sample.py [--model NAME] [--weights WEIGHTS] [--prompt TEXT] [options]")
     parser.error = fail
-    group = parser.add_argument_group("model").add_argument
-    group("--model", choices=MODELS, help="which file (default: gpt2)")
-    group("--weights", metavar="WEIGHTS", help="'tiny' (bundled), a Hub id, or a folder (default: "
-          "the first preset of --model; tiny if --model is not given either)")
-    group("--revision", help="branch, tag or commit of a Hub id")
-    group("--list", action="store_true", help="print the published checkpoints and stop")
-    group = parser.add_argument_group("text").add_argument
-    group("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
-    group("--prompt-file", action="append", default=[], metavar="FILE",
-          help="a file whose whole text is a prompt; may be given several times. "
-               "Without any of the two, a prompt is read from standard input where that is piped")
-    group("--chat", action="store_true", help="let a model that was tuned for it answer: each "
-          "prompt, or on a terminal one message after the other (Ctrl-C stops an answer, Ctrl-D "
-          "ends the conversation)")
-    group("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
-    group("--max-new-tokens", type=int, metavar="N",
-          help="default: 200, 1000 with --chat, or as many as the model's context has room for")
-    group("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    group = parser.add_argument_group("sampling").add_argument
-    group("--temperature", type=float, default=0.8, metavar="X",
-          help="0 takes the likeliest token always, 1 samples as trained (default: %(default)s)")
-    group("--top-k", type=int, metavar="N", help="only among the N likeliest tokens")
-    group("--top-p", type=float, metavar="X", help="only among the likeliest that hold X together")
-    group("--min-p", type=float, metavar="X",
-          help="only tokens at least X times as likely as the likeliest")
-    group("--repetition-penalty", type=float, default=1.0, metavar="X",
-          help="above 1: repeats less (default: %(default)s)")
-    group("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
-    group = parser.add_argument_group("machine").add_argument
-    group("--dtype", choices=["float32", "bfloat16", "float16"],
-          help="default: float32 on a CPU, bfloat16 elsewhere")
-    group("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
-    group("--parallel", choices=["pmap"], help="spread the texts over all devices of that kind")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jax-one-file-models"
-    group("--compile-cache", default=cache, metavar="DIR",
-          help="where compiled programs are kept, or 'off' (default: the user's cache folder)")
-    group = parser.add_argument_group("output").add_argument
-    group("--no-stream", action="store_true", help="print a text only when it is complete")
-    group("--json", action="store_true", help="one JSON object a line for each text")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODELS, help="which file (default: gpt2)")
+    add("--weights", metavar="WEIGHTS", help="'tiny' (bundled), a Hub id, or a folder (default: "
+        "the first preset of --model; tiny if --model is not given either)")
+    add("--revision", help="branch, tag or commit of a Hub id")
+    add("--list", action="store_true", help="print the published checkpoints and stop")
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    add("--prompt-file", action="append", default=[], metavar="FILE", help="a file as a prompt; "
+        "may be repeated. Without either, standard input is one where it is piped")
+    add("--chat", action="store_true", help="let a model that was tuned for it answer: prompts, "
+        "or messages on the terminal (Ctrl-C stops an answer, Ctrl-D ends the conversation)")
+    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
+    add("--max-new-tokens", type=int, metavar="N", help="default: 200, or 1000 with --chat")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=0.8, metavar="X",
+        help="0 takes the likeliest token always, 1 samples as trained (default: %(default)s)")
+    add("--top-k", type=int, metavar="N", help="only among the N likeliest tokens")
+    add("--top-p", type=float, metavar="X", help="only among the likeliest that hold X together")
+    add("--min-p", type=float, metavar="X", help="only those X times as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeats less")
+    add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
+    add("--parallel", choices=["pmap"], help="spread the texts over all devices of that kind")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
+    add("--compile-cache", default=cache, metavar="DIR", help="keeps compiled programs; or 'off'")
+    add = parser.add_argument_group("output").add_argument
+    add("--no-stream", action="store_true", help="print a text only when it is complete")
+    add("--json", action="store_true", help="one JSON object a line for each text")
     args = parser.parse_args()
     for name, fits, rule in [
+        ("prompt", all(text.encode(errors="ignore").decode() == text for text in args.prompt),
+         "UTF-8 text"),
         ("num-samples", args.num_samples >= 1, "1 or more"),
         ("max-new-tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "1 or more"),
         ("temperature", args.temperature >= 0, "0 (the likeliest token) or more"),
@@ -90,15 +87,15 @@ def arguments():
         ("top-p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
         ("min-p", args.min_p is None or 0 <= args.min_p <= 1, "from 0 to 1"),
         ("repetition-penalty", args.repetition_penalty > 0, "above 0"),
+        ("stop", "" not in args.stop, "a text; leave it out to go on to --max-new-tokens"),
+        ("seed", 0 <= args.seed < 2**63, "from 0 to 2^63 - 1"),
     ]:
         if not fits:
             fail(f"--{name} must be {rule}")
-    if "" in args.stop:
-        fail("--stop needs a text; leave it out to go on to --max-new-tokens")
     return args
 
 def read_prompts(args) -> list[str] | None:
-    """The prompts of --prompt, --prompt-file or standard input; None if a conversation has them."""
+    """The prompts of --prompt, --prompt-file or standard input; None: ask on the terminal."""
     prompts = list(args.prompt)
     for file in args.prompt_file:
         try:
@@ -110,12 +107,11 @@ def read_prompts(args) -> list[str] | None:
             fail("a conversation is one text on one device, shown as it is made: leave --parallel, "
                  "--num-samples, --json and --no-stream out, or give a --prompt")
         return None
-    mode = os.fstat(0).st_mode if sys.stdin else 0
-    if not prompts and (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-        if not select.select([sys.stdin], [], [], 1)[0]:
+    if not prompts and sys.stdin and not os.isatty(0):
+        if not select.select([0], [], [], 1)[0]:
             print("reading the prompt from standard input ...", file=sys.stderr)
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = open(0, "rb", closefd=False).read().decode("utf-8")  # noqa: SIM115
         except UnicodeDecodeError as error:
             fail(f"standard input is not UTF-8 text: {error}")
         prompts = [text] if text else []
@@ -129,8 +125,8 @@ def print_presets():
     """A table of the published checkpoints that each model file names."""
     print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
     for name in MODELS:
-        presets = importlib.import_module(name).PRESETS
-        for hub_id, (parameters, download, gated, _) in presets.items():
+        for hub_id, preset in importlib.import_module(name).PRESETS.items():
+            parameters, download, gated, _ = preset
             gated = "  gated: accept its terms on the Hub first" if gated else ""
             print(f"{name:9}{hub_id:34}{parameters:>14,}{download:>8.2f} GB{gated}")
         size = sum(file.stat().st_size for file in (HERE / "tiny" / name).glob("*"))
@@ -146,7 +142,8 @@ def checkout(model_file, name, revision) -> Path:
     try:  # what is cached whole needs no network
         folder = Path(snapshot_download(name, allow_patterns=model_file.DOWNLOADS,
                                         local_files_only=True, revision=revision))
-        if model_file.stored_tensors(folder) and (folder / "config.json").exists():
+        if model_file.stored_tensors(folder) and (folder / "config.json").exists() and any(
+                (folder / name).exists() for name in TOKENIZERS):
             return folder
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
         pass  # a download that was cut short is taken up again
@@ -160,9 +157,8 @@ def checkout(model_file, name, revision) -> Path:
         patterns = model_file.DOWNLOADS + weights
         sizes = {file: size for file, size in all_files.items()
                  if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)}
-        size = sum(sizes.values())
-        size = f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
-        print(f"downloading {name}: {size} in {len(sizes)} files", file=sys.stderr)
+        print(f"downloading {name}: {sum(sizes.values()) / 1e6:,.2f} MB in {len(sizes)} files",
+              file=sys.stderr)
         return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
     except errors.GatedRepoError:
         fail(f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
@@ -181,7 +177,7 @@ def check_files(model_file, folder):
     """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
     from safetensors import SafetensorError, safe_open
     read = [*folder.glob("*.json"), *folder.glob("model*.safetensors")]
-    if not any(folder.glob("model*.safetensors")):  # beside them, others are not read
+    if not any(folder.glob("model*.safetensors")):  # a .bin is read only where there are none
         read += folder.glob("pytorch_model*.bin")
     for file in read:
         with open(file, "rb") as stream:
@@ -205,9 +201,8 @@ def check_files(model_file, folder):
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if KINDS.get(kind, model_file.__name__) != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {KINDS[kind]}.py reads: --model {KINDS[kind]}")
-    names = ("tokenizer.json", "merges.txt", "tokenizer.model")
-    if not any((folder / name).exists() for name in names):
-        fail(f"{folder} has no tokenizer: none of {', '.join(names)}")
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        fail(f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
     try:
         model_file.stored_tensors(folder)
     except FileNotFoundError as error:
@@ -231,8 +226,8 @@ def pick_devices(wanted, parallel):
 # --------------------------------------------------------------------------------------- generation
 
 class Text:
-    """One row as it grows: its tokens, and their text as far as it is settled: without a character
-    of which only some bytes are there, and the beginning of what may become a stop string."""
+    """One row as it grows: its tokens and their text. Held back are characters of which some bytes
+    are missing, and what may become a stop string. prompt: a text, or in a chat its messages."""
 
     def __init__(self, codec, prompt, stops):
         self.codec, self.prompt, self.stops = codec, prompt, stops
@@ -258,7 +253,8 @@ class Text:
             if not self.reason:
                 text = text.rstrip("\ufffd")
                 text = text[: len(text) - max(map(partial(overlap, text), self.stops), default=0)]
-            self.completion = text
+            if self.reason or text.startswith(self.completion):  # bytes may hide what was shown
+                self.completion = text
 
     def record(self, timing) -> dict:
         """What --json prints of this text."""
@@ -274,36 +270,36 @@ def overlap(text, stop) -> int:
 
 def sampling_of(args) -> dict:
     """The options that the compiled programs take as inputs; what is None is left out of them."""
-    penalty = None if args.repetition_penalty == 1 else args.repetition_penalty
     return {"temperature": args.temperature or None, "top_p": args.top_p, "min_p": args.min_p,
-            "repetition_penalty": penalty}
+            "repetition_penalty": None if args.repetition_penalty == 1 else args.repetition_penalty}
 
 def generate(model_file, model, devices, prompts, args, streaming, timing):
-    """Yields new tokens [B, n] after B prompts (lists of ids) as they are drawn; fills in `timing`.
-    On several devices the rows are spread by pmap: every array then has a leading axis of devices,
-    and the programs are otherwise the same."""
+    """Yields new tokens [B, n] after B prompts (lists of ids) as they are drawn; fills in `timing`,
+    with compiling apart. On several devices the rows are spread by pmap: every array then has a
+    leading axis of devices, and the programs are otherwise those of the model file's generate."""
     import jax
     import numpy as np
     from flax import nnx
-    B, n, limit, sampling = len(prompts), len(devices), args.max_new_tokens, sampling_of(args)
-    prompts = prompts + prompts[-1:] * (-B % n)  # pmap wants as many rows on each device
+    B, limit, sampling = len(prompts), args.max_new_tokens, sampling_of(args)
+    several = len(devices)
+    prompts = prompts + prompts[-1:] * (-B % several)  # pmap wants as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
-    per_device = len(prompts) // n
+    per_device = len(prompts) // several
     cache = model_file.init_cache(model.config, per_device, length, model.dtype)
     graphdef, state = nnx.split(model)
-    if n > 1:
+    if several > 1:
         mesh = jax.sharding.Mesh(devices, "devices")
         each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
-        copy = lambda x: jax.device_put(np.broadcast_to(x, (n, *x.shape)), each)  # noqa: E731
-        split = lambda x: jax.device_put(x.reshape(n, per_device, *x.shape[1:]), each)  # noqa: E731
+        copy = lambda x: jax.device_put(np.broadcast_to(x, (several, *x.shape)), each)  # noqa: E731
+        split = lambda x: jax.device_put(x.reshape(several, per_device, *x.shape[1:]), each)  # noqa: E731
         state, cache = jax.tree.map(copy, (state, cache))
         tokens, positions, keys = split(tokens), split(positions), split(keys)
 
     def compiled(function, *inputs, shared):
         """The program for these inputs; the last `shared` of them are the same on all devices."""
         start, function = time.perf_counter(), partial(function, graphdef, top_k=args.top_k)
-        if n == 1:
+        if several == 1:
             function = jax.jit(function, donate_argnums=1)
         else:
             axes = (0,) * (len(inputs) - shared) + (None,) * shared
@@ -356,36 +352,38 @@ def chat_tokenizer(folder):
     return SimpleNamespace(encode=encode, decode=decode)
 
 def answer(model_file, model, memory, ids, limit, args):
-    """Yields up to `limit` tokens [1] after ids, of which those in memory.ids are in memory.cache.
-    All are computed anew where that is too short, or where ids begin in another way: some templates
-    drop parts of an answer, and its text may be cut into other tokens than were drawn."""
+    """Yields up to `limit` tokens after ids, each as an array of one. memory: `cache`, of `length`
+    slots, holds the tokens `ids`, so that only new ones are computed; all are where it is too short
+    or ids begin in another way, as where a template drops parts of earlier answers."""
     import jax
     import numpy as np
     from flax import nnx
     graphdef, state = nnx.split(model)
-    key = jax.random.fold_in(jax.random.key(args.seed), 0)
-    options = {"keys": key[None], "sampling": sampling_of(args), "top_k": args.top_k}
+    options = {"keys": jax.random.fold_in(jax.random.key(args.seed), 0)[None],  # as a first row's
+               "sampling": sampling_of(args), "top_k": args.top_k}
+    prefill, decode = (partial(function, graphdef, state, **options)
+                       for function in (model_file.prefill, model_file.decode))
     known, end = len(memory.ids), len(ids) + limit
-    if memory.cache is None or memory.ids != ids[:known] or end > memory.length:
-        known, memory.length = 0, max(1024, 1 << (end - 1).bit_length())
+    if end > memory.length or known == len(ids) or memory.ids != ids[:known]:
+        known, memory.cache = 0, None  # the old one goes before the new one comes
+        memory.length = max(1024, 1 << (end - 1).bit_length())  # seldom another one to compile for
         memory.cache = model_file.init_cache(model.config, 1, memory.length, model.dtype)
     for T in (512, 64, 8, 1):  # in pieces of few lengths, as each is a program to compile
         while len(ids) - known >= T:
-            new = np.array([ids[known : known + T]]), np.arange(known, known + T)[None]
-            memory.cache, token = model_file.prefill(graphdef, state, memory.cache, *new,
-                                                     **options)
+            new = np.array([ids[known : known + T]])
+            memory.cache, token = prefill(memory.cache, new, None)
             known += T
     memory.ids = list(ids)
     for _ in range(limit):
         yield np.asarray(token)
         memory.ids += token.tolist()
-        memory.cache, token = model_file.decode(graphdef, state, memory.cache, token, steps=1,
-                                                **options)
+        memory.cache, token = decode(memory.cache, token, steps=1)
         token = token[:, 0]
 
 def converse(model_file, model, device, codec, stop_ids, args):
     """Reads messages from the terminal and writes the answers, until Ctrl-D."""
     import readline  # noqa: F401  (the arrow keys then work in `input`)
+    sys.stdin.reconfigure(errors="replace")
     memory, messages = SimpleNamespace(ids=[], cache=None, length=0), []
     context = model.config.max_position_embeddings
     print(f"{device.device_kind}, {model.dtype.name}; Ctrl-C stops an answer, Ctrl-D ends the "
@@ -401,7 +399,9 @@ def converse(model_file, model, device, codec, stop_ids, args):
         text, written = Text(codec, messages, args.stop), 0
         limit = min(args.max_new_tokens or 1000, context - len(text.prompt_ids))
         if limit < 1:
-            fail(f"the conversation has filled the context of {context} tokens: begin a new one")
+            messages.pop()
+            print(f"no room in the context of {context}: say less, or begin anew", file=sys.stderr)
+            continue
         try:
             for token in answer(model_file, model, memory, text.prompt_ids, limit, args):
                 text.add(token, stop_ids, limit)
@@ -410,7 +410,7 @@ def converse(model_file, model, device, codec, stop_ids, args):
                 if text.reason:
                     break
         except KeyboardInterrupt:
-            memory.cache = None  # it may have been given away to a step that was not finished
+            memory.length = 0  # the cache may be donated to a step that was not finished
         print()
         messages.append({"role": "assistant", "content": text.completion})
 

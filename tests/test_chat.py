@@ -239,12 +239,39 @@ def test_what_a_chat_lacks_is_said_in_one_line(tmp_path, refused, template, opti
     assert said in refused("--model", "llama", "--weights", folder, "--chat", *options)
 
 
-def test_a_conversation_is_one_text_and_ends_with_the_context(folder, tmp_path):
+def test_a_conversation_is_one_text(folder):
     terminal = Terminal(folder, "--num-samples", "2")
     assert "leave --parallel, --num-samples" in terminal.read(until="give a --prompt\n")
     assert terminal.process.wait(20) == 2
+
+
+def test_a_message_for_which_the_context_has_no_room_is_not_taken(tmp_path):
     terminal = Terminal(write_chat(tmp_path, max_position_embeddings=64))
     terminal.read(until="> ")
     terminal.type("A message of more than sixty-four letters, and so of more tokens than it has.\n")
-    terminal.read(until="has filled the context of 64 tokens: begin a new one\n")
-    assert terminal.process.wait(20) == 2
+    terminal.read(until="no room in the context of 64: say less, or begin anew\n> ")
+    terminal.type("Hi\n")
+    terminal.read(until="Hi\n")
+    terminal.read(until="\n> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(20) == 0
+
+
+def test_the_same_message_again_is_answered_again(folder):
+    """Where a template shows the last message alone, the second time all tokens are known."""
+    args = SimpleNamespace(seed=0, temperature=0.0, top_k=None, top_p=None, min_p=None,
+                           repetition_penalty=1.0)
+    memory, model = SimpleNamespace(ids=[], cache=None, length=0), llama.load(folder)
+    once, again = (list(sample.answer(llama, model, memory, [5, 6, 7], 1, args)) for _ in "12")
+    assert len(once) == 1 and once == again
+
+
+def test_a_shown_character_stays_where_bytes_of_the_next_one_hide_it():
+    """As decoders do that join bytes: two characters of two bytes each, and one byte missing."""
+    shown = {(): "", (1,): "\ufffd", (1, 2): "é", (1, 2, 3): "\ufffd" * 3, (1, 2, 3, 4): "éü"}
+    codec = SimpleNamespace(encode=lambda text: [], decode=lambda ids: shown[tuple(ids)])
+    text, completions = sample.Text(codec, "", []), []
+    for token in (1, 2, 3, 4):
+        text.add([token], [], 9)
+        completions.append(text.completion)
+    assert completions == ["", "é", "é", "éü"]

@@ -124,6 +124,15 @@ def test_a_download_that_was_killed_is_finished_by_the_next_run(files, start, sa
     assert "downloading" in result.stderr
     assert hub.downloaded() >= {"model.safetensors"}
 
+def test_what_another_program_left_out_of_the_cache_is_downloaded(files, sample, tmp_path):
+    """Such as a loader of weights alone, which has no use for the tokenizer."""
+    with Hub(REPO, files) as hub:
+        assert sample(hub.endpoint).returncode == 0
+        [tokenizer] = (tmp_path / "hf").rglob("tokenizer.json")
+        tokenizer.unlink()
+        result = sample(hub.endpoint)
+    assert result.returncode == 0, result.stderr
+
 def test_a_gated_model_names_the_page_to_accept_and_how_to_log_in(files, sample):
     with Hub(REPO, files, gated=True) as hub:
         error = one_line(sample(hub.endpoint))

@@ -232,8 +232,10 @@ def test_a_reader_that_leaves_early_is_no_error(weights):
     (["--prompt-file", "no/such/file"], "no/such/file"),
     (["--prompt-file", sys.executable], "cannot be read"),
     (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+    (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1"),
+    (["--prompt", "caf\udce9"], "--prompt must be UTF-8 text"),  # as Python gives byte E9
     (["--num-samples", "-1"], "--num-samples must be 1 or more"),
-    (["--stop", ""], "--stop needs a text"),
+    (["--stop", ""], "--stop must be a text; leave it out"),
     (["--temperature", "-1"], "--temperature must be 0"),
     (["--temperature", "warm"], "--temperature"),
     (["--top-k", "0"], "--top-k must be 1 or more"),
