@@ -1,0 +1,189 @@
+"""bench.py: its arithmetic by hand, its programs as a user runs them; no assertion about speed."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import ROOT
+
+import bench
+import gpt2
+import llama
+import mistral
+
+def run(*options, code=0):
+    """python bench.py OPTIONS -> what it printed."""
+    done = subprocess.run([sys.executable, "bench.py", "--runs", "1", *map(str, options)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def results(folder):
+    """(about the run, {(metric, who): record})"""
+    about, *records = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    return about, {(record["metric"], record["who"]): record for record in records}
+
+
+# -------------------------------------------------------------------------------------- arithmetic
+
+def test_calls_are_run_in_turn_and_the_first_round_does_not_count():
+    order = []
+    calls = {name: (lambda name=name: order.append(f"prepare {name}"),
+                    lambda _, name=name: order.append(name)) for name in "ab"}
+    seconds = bench.in_turn(calls, runs=2)
+    assert order == 3 * ["prepare a", "a", "prepare b", "b"]
+    assert [len(seconds[name]) for name in "ab"] == [2, 2]
+
+
+def test_the_costs_of_gpt2_are_those_of_the_formula():
+    """124M: 12 layers of 12 * 768^2 weights, and the token table as head."""
+    config = gpt2.PRESETS["openai-community/gpt2"][-1]
+    found = bench.costs(gpt2, config, B=2, T=100, dtype="float32")
+    N, head, look = 12 * 12 * 768**2, 50257 * 768, 4 * 12 * 768
+    assert found.size == 124_439_808
+    assert found.prefill == 2 * (100 * 2 * N + look * 100**2 + 2 * head)
+    assert found.decode == 2 * (2 * (N + head) + look * 100)
+    assert found.train == 3 * 2 * 100 * (2 * (N + head) + look * 100)
+    assert found.weights == 4 * (N + head)
+    assert found.cache == 2 * 100 * 12 * 2 * 768 * 4
+
+
+def test_an_own_head_is_read_in_place_of_the_token_table_and_key_heads_are_shared():
+    config = llama.Config(vocab_size=1000, hidden_size=64, intermediate_size=96, head_dim=16,
+                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+                          tie_word_embeddings=False)
+    found = bench.costs(llama, config, B=1, T=10, dtype="bfloat16")
+    N = 2 * (2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 96)
+    assert found.size == N + 2 * 1000 * 64 + 5 * 64
+    assert found.decode_bytes == 2 * (N + 1000 * 64) + 10 * 2 * 2 * 16 * 2
+
+
+def test_of_experts_only_the_chosen_ones_are_read_and_computed():
+    config = mistral.Config("mixtral", 1000, 128, 64, 96, 1, 4, 4, 16, num_local_experts=8)
+    others, expert = 4 * 64 * 64 + 64 * 8, 3 * 64 * 96
+    for B, experts in [(1, 2), (3, 8 * (1 - 0.75**3))]:
+        found = bench.costs(mistral, config, B, 10, "float32")
+        assert math.isclose(found.weights, 4 * (others + experts * expert + 64_000))
+        assert found.decode == B * (2 * (others + 2 * expert + 64_000) + 4 * 64 * 10)
+
+
+def test_a_window_bounds_what_is_read_of_the_cache():
+    config = mistral.Config("mistral", 1000, 128, 64, 96, 1, 4, 4, 16, sliding_window=8)
+    assert bench.costs(mistral, config, 1, 100, "float32").cache == 8 * 2 * 64 * 4
+
+
+def test_random_weights_have_the_shapes_and_types_that_were_asked_for():
+    model = bench.random_model(gpt2, gpt2.sizes(32, 1, 2), "bfloat16")
+    assert model.h[0].mlp.c_fc.kernel[...].dtype == jnp.bfloat16
+    assert abs(float(model.wte.embedding[...].astype("float32").std()) - 0.02) < 1e-3
+    assert (np.asarray(model.ln_f.scale[...]) == 1).all()
+
+
+# ---------------------------------------------------------------------------------------- programs
+
+def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path):
+    done = run("--batch", "1,2", "--new-tokens", 8, "--out", tmp_path)
+    assert "| prefill " in done.stdout and "GFLOP/s of the product" in done.stdout
+    about, found = results(tmp_path)
+    assert about["command"].startswith("bench.py --runs 1") and "jax" in about
+    for metric in ("prefill", "decode", "train"):
+        record = found[metric, "ours"]
+        assert record["low"] <= record["value"] <= record["high"] and record["share"] > 0
+        assert record["batch"] == 2 and record["weights"] == "tiny"
+    rows = found["rows", "ours"]
+    assert math.isclose(rows["value"] * 32, found["train", "ours"]["value"], rel_tol=1e-6)
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.wide
+def test_peers_run_in_turn_on_the_same_weights(tmp_path):
+    run("--task", "decode,load,start", "--vs", "transformers", "--new-tokens", 4, "--out", tmp_path)
+    _, found = results(tmp_path)
+    for metric in ("decode", "load", "start"):
+        ours, theirs = found[metric, "ours"]["value"], found[metric, "transformers"]["value"]
+        assert math.isclose(found[metric, "ours / transformers"]["value"], ours / theirs)
+
+
+@pytest.mark.wide
+def test_compiling_is_measured_without_and_with_the_cache(tmp_path):
+    run("--task", "compile", "--out", tmp_path)
+    _, found = results(tmp_path)
+    cold, warm = (found[f"compile, {how}", "ours"]["value"] for how in ("cold", "from the cache"))
+    assert cold > warm
+
+
+@pytest.mark.wide
+def test_a_checkpoint_is_validated_against_transformers_and_both_lose_the_same(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("O Romeo, Romeo! wherefore art thou Romeo?\nDeny thy father " * 12)
+    run("--task", "validate,eval", "--model", "llama", "--weights", "tiny", "--text", text,
+        "--new-tokens", 16, "--out", tmp_path)
+    _, found = results(tmp_path)
+    assert found["tokens of the text", "same ids"]["value"] == 1
+    assert found["logits", "difference"]["value"] < 1e-4
+    assert {f"after block {i}" for i in range(3)} <= {metric for metric, _ in found}
+    assert found["greedy tokens", "same until"]["value"] == 16
+    ours, theirs = found["loss", "ours"]["value"], found["loss", "transformers"]["value"]
+    assert abs(ours - theirs) < 1e-4 and 1 < ours < 5
+    assert math.isclose(found["perplexity", "ours"]["value"], math.exp(ours))
+
+
+@pytest.mark.wide
+def test_texts_stand_side_by_side(tmp_path):
+    done = run("--task", "compare", "--new-tokens", 20, "--out", tmp_path)
+    _, mine, theirs, *_ = done.stdout.split("--- ")
+    assert mine.removeprefix("greedy, ours") == theirs.removeprefix("greedy, transformers")
+    _, found = results(tmp_path)
+    assert 0 < found["greedy: distinct-1", "ours"]["value"] <= 1
+
+
+def test_a_plan_needs_no_weights(tmp_path):
+    """7B parameters, 16 bytes each to train, on 8 chips; decoding reads 2 bytes of each."""
+    run("--model", "llama", "--preset", "meta-llama/Llama-2-7b-hf", "--task", "plan", "--chips", 8,
+        "--kind", "h100", "--length", 64, "--out", tmp_path)
+    _, found = results(tmp_path)
+    parameters = llama.PRESETS["meta-llama/Llama-2-7b-hf"][0]
+    assert 0 < found["train: memory", "plan"]["value"] - 16 * parameters / 8e9 < 0.1
+    assert 0.97 < found["decode: step", "plan"]["value"] / (2e3 * parameters / 8 / 3.35e12) < 1.02
+
+
+@pytest.mark.wide
+def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path):
+    done = run("--task", "plan,train", "--limit", 15, "--preset", "openai-community/gpt2-xl",
+               "--batch", 64, "--length", 1000, "--out", tmp_path, code=1)
+    assert "given up after 15 s" in done.stderr
+    assert {metric for metric, _ in results(tmp_path)[1]} >= {"train: step", "decode: step"}
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--task", "dance"], "--task must be of prefill"),
+    (["--vs", "vllm"], "--vs must be of transformers"),
+    (["--dtype", "int8"], "--dtype"),
+    (["--preset", "gpt5"], "--preset must be of openai-community/gpt2"),
+    (["--batch", "0"], "must be 1 or more"),
+    (["--batch", "many"], "--batch"),
+    (["--text", "no/such/file"], "no such file"),
+    (["--task", "train", "--ragged"], "--ragged is for --task decode"),
+    (["--vs", "ctranslate2"], "needs ctranslate2: pip install ctranslate2"),
+])
+def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, capsys):
+    find_spec = bench.importlib.util.find_spec
+    monkeypatch.setattr(bench.importlib.util, "find_spec",
+                        lambda name: None if name == "ctranslate2" else find_spec(name))
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
+    with pytest.raises(SystemExit) as stop:
+        bench.arguments()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and err.count("\n") == 1 and said in err
+
+
+def test_what_is_not_there_is_one_line_too(tmp_path):
+    for options, said in [(["--device", "tpu"], "there is no tpu here"),
+                          (["--weights", tmp_path], "config.json")]:
+        done = run("--task", "decode", *options, code=2)
+        assert said in done.stderr and "Traceback" not in done.stderr
