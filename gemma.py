@@ -159,22 +159,22 @@ def attend(q, k, v, q_positions, k_positions, **options):
     """Each query gathers the values of the keys at its own and at earlier positions.
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Softmax in float32; options as in `masked_scores`. Vaswani et al. 2017, equation (1)."""
-    (B, T, H, Dh), K = q.shape, k.shape[2]
+    (B, T, H, Dh), (_, S, K, _) = q.shape, k.shape
     G = H // K  # heads kG to kG + G - 1 share key head k: they become tokens of it, of K heads
-    q = q.reshape(B, T, K, G, Dh).swapaxes(2, 3).reshape(B, T * G, K, Dh)
-    q_positions = jnp.repeat(q_positions, G, axis=1)
-    if T * k.shape[1] >= LONG**2 and T > 1:
+    q = q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, Dh)
+    k, v, q_positions = k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.tile(q_positions, G)
+    if T * S >= LONG**2 and T > 1:
         x = attend_chunked(q, k, v, q_positions, k_positions, **options)
     else:
         probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, **options))
-        x = jnp.einsum("bhts,bshd->bthd", probs.astype(v.dtype), v)
-    return x.reshape(B, T, G, K, Dh).swapaxes(2, 3).reshape(B, T, H, Dh)
+        x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
+    return x.reshape(B, K, G, T, Dh).transpose(0, 3, 1, 2, 4).reshape(B, T, H, Dh)
 
 def masked_scores(q, k, q_positions, k_positions, scale, window=None, softcap=None):
-    """How well each key fits each query, in float32: [B, T, H, Dh], [B, S, H, Dh] -> [B, H, T, S].
+    """How well each key fits each query, in float32: [B, H, T, Dh], [B, H, S, Dh] -> [B, H, T, S].
     A key is visible where 0 <= its position <= the query's, and among the last `window` up to it;
     padding and empty slots are at -1."""
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
     visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
@@ -188,10 +188,10 @@ def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
     score comes: Milakov and Gimelshein 2018; Rabe and Staats 2021."""
-    def chunks(x, fill):  # [B, S, ...] -> [S / CHUNK, B, CHUNK, ...]
-        pad = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
+    def chunks(x, axis, fill):  # [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]
+        pad = [(0, -n % CHUNK * (i == axis)) for i, n in enumerate(x.shape)]
         x = jnp.pad(x, pad, constant_values=fill)
-        return x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :]), axis, 0)
     @jax.checkpoint  # or its gradient would keep the scores of every chunk
     def add(carry, chunk):
         gathered, total, largest = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
@@ -200,13 +200,13 @@ def attend_chunked(q, k, v, q_positions, k_positions, **options):
         new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         weights, shrink = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
         total = total * shrink + weights.sum(axis=-1, keepdims=True)
-        gathered = gathered * shrink + jnp.einsum("bhts,bshd->bhtd", weights, v)
+        gathered = gathered * shrink + jnp.einsum("bhts,bhsd->bhtd", weights, v)
         return (gathered, total, new_largest), None
-    gathered = jnp.zeros_like(q, jnp.float32).swapaxes(1, 2)
+    gathered = jnp.zeros_like(q, jnp.float32)
     carry = gathered, gathered[..., :1], gathered[..., :1] - jnp.inf
-    keys = chunks(k, 0), chunks(v, 0), chunks(k_positions, -1)
+    keys = chunks(k, 2, 0), chunks(v, 2, 0), chunks(k_positions, 1, -1)
     (gathered, total, _), _ = jax.lax.scan(add, carry, keys)
-    return (gathered / total).swapaxes(1, 2).astype(v.dtype)
+    return (gathered / total).astype(v.dtype)
 
 class Attention(nnx.Module):
     """Causal self-attention with H heads of queries and K heads of keys and values."""

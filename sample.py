@@ -69,7 +69,7 @@ def arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="default: float32 on a CPU, bfloat16 elsewhere")
-    add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
+    add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of count as in gpu:1")
     add("--parallel", choices=["pmap"], help="spread the texts over all devices of that kind")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
     add("--compile-cache", default=cache, metavar="DIR", help="keeps compiled programs; or 'off'")
@@ -275,31 +275,31 @@ def sampling_of(args) -> dict:
 
 def generate(model_file, model, devices, prompts, args, streaming, timing):
     """Yields new tokens [B, n] after B prompts (lists of ids) as they are drawn; fills in `timing`,
-    with compiling apart. On several devices the rows are spread by pmap: every array then has a
+    with compiling apart. On count devices the rows are spread by pmap: every array then has a
     leading axis of devices, and the programs are otherwise those of the model file's generate."""
     import jax
     import numpy as np
     from flax import nnx
     B, limit, sampling = len(prompts), args.max_new_tokens, sampling_of(args)
-    several = len(devices)
-    prompts = prompts + prompts[-1:] * (-B % several)  # pmap wants as many rows on each device
+    count = len(devices)
+    prompts = prompts + prompts[-1:] * (-B % count)  # pmap wants as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
-    per_device = len(prompts) // several
+    per_device = len(prompts) // count
     cache = model_file.init_cache(model.config, per_device, length, model.dtype)
     graphdef, state = nnx.split(model)
-    if several > 1:
+    if count > 1:
         mesh = jax.sharding.Mesh(devices, "devices")
         each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
-        copy = lambda x: jax.device_put(np.broadcast_to(x, (several, *x.shape)), each)  # noqa: E731
-        split = lambda x: jax.device_put(x.reshape(several, per_device, *x.shape[1:]), each)  # noqa: E731
+        copy = lambda x: jax.device_put(np.broadcast_to(x, (count, *x.shape)), each)  # noqa: E731
+        split = lambda x: jax.device_put(x.reshape(count, per_device, *x.shape[1:]), each)  # noqa: E731
         state, cache = jax.tree.map(copy, (state, cache))
         tokens, positions, keys = split(tokens), split(positions), split(keys)
 
     def compiled(function, *inputs, shared):
         """The program for these inputs; the last `shared` of them are the same on all devices."""
         start, function = time.perf_counter(), partial(function, graphdef, top_k=args.top_k)
-        if several == 1:
+        if count == 1:
             function = jax.jit(function, donate_argnums=1)
         else:
             axes = (0,) * (len(inputs) - shared) + (None,) * shared

@@ -370,8 +370,9 @@ ROTARY_FAULTS = {
         "one, other = x[..., ::2], x[..., 1::2]"),
     "turned backwards": Mutation("one * cos - other * sin, other * cos + one * sin",
                                  "one * cos + other * sin, other * cos - one * sin"),
-    "query heads in another order": Mutation("q.reshape(B, T, K, G, Dh).swapaxes(2, 3)",
-                                             "q.reshape(B, T, G, K, Dh)", "grouped heads"),
+    "query heads in another order": Mutation("q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4)",
+                                             "q.reshape(B, T, G, K, Dh).transpose(0, 3, 2, 1, 4)",
+                                             "grouped heads"),
     "no final norm": Mutation("return self.norm(x), Cache", "return x, Cache"),
     "o_proj not transposed": Mutation("CHECKPOINT = [", (
         'CHECKPOINT = [(r"(.+o_proj)\\.kernel", r"model.\\1.weight", False),')),
