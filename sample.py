@@ -69,7 +69,7 @@ def arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="default: float32 on a CPU, bfloat16 elsewhere")
-    add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of count as in gpu:1")
+    add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
     add("--parallel", choices=["pmap"], help="spread the texts over all devices of that kind")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
     add("--compile-cache", default=cache, metavar="DIR", help="keeps compiled programs; or 'off'")
@@ -275,7 +275,7 @@ def sampling_of(args) -> dict:
 
 def generate(model_file, model, devices, prompts, args, streaming, timing):
     """Yields new tokens [B, n] after B prompts (lists of ids) as they are drawn; fills in `timing`,
-    with compiling apart. On count devices the rows are spread by pmap: every array then has a
+    with compiling apart. On several devices the rows are spread by pmap: every array then has a
     leading axis of devices, and the programs are otherwise those of the model file's generate."""
     import jax
     import numpy as np
@@ -292,7 +292,7 @@ def generate(model_file, model, devices, prompts, args, streaming, timing):
         mesh = jax.sharding.Mesh(devices, "devices")
         each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
         copy = lambda x: jax.device_put(np.broadcast_to(x, (count, *x.shape)), each)  # noqa: E731
-        split = lambda x: jax.device_put(x.reshape(count, per_device, *x.shape[1:]), each)  # noqa: E731
+        split = lambda x: jax.device_put(x.reshape(count, -1, *x.shape[1:]), each)  # noqa: E731
         state, cache = jax.tree.map(copy, (state, cache))
         tokens, positions, keys = split(tokens), split(positions), split(keys)
 
