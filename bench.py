@@ -101,24 +101,23 @@ def skeleton(module, config, **options):
 def costs(module, config, B: int, T: int, dtype):
     """What theory says of B rows of T tokens, from the shapes alone: operations and bytes. For each
     token a weight of a matrix takes part in 2 operations, and attention adds 2 products of H * Dh
-    for each token that is seen, in each layer; a look-up of a vector is none. Of E experts B tokens
-    need E (1 - (1 - k / E)^B) on average, if the choices are even."""
-    E, k = getattr(config, "num_local_experts", 1), getattr(config, "num_experts_per_tok", 1)
+    for each token that is seen, in each layer; a look-up of a vector is none. Of E experts, of
+    which a token takes k, B tokens read E (1 - (1 - k / E)^B) on average, if choices are even."""
+    E, chosen = (getattr(config, f"num_{name}", 1) for name in ("local_experts", "experts_per_tok"))
     size = used = read = head = 0
     for path, p in nnx.to_flat_state(skeleton(module, config)[1]):
         size += p.size
         if path[-1] == "kernel" and path[0] != "lm_head":
             expert = "experts" in path
-            used += p.size * (k / E if expert else 1)
-            read += p.size * (1 - (1 - k / E) ** B if expert else 1)
+            used += p.size * (chosen / E if expert else 1)
+            read += p.size * (1 - (1 - chosen / E) ** B if expert else 1)
         elif path[0] in ("wte", "embed_tokens", "lm_head"):  # in this order: an own head replaces
             head = p.size  # the table as what makes the logits
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
     heads = getattr(config, "n_head", 0) or config.num_attention_heads
     look = 4 * len(layers) * heads * layers[0][0].shape[-1]  # for each token that is seen
-    itemsize = jnp.dtype(dtype).itemsize
-    weights = (read + head) * itemsize
-    cache = B * sum(2 * k.size * itemsize for k, *_ in layers)
+    weights = (read + head) * jnp.dtype(dtype).itemsize
+    cache = B * sum(2 * k.size * k.dtype.itemsize for k, *_ in layers)
     return SimpleNamespace(
         size=size, weights=weights, cache=cache,
         prefill=B * (2 * used * T + look * T * T + 2 * head), prefill_bytes=weights,
@@ -193,7 +192,8 @@ class Transformers:
         from transformers import AutoModelForCausalLM
         self.args, self.compiled, self.torch = args, compiled, torch
         self.name, self.device = "transformers" + "-compile" * compiled, torch_device()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.dtype = getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
         self.model = model.to(self.device).eval()
 
     def prefill(self, prompts):
@@ -221,13 +221,12 @@ class Transformers:
         return nothing, lambda _: self.model.generate(ids, attention_mask=mask, **how).tolist()
 
     def train(self, rows):
-        """A step of AdamW, as ours; in half precision under autocast, with float32 weights."""
-        torch, dtype, ids = self.torch, self.model.dtype, self.torch.tensor(rows).to(self.device)
-        model = self.model.float().train()
+        """A step of AdamW, as ours: without dropout, in half precision with float32 weights."""
+        torch, model, ids = self.torch, self.model.float(), self.torch.tensor(rows).to(self.device)
         forward = torch.compile(model) if self.compiled else model
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
         def run(_):
-            with torch.autocast(self.device, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
                 logits = forward(ids[:, :-1], use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
@@ -282,7 +281,7 @@ def compare(args, metric, values: dict, unit, shape, **theory):
     """Records what each subject reached, and of each pair of runs how ours compares."""
     for who, found in values.items():
         record(args, metric, who, found, unit, **shape, **(theory if who == "ours" else {}))
-    for who in values.keys() - {"ours"}:
+    for who in [*values][1:]:  # ours is the first
         ratios = [a / b for a, b in zip(values["ours"], values[who], strict=True)]
         record(args, metric, f"ours / {who}", ratios, "times", **shape)
 
@@ -418,9 +417,9 @@ def continuations(ours, theirs, prompt, n, temperature):
     [new] = ours.module.generate(ours.model, [prompt], n, key=jax.random.key(0),
                                  temperature=temperature)
     torch.manual_seed(0)
-    other = theirs.generate(torch.tensor([prompt]), do_sample=temperature > 0, top_k=0,
+    other = theirs.generate(torch.tensor([prompt]), do_sample=temperature > 0, top_k=0, top_p=1.0,
                             attention_mask=torch.ones(1, len(prompt), dtype=int),
-                            max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
+                            max_new_tokens=n, min_new_tokens=n, pad_token_id=0, temperature=1.0)
     return {"ours": new, "transformers": other[0, len(prompt) :].tolist()}
 
 def bench_validate(args, dtype):
@@ -490,7 +489,7 @@ def bench_compare(args, dtype):
         both = continuations(ours, theirs, prompt, args.new_tokens, temperature)
         for who, new in both.items():
             print(f"--- {how}, {who}\n{codec.decode(prompt + new)}", flush=True)
-            for n in (1, 2, 3):
+            for n in range(1, min(4, len(new) + 1)):
                 grams = list(zip(*(new[i:] for i in range(n)), strict=False))
                 record(args, f"{how}: distinct-{n}", who, [len(set(grams)) / len(grams)],
                        f"of runs of {n}")
@@ -538,8 +537,7 @@ TASKS = {task: partial(bench_speed, task=task) for task in FORMULAS} | {
 
 def write_table(records: list[dict]):
     """The records as a Markdown table, and the formulas behind the shares of the limits."""
-    def number(x):
-        return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+    number = lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"  # noqa: E731
     rows = [["figure", "who", "of", "median", "spread", "unit", "share of the limit"]]
     for found in records:
         shape = [f"{found[key]}{name}" for key, name in [
@@ -558,10 +556,9 @@ def write_table(records: list[dict]):
 
 def draw(records: list[dict], file: Path):
     """The roofline, operations/s over operations a byte, with a point for each of our figures."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
     for found in records:
         axes.loglog(found["intensity"], found["flops"], "o", label=f"{found['metric']}, "
                     f"{found['batch']} x {found['length']} tokens, {found['dtype']}")
@@ -592,8 +589,8 @@ def folder_of(args, dtype="float32") -> Path:
 def find_config(args):
     """The config of --weights, or of --preset where they are random."""
     module = importlib.import_module(args.model)
-    if args.weights == "random":
-        return module.PRESETS[args.preset][-1]
+    if args.weights == "random" or (args.task == ["plan"] and args.weights in module.PRESETS):
+        return module.PRESETS[args.preset if args.weights == "random" else args.weights][-1]
     return module.Config.from_hf(json.loads((folder_of(args) / "config.json").read_text()))
 
 def torch_device() -> str:
@@ -655,14 +652,18 @@ def arguments():
 
 def measure(args):
     """A single task, in a process of its own."""
-    jax.config.update("jax_platforms", "cpu" if args.device == "cpu" else None)
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     if args.device not in (None, jax.default_backend()):
         fail(f"there is no {args.device} here: JAX finds {jax.default_backend()}")
     [task], [dtype] = args.task, args.dtype
     try:
-        find_config(args)
+        context = find_config(args).max_position_embeddings
     except (OSError, ValueError) as error:  # of the Hub, of the folder, or an InputError
         fail(f"--weights {args.weights}: {error}")
+    need = max(args.length) + args.new_tokens * (task in ("decode", "compile"))
+    if need > context:
+        fail(f"{need} tokens do not fit the context of {context}: choose another --length")
     TASKS[task](args, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 def main(args) -> int:
@@ -678,7 +679,7 @@ def main(args) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, __file__, *sys.argv[1:], *part, "--scratch", scratch]
             try:
-                code = max(code, subprocess.run(command, timeout=args.limit).returncode)
+                code = max(code, abs(subprocess.run(command, timeout=args.limit).returncode))
             except subprocess.TimeoutExpired:
                 print(f"bench.py: given up after {args.limit} s", file=sys.stderr)
                 code = 1
@@ -689,8 +690,7 @@ def main(args) -> int:
         about = {name: importlib.metadata.version(name) for name in ("jax", "flax", *args.needed)}
         about |= {"command": shlex.join(["bench.py", *sys.argv[1:]]), "cpus": os.cpu_count()}
         args.out.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(line) + "\n" for line in [about, *records]]
-        (args.out / "results.jsonl").write_text("".join(lines))
+        (args.out / "results.jsonl").write_text("\n".join(map(json.dumps, [about, *records])))
         if points := [found for found in records if "intensity" in found]:
             draw(points, args.out / "roofline.png")
     return code

@@ -184,6 +184,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, 
 
 def test_what_is_not_there_is_one_line_too(tmp_path):
     for options, said in [(["--device", "tpu"], "there is no tpu here"),
-                          (["--weights", tmp_path], "config.json")]:
+                          (["--weights", tmp_path], "config.json"),
+                          (["--length", "200"], "264 tokens do not fit the context of 256")]:
         done = run("--task", "decode", *options, code=2)
         assert said in done.stderr and "Traceback" not in done.stderr
