@@ -98,7 +98,7 @@ def test_the_cache_holds_padded_rows_as_well(family, model, forward, tokens):
 
 
 @pytest.mark.dear
-@pytest.mark.parametrize("T", [1, 16])
+@pytest.mark.parametrize("T", [1, pytest.param(16, marks=pytest.mark.wide)])
 def test_half_precision_on_a_cpu_takes_no_float32_copy_of_all_weights(family, T):
     """XLA's own figure: what a program needs beside its arguments and results does not grow with
     the layers, but for a bit. A float32 copy of the weights would be 4 bytes for each of them."""
@@ -152,7 +152,7 @@ def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family, chunk, monk
         np.testing.assert_allclose(out[b, t, h], expected, rtol=0, atol=1e-6)  # numbers of about 1
 
 
-@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize("chunk", [3, pytest.param(64, marks=pytest.mark.wide)])
 @pytest.mark.dear
 def test_attention_in_chunks_gives_the_same_logits_and_gradients(
         family, model, tokens, chunk, monkeypatch):

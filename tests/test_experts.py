@@ -104,6 +104,7 @@ def test_no_program_holds_all_tokens_for_all_experts(experts, run, platform):
     assert ("ragged_dot" in text) == (run is mistral.run_ragged)
 
 
+@pytest.mark.wide
 def test_the_balance_loss_is_that_of_transformers(make_case):
     for name in ("8 experts", "4 experts, one at a time"):
         case = make_case(MISTRAL, name)

@@ -206,9 +206,9 @@ def test_without_data_there_is_the_standard_library():
 # ----------------------------------------------------------------------------------------- the runs
 
 @pytest.mark.parametrize("kind, dtype", [
-    ("char", "float32"), ("bpe", "bfloat16"),
-    *[pytest.param(*case, marks=pytest.mark.wide)
-      for case in [("bytes", "bfloat16"), ("gpt2", "float32")]]])
+    ("char", "float32"), *[
+        pytest.param(*case, marks=pytest.mark.wide)
+        for case in [("bytes", "bfloat16"), ("bpe", "bfloat16"), ("gpt2", "float32")]]])
 def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
         kind, dtype, text_file, tmp_path):
     torch = pytest.importorskip("torch")

@@ -21,8 +21,9 @@ def compiled(case):
 
 
 @every_window
-@pytest.mark.parametrize("pieces", [[24], [1] * 24, [3, 1, 1, 13, 1, 5], [12, 12]],
-                         ids=str)
+@pytest.mark.parametrize("pieces", [
+    [1] * 24, [3, 1, 1, 13, 1, 5],
+    *[pytest.param(pieces, marks=pytest.mark.wide) for pieces in ([24], [12, 12])]], ids=str)
 def test_a_ring_no_longer_than_the_window_gives_the_logits_of_the_whole_text(case, pieces):
     forward, module = compiled(case), case.family.module
     cache = module.init_cache(case.model.config, 3, 64, jnp.float32)
