@@ -143,7 +143,7 @@ def checkout(model_file, name, revision) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=model_file.DOWNLOADS,
                                         local_files_only=True, revision=revision))
         if model_file.stored_tensors(folder) and (folder / "config.json").exists() and any(
-                (folder / name).exists() for name in TOKENIZERS):
+                (folder / file).exists() for file in TOKENIZERS):
             return folder
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
         pass  # a download that was cut short is taken up again
