@@ -160,7 +160,7 @@ def attend(q, k, v, q_positions, k_positions, **options):
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Softmax in float32; options as in `masked_scores`. Vaswani et al. 2017, equation (1)."""
     (B, T, H, Dh), (_, S, K, _) = q.shape, k.shape
-    G = H // K  # heads kG to kG + G - 1 share key head k: they become tokens of it, of K heads
+    G = H // K  # heads kG to kG + G - 1 share key head k, as G * T queries of one head
     q = q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, Dh)
     k, v, q_positions = k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.tile(q_positions, G)
     if T * S >= LONG**2 and T > 1:
@@ -300,7 +300,7 @@ class Model(nnx.Module):
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
         # XLA on a CPU computes half precision in float32, and would convert the weights of all
-        # blocks in advance. So each stands in a branch, which XLA cannot know to be always taken.
+        # blocks before the first runs. So each is in a branch that XLA cannot know to be taken.
         fenced = cache and self.dtype != jnp.float32 and jax.default_backend() == "cpu"
         cache = init_cache(self.config, B, T, self.dtype, whole=True) if cache is None else cache
         if positions is None:
@@ -518,7 +518,7 @@ def stored_tensors(folder: Path) -> dict:
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
     for parts, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, parts))  # such as "layers.0.fc1.kernel"
+        path = ".".join(map(str, parts))
         pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
         yield path, param, re.sub(pattern, name, path), transposed
 

@@ -113,7 +113,7 @@ def attend(q, k, v, q_positions, k_positions, scale):
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Softmax in float32. Vaswani et al. 2017, equation (1)."""
     T, S = q.shape[1], k.shape[1]
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T or S, Dh]
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T or S, Dh]: batches first
     if T * S >= LONG**2 and T > 1:
         x = attend_chunked(q, k, v, q_positions, k_positions, scale=scale)
     else:
@@ -240,7 +240,7 @@ class Model(nnx.Module):
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
         # XLA on a CPU computes half precision in float32, and would convert the weights of all
-        # blocks in advance. So each stands in a branch, which XLA cannot know to be always taken.
+        # blocks before the first runs. So each is in a branch that XLA cannot know to be taken.
         fenced = cache and self.dtype != jnp.float32 and jax.default_backend() == "cpu"
         cache = init_cache(self.config, B, T, self.dtype) if cache is None else cache
         if positions is None:
@@ -479,7 +479,7 @@ def stored_tensors(folder: Path) -> dict:
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
     for parts, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, parts))  # such as "layers.0.fc1.kernel"
+        path = ".".join(map(str, parts))
         pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
         yield path, param, re.sub(pattern, name, path), transposed
 
