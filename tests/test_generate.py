@@ -51,6 +51,14 @@ def test_generate_gives_the_tokens_of_the_naive_loop(family, model, options):
     assert new == [naive(family.module, model, prompt, 12, **options)]
 
 
+def test_rows_of_every_config_are_those_of_the_naive_loop(case):
+    """Ragged rows, past the shorter windows, and within the trained length of dynamic RoPE: beyond
+    it each token has other angles once more tokens follow, which a cache does not undo."""
+    module, model, prompts = case.family.module, case.model, [[5, 7, 11], list(range(20, 27))]
+    rows = module.generate(model, prompts, 8, key=KEY, temperature=0)
+    assert rows == [naive(module, model, prompt, 8, temperature=0) for prompt in prompts]
+
+
 @pytest.mark.dear
 def test_they_agree_over_several_calls_of_decode(family, model):
     n = family.module.STEPS + 8
