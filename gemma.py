@@ -10,8 +10,7 @@ Papers: Gemma Team 2024, "Gemma" and "Gemma 2"; 2025, "Gemma 3". Reference: mode
 modeling_gemma2.py and modeling_gemma3.py of Hugging Face's transformers.
 
 Shape letters:  B batch   T tokens of this call   S slots of the cache   D width of the stream
-                H heads   K heads of keys and values   Dh width of a head   F width of the MLP
-                V vocabulary
+                H heads   K key heads   Dh width of a head   F width of the MLP   V vocabulary
 
     pip install "jax<0.13" "flax<0.13" numpy safetensors tokenizers huggingface_hub sentencepiece
     python gemma.py "Once upon a time"                      # downloads google/gemma-3-270m
@@ -146,6 +145,16 @@ class RMSNorm(nnx.Module):
         x32 = x32 * jax.lax.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + self.eps)
         return (x32 * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
+def product(x, kernel, dimensions, **options):
+    """x [..., D] times kernel [D, F] -> [..., F]. A CPU multiplies a single vector on one core; in
+    16 parts, whose products are added, on all."""
+    D, F = kernel.shape
+    if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    parts = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F))
+    return parts.sum(axis=0).reshape(*x.shape[:-1], F)
+Linear = partial(nnx.Linear, dot_general=product)
+
 def rotate(x, positions, speed):
     """RoPE: turns the pairs (i, i + Dh / 2) of each head by position times speed, in float32.
     A query times a key then depends on their distance alone: Su et al. 2021, equation (34)."""
@@ -155,6 +164,7 @@ def rotate(x, positions, speed):
     turned = [one * cos - other * sin, other * cos + one * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
+@jax.named_scope("attend")
 def attend(q, k, v, q_positions, k_positions, **options):
     """Each query gathers the values of the keys at its own and at earlier positions.
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
@@ -183,7 +193,6 @@ def masked_scores(q, k, q_positions, k_positions, scale, window=None, softcap=No
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
 LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
-
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
@@ -214,13 +223,14 @@ class Attention(nnx.Module):
         self.config, self.sliding = config, config.layer_types[layer] == SLIDING
         D, H, Dh = config.hidden_size, config.num_attention_heads, config.head_dim
         linear = {"use_bias": False, "kernel_init": normal(config.initializer_range), **options}
-        self.q_proj = nnx.Linear(D, H * Dh, **linear)
-        self.k_proj = nnx.Linear(D, config.num_key_value_heads * Dh, **linear)
-        self.v_proj = nnx.Linear(D, config.num_key_value_heads * Dh, **linear)
-        self.o_proj = nnx.Linear(H * Dh, D, **linear)
+        self.q_proj = Linear(D, H * Dh, **linear)
+        self.k_proj = Linear(D, config.num_key_value_heads * Dh, **linear)
+        self.v_proj = Linear(D, config.num_key_value_heads * Dh, **linear)
+        self.o_proj = Linear(H * Dh, D, **linear)
         if config.model_type == "gemma3_text":
             self.q_norm, self.k_norm = (RMSNorm(config, Dh, **options) for _ in range(2))
 
+    @jax.named_scope("self_attn")
     def __call__(self, x, positions, k_positions, past, start):
         """x [B, T, D] -> (x [B, T, D], (k, v)): what `remember` keeps of `past` and these."""
         (B, T, _), config, Dh = x.shape, self.config, self.config.head_dim
@@ -244,10 +254,11 @@ class MLP(nnx.Module):
     def __init__(self, config: Config, **options):
         D, F, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
         options = {"use_bias": False, "kernel_init": init, **options}
-        self.gate_proj = nnx.Linear(D, F, **options)
-        self.up_proj = nnx.Linear(D, F, **options)
-        self.down_proj = nnx.Linear(F, D, **options)
+        self.gate_proj = Linear(D, F, **options)
+        self.up_proj = Linear(D, F, **options)
+        self.down_proj = Linear(F, D, **options)
 
+    @jax.named_scope("mlp")
     def __call__(self, x):
         """x [B, T, D] -> [B, T, D]"""
         gate = jax.nn.gelu(self.gate_proj(x), approximate=True)  # [B, T, F]
@@ -288,14 +299,12 @@ class Model(nnx.Module):
         D, V = config.hidden_size, config.padded_vocab_size or config.vocab_size
         init = normal(config.initializer_range)
         self.embed_tokens = nnx.Embed(V, D, embedding_init=init, **options)
-        layers = range(config.num_hidden_layers)
-        self.layers = nnx.List([Block(config, layer, **options) for layer in layers])
+        self.layers = nnx.List(Block(config, i, **options) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, D, **options)
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
-        positions [B, T]: -1 for padding, which only comes first; default: counts on from the cache,
-        which must have T slots left. rngs is for dropout, which there is none of."""
+        positions [B, T]: -1 for padding, at the front; default: on from the cache. rngs: unused."""
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
@@ -312,14 +321,16 @@ class Model(nnx.Module):
         layers = []
         for block, past in zip(self.layers, cache.layers, strict=True):
             run = partial(call, block, x, positions, k_positions, past, start)
+            run = jax.named_scope(f"layers.{len(layers)}")(run)  # its name in a profile
             x, kv = jax.lax.cond(start >= 0, run, partial(tuple, (x, past))) if fenced else run()
             layers.append(kv)
         tokens = write(cache.tokens, tokens, start)
         return self.norm(x), Cache(tuple(layers), tokens, k_positions, start + T)
 
+    @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
-        w = self.embed_tokens.embedding[...].astype(x.dtype)  # [V, D]
+        w = self.embed_tokens.embedding[...].astype(x.dtype)
         logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
         cap = self.config.final_logit_softcapping
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -372,6 +383,7 @@ def write(slots, new, start):
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 
 # ----------------------------------------------------------------------------------- the next token
+@jax.named_scope("sample")
 def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
            repetition_penalty=None):
     """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
@@ -382,9 +394,8 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
         logits = jnp.where(occurred, logits * factor, logits)
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits, ids = logits / temperature, None  # ids: which tokens, once sorted
+    logits, V, ids = logits / temperature, logits.shape[-1], None  # ids: which tokens, once sorted
     if top_k is not None or top_p is not None:  # from here on sorted, best first
-        V = logits.shape[-1]
         logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
     probs = jax.nn.softmax(logits, axis=-1)
     if top_p is not None:  # keep a token if those before it sum to less than top_p
@@ -420,7 +431,6 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
-
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
     """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
@@ -495,24 +505,18 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    def read(name):  # opens the file anew, as pages of an open file count as our memory
-        with safe_open(file, "np") as tensors:
-            return tensors.get_tensor(name)
-    with safe_open(file, "np") as tensors:
-        return {name: partial(read, name) for name in list(tensors.keys())}
+    anew = partial(safe_open, file, "np")  # each time, as pages of an open file are our memory
+    return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
-
 def stored_tensors(folder: Path) -> dict:
     """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
-        index, files = folder / f"{whole}.index.json", [whole]
-        if index.exists() and not (folder / whole).exists():
+        index, files = folder / f"{whole}.index.json", [whole] if (folder / whole).exists() else []
+        if index.exists() and not files:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif not (folder / whole).exists():
-            continue
-        stored = [item for file in files for item in tensors_in(folder / file).items()]
-        return {re.sub(*RENAMED, name): read for name, read in stored}
+        if stored := [item for file in files for item in tensors_in(folder / file).items()]:
+            return {re.sub(*RENAMED, name): read for name, read in stored}
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
 
 def named_parameters(state):
@@ -544,8 +548,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
         tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, but config.json says "
-                             f"{param.shape}")
+            raise InputError(f"{folder}: {name} gives {tensor.shape}, config.json {param.shape}")
         where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)

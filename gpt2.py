@@ -107,6 +107,18 @@ def norm(config: Config, **options):
     epsilon = config.layer_norm_epsilon
     return nnx.LayerNorm(config.n_embd, epsilon=epsilon, use_fast_variance=False, **options)
 
+def product(x, kernel, dimensions, **options):
+    """x [..., D] times kernel [D, F] -> [..., F]. A CPU multiplies a single vector on one core; in
+    16 parts, whose products are added, on all."""
+    D, F = kernel.shape
+    if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    parts = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F))
+    return parts.sum(axis=0).reshape(*x.shape[:-1], F)
+
+Linear = partial(nnx.Linear, dot_general=product)
+
+@jax.named_scope("attend")
 def attend(q, k, v, q_positions, k_positions, scale, dropout=None):
     """Each query gathers the values of the keys at its own and at earlier positions.
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
@@ -164,12 +176,13 @@ class Attention(nnx.Module):
         self.scale = (D // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
-        self.c_attn = nnx.Linear(D, 3 * D, kernel_init=normal(std), **options)
+        self.c_attn = Linear(D, 3 * D, kernel_init=normal(std), **options)
         proj_std = std / (2 * config.n_layer) ** 0.5
-        self.c_proj = nnx.Linear(D, D, kernel_init=normal(proj_std), **options)
+        self.c_proj = Linear(D, D, kernel_init=normal(proj_std), **options)
         self.attn_dropout = nnx.Dropout(config.attn_pdrop)
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
+    @jax.named_scope("attn")
     def __call__(self, x, positions, k_positions, past, start, rngs=None):
         """x [B, T, D] -> (x [B, T, D], (k, v)): `past` with those of x written from `start` on."""
         B, T, D = x.shape
@@ -185,11 +198,12 @@ class MLP(nnx.Module):
     def __init__(self, config: Config, **options):
         D, F, std = config.n_embd, config.n_inner or 4 * config.n_embd, config.initializer_range
         self.act = ACTIVATIONS[config.activation_function]
-        self.c_fc = nnx.Linear(D, F, kernel_init=normal(std), **options)
+        self.c_fc = Linear(D, F, kernel_init=normal(std), **options)
         proj_std = std / (2 * config.n_layer) ** 0.5
-        self.c_proj = nnx.Linear(F, D, kernel_init=normal(proj_std), **options)
+        self.c_proj = Linear(F, D, kernel_init=normal(proj_std), **options)
         self.dropout = nnx.Dropout(config.resid_pdrop)
 
+    @jax.named_scope("mlp")
     def __call__(self, x, rngs=None):
         """x [B, T, D] -> [B, T, D]"""
         x = self.act(self.c_fc(x))  # [B, T, F]
@@ -229,7 +243,7 @@ class Model(nnx.Module):
         self.h = nnx.List([Block(config, layer, **options) for layer in range(config.n_layer)])
         self.ln_f = norm(config, **options)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(D, V, use_bias=False, kernel_init=init, **options)
+            self.lm_head = Linear(D, V, use_bias=False, kernel_init=init, **options)
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
@@ -253,17 +267,18 @@ class Model(nnx.Module):
         layers = []
         for block, past in zip(self.h, cache.layers, strict=True):
             run = partial(call, block, x, positions, k_positions, past, start, rngs)
+            run = jax.named_scope(f"h.{len(layers)}")(run)  # its name in a profile
             x, kv = jax.lax.cond(start >= 0, run, partial(tuple, (x, past))) if fenced else run()
             layers.append(kv)
         tokens = write(cache.tokens, tokens, start)
         cache = Cache(tuple(layers), tokens, k_positions, start + T)
         return self.ln_f(x), cache
 
+    @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
         tied = self.config.tie_word_embeddings
-        w = self.wte.embedding[...] if tied else self.lm_head.kernel[...].T  # [V, D]
-        w = w.astype(x.dtype)
+        w = (self.wte.embedding if tied else self.lm_head.kernel.T).astype(x.dtype)
         logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]
 
@@ -292,6 +307,7 @@ def write(slots, new, start):
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 
 # ----------------------------------------------------------------------------------- the next token
+@jax.named_scope("sample")
 def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
            repetition_penalty=None):
     """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
@@ -302,9 +318,8 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
         logits = jnp.where(occurred, logits * factor, logits)
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits, ids = logits / temperature, None  # ids: which tokens, once sorted
+    logits, V, ids = logits / temperature, logits.shape[-1], None  # ids: which tokens, once sorted
     if top_k is not None or top_p is not None:  # from here on sorted, best first
-        V = logits.shape[-1]
         logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
     probs = jax.nn.softmax(logits, axis=-1)
     if top_p is not None:  # keep a token if those before it sum to less than top_p
@@ -418,24 +433,19 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    def read(name):  # opens the file anew, as pages of an open file count as our memory
-        with safe_open(file, "np") as tensors:
-            return tensors.get_tensor(name)
-    with safe_open(file, "np") as tensors:
-        return {name: partial(read, name) for name in list(tensors.keys())}
+    anew = partial(safe_open, file, "np")  # each time, as pages of an open file are our memory
+    return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
 
 def stored_tensors(folder: Path) -> dict:
     """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
-        index, files = folder / f"{whole}.index.json", [whole]
-        if index.exists() and not (folder / whole).exists():
+        index, files = folder / f"{whole}.index.json", [whole] if (folder / whole).exists() else []
+        if index.exists() and not files:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif not (folder / whole).exists():
-            continue
-        stored = [item for file in files for item in tensors_in(folder / file).items()]
-        return {re.sub(*RENAMED, name): read for name, read in stored}
+        if stored := [item for file in files for item in tensors_in(folder / file).items()]:
+            return {re.sub(*RENAMED, name): read for name, read in stored}
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
 
 def named_parameters(state):
@@ -467,8 +477,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
         tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, but config.json says "
-                             f"{param.shape}")
+            raise InputError(f"{folder}: {name} gives {tensor.shape}, config.json {param.shape}")
         where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)

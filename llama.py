@@ -9,8 +9,7 @@ Papers: Touvron et al. 2023, "LLaMA" and "Llama 2"; Grattafiori et al. 2024, "Th
 Models"; Su et al. 2021, "RoFormer" (RoPE). Reference: transformers' modeling_llama.py.
 
 Shape letters:  B batch   T tokens of this call   S slots of the cache   D width of the stream
-                H heads   K heads of keys and values   Dh width of a head   F width of the MLP
-                V vocabulary
+                H heads   K key heads   Dh width of a head   F width of the MLP   V vocabulary
 
     pip install "jax<0.13" "flax<0.13" numpy safetensors tokenizers huggingface_hub sentencepiece
     python llama.py "Once upon a time"                      # downloads HuggingFaceTB/SmolLM2-135M
@@ -145,6 +144,16 @@ def norm(config: Config, **options):
     """RMSNorm: x over its root mean square over D, times a weight; in float32 inside."""
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
+def product(x, kernel, dimensions, **options):
+    """x [..., D] times kernel [D, F] -> [..., F]. A CPU multiplies a single vector on one core; in
+    16 parts, whose products are added, on all."""
+    D, F = kernel.shape
+    if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    parts = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F))
+    return parts.sum(axis=0).reshape(*x.shape[:-1], F)
+Linear = partial(nnx.Linear, dot_general=product)
+
 def frequencies(config: Config, positions):
     """By how many radians a position turns each pair: [Dh / 2], or [B, 1, Dh / 2] if dynamic. For
     texts longer than trained, pairs are slowed down: all alike (linear), by a theta that grows with
@@ -171,6 +180,7 @@ def rotate(x, positions, speed):
     turned = [one * cos - other * sin, other * cos + one * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
+@jax.named_scope("attend")
 def attend(q, k, v, q_positions, k_positions, **options):
     """Each query gathers the values of the keys at its own and at earlier positions.
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
@@ -225,13 +235,13 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, **options):
         self.config, init = config, normal(config.initializer_range)
         D, H, Dh = config.hidden_size, config.num_attention_heads, config.head_dim
-        K = config.num_key_value_heads
         options = {"use_bias": config.attention_bias, "kernel_init": init, **options}
-        self.q_proj = nnx.Linear(D, H * Dh, **options)
-        self.k_proj = nnx.Linear(D, K * Dh, **options)
-        self.v_proj = nnx.Linear(D, K * Dh, **options)
-        self.o_proj = nnx.Linear(H * Dh, D, **options)
+        self.q_proj = Linear(D, H * Dh, **options)
+        self.k_proj = Linear(D, config.num_key_value_heads * Dh, **options)
+        self.v_proj = Linear(D, config.num_key_value_heads * Dh, **options)
+        self.o_proj = Linear(H * Dh, D, **options)
 
+    @jax.named_scope("self_attn")
     def __call__(self, x, positions, k_positions, past, start):
         """x [B, T, D] -> (x [B, T, D], (k, v)): `past` with those of x written from `start` on."""
         (B, T, _), Dh = x.shape, self.config.head_dim
@@ -248,10 +258,11 @@ class MLP(nnx.Module):
     def __init__(self, config: Config, **options):
         D, F, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
         options = {"use_bias": config.mlp_bias, "kernel_init": init, **options}
-        self.gate_proj = nnx.Linear(D, F, **options)
-        self.up_proj = nnx.Linear(D, F, **options)
-        self.down_proj = nnx.Linear(F, D, **options)
+        self.gate_proj = Linear(D, F, **options)
+        self.up_proj = Linear(D, F, **options)
+        self.down_proj = Linear(F, D, **options)
 
+    @jax.named_scope("mlp")
     def __call__(self, x):
         """x [B, T, D] -> [B, T, D]"""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] inside
@@ -284,12 +295,11 @@ class Model(nnx.Module):
         self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
         self.norm = norm(config, **options)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(D, V, use_bias=False, kernel_init=init, **options)
+            self.lm_head = Linear(D, V, use_bias=False, kernel_init=init, **options)
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
-        positions [B, T]: -1 for padding; default: counts on from the cache, which must have T slots
-        left. rngs is for dropout, which Llama has none of."""
+        positions [B, T]: -1 for padding; default: on from the cache. rngs: unused."""
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
@@ -305,16 +315,17 @@ class Model(nnx.Module):
         layers = []
         for block, past in zip(self.layers, cache.layers, strict=True):
             run = partial(call, block, x, positions, k_positions, past, start)
+            run = jax.named_scope(f"layers.{len(layers)}")(run)  # its name in a profile
             x, kv = jax.lax.cond(start >= 0, run, partial(tuple, (x, past))) if fenced else run()
             layers.append(kv)
         tokens = write(cache.tokens, tokens, start)
         return self.norm(x), Cache(tuple(layers), tokens, k_positions, start + T)
 
+    @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
         tied = self.config.tie_word_embeddings
-        w = self.embed_tokens.embedding[...] if tied else self.lm_head.kernel[...].T  # [V, D]
-        w = w.astype(x.dtype)
+        w = (self.embed_tokens.embedding if tied else self.lm_head.kernel.T).astype(x.dtype)
         logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]
 
@@ -343,6 +354,7 @@ def write(slots, new, start):
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 
 # ----------------------------------------------------------------------------------- the next token
+@jax.named_scope("sample")
 def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
            repetition_penalty=None):
     """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
@@ -353,9 +365,8 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
         logits = jnp.where(occurred, logits * factor, logits)
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits, ids = logits / temperature, None  # ids: which tokens, once sorted
+    logits, V, ids = logits / temperature, logits.shape[-1], None  # ids: which tokens, once sorted
     if top_k is not None or top_p is not None:  # from here on sorted, best first
-        V = logits.shape[-1]
         logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
     probs = jax.nn.softmax(logits, axis=-1)
     if top_p is not None:  # keep a token if those before it sum to less than top_p
@@ -391,7 +402,6 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
-
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
     """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
@@ -468,15 +478,11 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    def read(name):  # opens the file anew, as pages of an open file count as our memory
-        with safe_open(file, "np") as tensors:
-            return tensors.get_tensor(name)
-    with safe_open(file, "np") as tensors:
-        return {name: partial(read, name) for name in list(tensors.keys())}
+    anew = partial(safe_open, file, "np")  # each time, as pages of an open file are our memory
+    return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,
             "DoubleStorage": np.float64, "LongStorage": np.int64, "BoolStorage": np.bool_}
-
 def torch_tensors_in(file: Path) -> dict:
     """The same for a pytorch_model.bin, without torch. The file is a zip of raw storages and a
     pickle, which may use only what is in `names`, so that no code of a file ever runs."""
@@ -490,7 +496,6 @@ def torch_tensors_in(file: Path) -> dict:
     names = {"OrderedDict": type("Weights", (dict,), {}),  # as a dict takes no _metadata
              **{name: name for name in STORAGES}, "_rebuild_parameter": lambda tensor, *_: tensor,
              "_rebuild_tensor_v2": lambda storage, *more: partial(read, *storage, *more[:3])}
-
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if name not in names:
@@ -498,23 +503,19 @@ def torch_tensors_in(file: Path) -> dict:
             return names[name]
         def persistent_load(self, reference):  # ("storage", kind, key, device, size)
             return reference[1], pickled.replace("data.pkl", f"data/{reference[2]}")
-
     with zipfile.ZipFile(file) as archive:
         [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         return Unpickler(archive.open(pickled)).load()
 
 FORMATS = {"model.safetensors": safetensors_in, "pytorch_model.bin": torch_tensors_in}
-
 def stored_tensors(folder: Path) -> dict:
     """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
-        index, files = folder / f"{whole}.index.json", [whole]
-        if index.exists() and not (folder / whole).exists():
+        index, files = folder / f"{whole}.index.json", [whole] if (folder / whole).exists() else []
+        if index.exists() and not files:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif not (folder / whole).exists():
-            continue
-        stored = [item for file in files for item in tensors_in(folder / file).items()]
-        return {re.sub(*RENAMED, name): read for name, read in stored}
+        if stored := [item for file in files for item in tensors_in(folder / file).items()]:
+            return {re.sub(*RENAMED, name): read for name, read in stored}
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
 
 def named_parameters(state):
@@ -546,8 +547,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
         tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, but config.json says "
-                             f"{param.shape}")
+            raise InputError(f"{folder}: {name} gives {tensor.shape}, config.json {param.shape}")
         where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)

@@ -8,8 +8,8 @@ Papers: Jiang et al. 2023, "Mistral 7B"; Jiang et al. 2024, "Mixtral of Experts"
 modeling_mistral.py and modeling_mixtral.py of Hugging Face's transformers.
 
 Shape letters:  B batch   T tokens of this call   S slots of the cache   D width of the stream
-                H heads   K heads of keys and values   Dh width of a head   F width of the MLP
-                V vocabulary   E experts   N tokens of all rows, B * T
+                H heads   K key heads   Dh width of a head   F width of the MLP   V vocabulary
+                E experts   N tokens of all rows, B * T
 
     pip install "jax<0.13" "flax<0.13" numpy safetensors tokenizers huggingface_hub sentencepiece
     python mistral.py "Once upon a time"                      # downloads mistralai/Mistral-7B-v0.1
@@ -104,6 +104,15 @@ def norm(config: Config, **options):
     """RMSNorm: x over its root mean square over D, times a weight; in float32 inside."""
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
+def product(x, kernel, dimensions, **options):
+    """x [..., D] times kernel [D, F] -> [..., F]. A CPU multiplies a single vector on one core; in
+    16 parts, whose products are added, on all."""
+    D, F = kernel.shape
+    if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    parts = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F))
+    return parts.sum(axis=0).reshape(*x.shape[:-1], F)
+Linear = partial(nnx.Linear, dot_general=product)
 def rotate(x, positions, speed):
     """RoPE: turns the pairs (i, i + Dh / 2) of each head by position times speed, in float32.
     A query times a key then depends on their distance alone: Su et al. 2021, equation (34)."""
@@ -113,6 +122,7 @@ def rotate(x, positions, speed):
     turned = [one * cos - other * sin, other * cos + one * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
+@jax.named_scope("attend")
 def attend(q, k, v, q_positions, k_positions, **options):
     """Each query gathers the values of the keys at its own and at earlier positions.
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
@@ -140,7 +150,6 @@ def masked_scores(q, k, q_positions, k_positions, scale, window=None):
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
 LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
-
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
@@ -171,11 +180,12 @@ class Attention(nnx.Module):
         self.config, D, Dh = config, config.hidden_size, config.head_dim
         H = config.num_attention_heads
         options = {"use_bias": False, "kernel_init": normal(config.initializer_range), **options}
-        self.q_proj = nnx.Linear(D, H * Dh, **options)
-        self.k_proj = nnx.Linear(D, config.num_key_value_heads * Dh, **options)
-        self.v_proj = nnx.Linear(D, config.num_key_value_heads * Dh, **options)
-        self.o_proj = nnx.Linear(H * Dh, D, **options)
+        self.q_proj = Linear(D, H * Dh, **options)
+        self.k_proj = Linear(D, config.num_key_value_heads * Dh, **options)
+        self.v_proj = Linear(D, config.num_key_value_heads * Dh, **options)
+        self.o_proj = Linear(H * Dh, D, **options)
 
+    @jax.named_scope("self_attn")
     def __call__(self, x, positions, k_positions, past, start):
         """x [B, T, D] -> (x [B, T, D], (k, v)): what `remember` keeps of `past` and these."""
         (B, T, _), config, Dh = x.shape, self.config, self.config.head_dim
@@ -184,8 +194,7 @@ class Attention(nnx.Module):
         k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, speed)  # [B, T, K, Dh]
         v = self.v_proj(x).reshape(B, T, -1, Dh)
         k, v, k_positions, kv = remember(past, k, v, k_positions, start)
-        window = config.sliding_window
-        x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5, window=window)  # [B, T, H, Dh]
+        x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5, window=config.sliding_window)
         return self.o_proj(x.reshape(B, T, -1)), kv
 
 class MLP(nnx.Module):
@@ -194,8 +203,9 @@ class MLP(nnx.Module):
         D, F, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
         self.names, options = names, {"use_bias": False, "kernel_init": init, **options}
         for name, shape in zip(names, [(D, F), (D, F), (F, D)], strict=True):
-            setattr(self, name, nnx.Linear(*shape, **options))
+            setattr(self, name, Linear(*shape, **options))
 
+    @jax.named_scope("mlp")
     def __call__(self, x):
         """x [..., D] -> [..., D]"""
         gate, up, down = (getattr(self, name) for name in self.names)
@@ -205,10 +215,11 @@ class Experts(nnx.Module):
     """E MLPs; each token goes through the few whose router scores for it are highest."""
     def __init__(self, config: Config, **options):
         self.per_token, E = config.num_experts_per_tok, config.num_local_experts
-        self.gate = nnx.Linear(config.hidden_size, E, use_bias=False,
+        self.gate = Linear(config.hidden_size, E, use_bias=False,
                                kernel_init=normal(config.initializer_range), **options)
         self.experts = nnx.List([MLP(config, ("w1", "w3", "w2"), **options) for _ in range(E)])
 
+    @jax.named_scope("block_sparse_moe")
     def __call__(self, x):
         """x [B, T, D] -> (x [B, T, D], [2, E]: choices a token and mean score of each expert)."""
         rows, E = x.reshape(-1, x.shape[-1]), len(self.experts)  # [N, D]
@@ -233,7 +244,6 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
             mine = jnp.clip(first + place, max=len(token) - 1)
             share = jnp.where(place < count, weight[mine], 0)[:, None]
             return out.at[token[mine]].add(expert(rows[token[mine]]) * share)
-
         def step(out, i):
             return jax.lax.cond(i * block < count, add, lambda out, i: out, out, i), None
         return jax.lax.scan(step, out, jnp.arange(-(-N // block)))[0]
@@ -246,7 +256,6 @@ def run_ragged(experts, rows, token, weight, counts):
     """The same by `jax.lax.ragged_dot`, in one go; a CPU would do all the work of all experts."""
     def weights(name):
         return jnp.stack([getattr(e, name).kernel[...].astype(rows.dtype) for e in experts])
-
     x = rows[token]  # [N * per_token, D], sorted by expert
     gate, up = (jax.lax.ragged_dot(x, weights(name), counts) for name in ("w1", "w3"))
     y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, weights("w2"), counts)
@@ -291,12 +300,11 @@ class Model(nnx.Module):
         self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
         self.norm = norm(config, **options)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(D, V, use_bias=False, kernel_init=init, **options)
+            self.lm_head = Linear(D, V, use_bias=False, kernel_init=init, **options)
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
-        positions [B, T]: -1 for padding, which only comes first; default: counts on from the cache,
-        which must have T slots left. rngs is for dropout, which there is none of."""
+        positions [B, T]: -1 for padding, at the front; default: on from the cache. rngs: unused."""
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
@@ -312,16 +320,17 @@ class Model(nnx.Module):
         layers = []
         for block, past in zip(self.layers, cache.layers, strict=True):
             run = partial(call, block, x, positions, k_positions, past, start)
+            run = jax.named_scope(f"layers.{len(layers)}")(run)  # its name in a profile
             x, kv = jax.lax.cond(start >= 0, run, partial(tuple, (x, past))) if fenced else run()
             layers.append(kv)
         tokens = write(cache.tokens, tokens, start)
         return self.norm(x), Cache(tuple(layers), tokens, k_positions, start + T)
 
+    @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
         tied = self.config.tie_word_embeddings
-        w = self.embed_tokens.embedding[...] if tied else self.lm_head.kernel[...].T  # [V, D]
-        w = w.astype(x.dtype)
+        w = (self.embed_tokens.embedding if tied else self.lm_head.kernel.T).astype(x.dtype)
         logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]
 
@@ -333,8 +342,7 @@ class Model(nnx.Module):
 class Cache(NamedTuple):
     """The keys and values of all tokens so far, so that a new token computes only its own. All rows
     fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
-    layers: tuple  # each (k, v, what Experts says of the last tokens); k and v [B, S, K, Dh], or a
-    # ring of slots in place of S, where attention has a window and needs no more
+    layers: tuple  # each (k, v, what Experts says of these tokens); k and v [B, S or ring, K, Dh]
     tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many slots are written, padding included: where the next go
@@ -373,6 +381,7 @@ def write(slots, new, start):
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 
 # ----------------------------------------------------------------------------------- the next token
+@jax.named_scope("sample")
 def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
            repetition_penalty=None):
     """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
@@ -383,9 +392,8 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
         logits = jnp.where(occurred, logits * factor, logits)
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits, ids = logits / temperature, None  # ids: which tokens, once sorted
+    logits, V, ids = logits / temperature, logits.shape[-1], None  # ids: which tokens, once sorted
     if top_k is not None or top_p is not None:  # from here on sorted, best first
-        V = logits.shape[-1]
         logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
     probs = jax.nn.softmax(logits, axis=-1)
     if top_p is not None:  # keep a token if those before it sum to less than top_p
@@ -421,7 +429,6 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
 
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
-
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
     """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
@@ -497,24 +504,18 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    def read(name):  # opens the file anew, as pages of an open file count as our memory
-        with safe_open(file, "np") as tensors:
-            return tensors.get_tensor(name)
-    with safe_open(file, "np") as tensors:
-        return {name: partial(read, name) for name in list(tensors.keys())}
+    anew = partial(safe_open, file, "np")  # each time, as pages of an open file are our memory
+    return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read
-
 def stored_tensors(folder: Path) -> dict:
     """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
     for whole, tensors_in in FORMATS.items():
-        index, files = folder / f"{whole}.index.json", [whole]
-        if index.exists() and not (folder / whole).exists():
+        index, files = folder / f"{whole}.index.json", [whole] if (folder / whole).exists() else []
+        if index.exists() and not files:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif not (folder / whole).exists():
-            continue
-        stored = [item for file in files for item in tensors_in(folder / file).items()]
-        return {re.sub(*RENAMED, name): read for name, read in stored}
+        if stored := [item for file in files for item in tensors_in(folder / file).items()]:
+            return {re.sub(*RENAMED, name): read for name, read in stored}
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
 
 def named_parameters(state):
@@ -546,8 +547,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
         tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, but config.json says "
-                             f"{param.shape}")
+            raise InputError(f"{folder}: {name} gives {tensor.shape}, config.json {param.shape}")
         where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)

@@ -190,3 +190,27 @@ def test_a_text_longer_than_the_position_table_is_refused(family, model):
     limit = model.config.max_position_embeddings
     with pytest.raises(family.module.InputError, match=f"{limit + 1} tokens.*context is {limit}"):
         model(jnp.zeros((1, limit + 1), int))
+
+
+# --------------------------------------------------------------------------- one vector, many cores
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 1, 40), (2, 1, 48), (1, 3, 48)])
+def test_a_product_in_parts_is_the_product(family, shape):
+    """Of one vector whose length has 16 parts; of others it is the plain product itself."""
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.normal(size=shape), jnp.float32)
+    kernel = jnp.array(rng.normal(size=(shape[-1], 24)), jnp.float32)
+    dimensions = ((2,), (0,)), ((), ())
+    plain = jax.lax.dot_general(x, kernel, dimensions)
+    found = family.module.product(x, kernel, dimensions)
+    np.testing.assert_allclose(found, plain, atol=1e-5)  # sums of 48 numbers of about 1
+    text = str(jax.make_jaxpr(partial(family.module.product, dimensions=dimensions))(x, kernel))
+    assert ("16,3,24" in text) == (shape == (1, 1, 48))
+
+
+def test_half_precision_is_multiplied_whole(family):
+    """Adding parts that are rounded to bfloat16 would lose what the product keeps."""
+    x, kernel = jnp.ones((1, 1, 48), jnp.bfloat16), jnp.ones((48, 24), jnp.bfloat16)
+    product = partial(family.module.product, dimensions=(((2,), (0,)), ((), ())))
+    assert product(x, kernel).dtype == jnp.bfloat16
+    assert "16,3,24" not in str(jax.make_jaxpr(product)(x, kernel))
