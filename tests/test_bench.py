@@ -2,9 +2,14 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,10 +38,8 @@ def results(folder):
 
 def test_calls_are_run_in_turn_and_the_first_round_does_not_count():
     order = []
-    calls = {name: (lambda name=name: order.append(f"prepare {name}"),
-                    lambda _, name=name: order.append(name)) for name in "ab"}
-    seconds = bench.in_turn(calls, runs=2)
-    assert order == 3 * ["prepare a", "a", "prepare b", "b"]
+    seconds = bench.in_turn({name: partial(order.append, name) for name in "ab"}, runs=2)
+    assert order == 3 * ["a", "b"]
     assert [len(seconds[name]) for name in "ab"] == [2, 2]
 
 
@@ -78,10 +81,40 @@ def test_a_window_bounds_what_is_read_of_the_cache():
 
 
 def test_random_weights_have_the_shapes_and_types_that_were_asked_for():
-    model = bench.random_model(gpt2, gpt2.sizes(32, 1, 2), "bfloat16")
+    model = bench.random_model(gpt2, gpt2.sizes(32, 1, 2), "bfloat16", "bfloat16")
     assert model.h[0].mlp.c_fc.kernel[...].dtype == jnp.bfloat16
     assert abs(float(model.wte.embedding[...].astype("float32").std()) - 0.02) < 1e-3
     assert (np.asarray(model.ln_f.scale[...]) == 1).all()
+
+
+def ours_with(devices=(), **options):
+    """bench.py's side of a comparison, with the tiny GPT-2 in float32."""
+    options = {"model": "gpt2", "weights": "tiny", "task": [], "temperature": None, "top_k": None,
+               "top_p": None, "remat": False, "chunked": False, "accumulate": 1, **options}
+    return bench.Ours(SimpleNamespace(**options), "float32", devices)
+
+
+ROWS = np.random.default_rng(0).integers(0, 512, (4, 33)).tolist()
+
+
+@pytest.mark.parametrize("technique", [
+    {"remat": True}, {"chunked": True}, {"accumulate": 2}, {"devices": jax.devices()[:1]},
+    {"remat": True, "chunked": True, "accumulate": 4, "devices": jax.devices()[:1]}], ids=str)
+def test_every_technique_of_training_is_the_plain_step(technique, monkeypatch):
+    """The losses of three steps; sums in another order differ in the last digits."""
+    plain = ours_with().train(ROWS)
+    expected = [plain() for _ in range(3)]
+    monkeypatch.setattr(gpt2, "LONG", gpt2.LONG)  # which --chunked changes
+    step = ours_with(**technique).train(ROWS)
+    np.testing.assert_allclose([step() for _ in range(3)], expected, rtol=1e-5)
+    assert expected[2] < expected[0]
+
+
+def test_pmap_draws_the_tokens_of_generate():
+    n = 1 + 2 * gpt2.STEPS + 3  # the first, two whole calls of decode and a part of one
+    prompts = [row[:20] for row in ROWS]
+    found = ours_with(devices=jax.devices()[:1]).generate(prompts, n)()
+    assert found == ours_with().generate(prompts, n)()
 
 
 # ---------------------------------------------------------------------------------------- programs
@@ -101,6 +134,32 @@ def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks)
         rows = found["rows", "ours"]["value"]
         assert math.isclose(32 * rows, found["train", "ours"]["value"], rel_tol=1e-6)
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.wide
+def test_scaling_is_measured_on_1_2_and_4_devices_and_all_of_it_traced(tmp_path, monkeypatch):
+    monkeypatch.setenv("NPROC", "16")  # or the emulated devices wait for each other forever
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+    run("--task", "decode,train", "--parallel", "pmap", "--new-tokens", 4, "--out", tmp_path,
+        "--profile", tmp_path / "trace")
+    _, found = results(tmp_path)
+    for metric in ("decode", "train"):
+        assert found[metric, "pmap on 1"]["value"] > 0
+        for n in (2, 4):
+            assert 0 < found[f"{metric}, scaling", f"pmap on {n}"]["value"] < 4
+    assert len(list(tmp_path.glob("trace/**/*.xplane.pb"))) == 2
+
+
+@pytest.mark.wide
+def test_ctrl_c_shows_what_was_measured(tmp_path):
+    bench = subprocess.Popen([sys.executable, "bench.py", "--task", "plan,decode", "--runs", "9999",
+                              "--preset", "openai-community/gpt2"], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
+    while "decode" not in bench.stderr.readline():
+        pass
+    os.killpg(bench.pid, signal.SIGINT)
+    out, _ = bench.communicate(timeout=60)
+    assert bench.returncode == 130 and "| decode: step" in out
 
 
 @pytest.mark.wide
@@ -172,11 +231,14 @@ def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path
     (["--batch", "many"], "--batch"),
     (["--text", "no/such/file"], "no such file"),
     (["--task", "train", "--ragged"], "--ragged is for --task decode"),
+    (["--task", "train", "--batch", "6", "--accumulate", "4"], "--accumulate must divide --batch"),
+    (["--parallel", "pmap", "--vs", "transformers"], "leave --parallel out"),
+    (["--weights", "random", "--task", "validate"], "random weights have no tokenizer"),
     (["--vs", "ctranslate2"], "needs ctranslate2: pip install ctranslate2"),
 ])
 def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, capsys):
-    find_spec = bench.importlib.util.find_spec
-    monkeypatch.setattr(bench.importlib.util, "find_spec",
+    find_spec = bench.util.find_spec
+    monkeypatch.setattr(bench.util, "find_spec",
                         lambda name: None if name == "ctranslate2" else find_spec(name))
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     with pytest.raises(SystemExit) as stop:
@@ -186,7 +248,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, 
 
 
 def test_what_is_not_there_is_one_line_too(tmp_path):
-    for options, said in [(["--device", "tpu"], "there is no tpu here"),
+    for options, said in [(["--device", "tpu"], "there is no device tpu"),
                           (["--weights", tmp_path], "config.json"),
                           (["--length", "200"], "264 tokens do not fit the context of 256")]:
         done = run("--task", "decode", *options, code=2)
