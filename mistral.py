@@ -316,8 +316,7 @@ class Model(nnx.Module):
             positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
         start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
         x = self.embed_tokens(tokens)  # [B, T, D]
-        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        layers = []
+        call, layers = nnx.remat(Block.__call__) if self.remat else Block.__call__, []
         for block, past in zip(self.layers, cache.layers, strict=True):
             run = partial(call, block, x, positions, k_positions, past, start)
             run = jax.named_scope(f"layers.{len(layers)}")(run)  # its name in a profile
@@ -329,10 +328,9 @@ class Model(nnx.Module):
     @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32, without those of a padded vocabulary."""
-        tied = self.config.tie_word_embeddings
-        w = (self.embed_tokens.embedding if tied else self.lm_head.kernel.T).astype(x.dtype)
-        logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
-        return logits[..., : self.config.vocab_size]
+        w = self.lm_head.kernel.T if hasattr(self, "lm_head") else self.embed_tokens.embedding
+        x = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        return x[..., : self.config.vocab_size]
 
     def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
@@ -392,15 +390,19 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
         logits = jnp.where(occurred, logits * factor, logits)
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits, V, ids = logits / temperature, logits.shape[-1], None  # ids: which tokens, once sorted
-    if top_k is not None or top_p is not None:  # from here on sorted, best first
-        logits, ids = jax.lax.top_k(logits, min(top_k or V, V))
-    probs = jax.nn.softmax(logits, axis=-1)
-    if top_p is not None:  # keep a token if those before it sum to less than top_p
-        logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < top_p, logits, -jnp.inf)
+    logits, ids = logits / temperature, None
+    if top_k is not None:  # from here on only k logits, of the tokens `ids`
+        logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+    probs, best = jax.nn.softmax(logits, axis=-1), logits.max(axis=-1, keepdims=True)
+    if top_p is not None:  # keep a token if likelier ones sum to less than top_p
+        def halve(_, bounds):  # of the least logit that is kept: far faster than sorting them
+            middle = (bounds[0] + bounds[1]) / 2
+            more = jnp.where(logits > middle, probs, 0).sum(axis=-1, keepdims=True) >= top_p
+            return jnp.where(more, middle, bounds[0]), jnp.where(more, bounds[1], middle)
+        below, _ = jax.lax.fori_loop(0, 40, halve, (best - 104, best))  # exp(-104) is 0
+        logits = jnp.where(logits > below, logits, -jnp.inf)
     if min_p is not None:
-        best = probs.max(axis=-1, keepdims=True)
-        logits = jnp.where(probs >= min_p * best, logits, -jnp.inf)
+        logits = jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)
     choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
     return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
@@ -460,8 +462,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
     """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
     ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
-    key: a jax.random.key, which is folded with the row's index, or one for each row. temperature 0
-    takes the likeliest token; top_p and min_p are from 0 to 1."""
+    key: a jax.random.key, or one for each row. temperature 0 takes the likeliest token."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
     tokens, positions, S = pack(model.config, prompts, max_new_tokens)
@@ -534,8 +535,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    key = jax.random.key(0)  # one for all, as nothing is drawn: ten times as fast as an nnx.Rngs
-    rngs = SimpleNamespace(params=lambda: key)
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # faster than Rngs; nothing is drawn
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
     stored = stored_tensors(folder)
     wanted = {name for _, _, name, _ in named_parameters(state)}

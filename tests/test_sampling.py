@@ -141,6 +141,23 @@ def test_the_filters_keep_the_tokens_that_can_be_worked_out_by_hand(draw):
         assert found.tolist() == sorted(tokens[:kept]), options
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_top_p_keeps_of_a_whole_vocabulary_what_sorting_it_would(family, scale, monkeypatch):
+    """But for tokens where the sum of the likelier ones is top_p to within float32s rounding."""
+    monkeypatch.setattr(jax.random, "categorical", lambda key, logits: logits)  # not to draw
+    logits = np.random.default_rng(0).normal(scale=scale, size=(3, 50257)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    probs = np.float64(jax.nn.softmax(logits.astype(np.float64)))
+    order = np.argsort(-probs)
+    sorted_probs = np.take_along_axis(probs, order, 1)
+    likelier = np.cumsum(sorted_probs, 1) - sorted_probs
+    for top_p in (1e-3, 0.05, 0.5, 0.9, 0.999):
+        kept = np.isfinite(family.module.sample(jnp.array(logits), keys, top_p=top_p))
+        other = np.take_along_axis(kept, order, 1) != (likelier < top_p)
+        assert (abs(likelier[other] - top_p) < 1e-5).all()
+        assert kept.any(axis=1).all()
+
+
 def test_top_k_keeps_exactly_k_of_tokens_that_tie(draw):
     for k in (1, 3, 7):
         counts = draw(np.zeros(V), top_k=k)
