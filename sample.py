@@ -76,10 +76,12 @@ def arguments():
     add = parser.add_argument_group("output").add_argument
     add("--no-stream", action="store_true", help="print a text only when it is complete")
     add("--json", action="store_true", help="one JSON object a line for each text")
+    add("--profile", metavar="DIR", type=Path, help="write a trace of the generation into DIR")
     args = parser.parse_args()
+    folder = (args.profile or HERE).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     for name, fits, rule in [
-        ("prompt", all(text.encode(errors="ignore").decode() == text for text in args.prompt),
-         "UTF-8 text"),
+        ("prompt", all(t.encode(errors="ignore").decode() == t for t in args.prompt), "UTF-8 text"),
         ("num-samples", args.num_samples >= 1, "1 or more"),
         ("max-new-tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "1 or more"),
         ("temperature", args.temperature >= 0, "0 (the likeliest token) or more"),
@@ -89,6 +91,7 @@ def arguments():
         ("repetition-penalty", args.repetition_penalty > 0, "above 0"),
         ("stop", "" not in args.stop, "a text; leave it out to go on to --max-new-tokens"),
         ("seed", 0 <= args.seed < 2**63, "from 0 to 2^63 - 1"),
+        ("profile", not args.profile or os.access(f"{there}/.", os.W_OK), "a writable folder"),
     ]:
         if not fits:
             fail(f"--{name} must be {rule}")
@@ -103,9 +106,9 @@ def read_prompts(args) -> list[str] | None:
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--prompt-file {file} cannot be read: {error}")
     if args.chat and not prompts and sys.stdin and sys.stdin.isatty():
-        if args.num_samples > 1 or args.parallel or args.json or args.no_stream:
+        if args.num_samples > 1 or args.parallel or args.json or args.no_stream or args.profile:
             fail("a conversation is one text on one device, shown as it is made: leave --parallel, "
-                 "--num-samples, --json and --no-stream out, or give a --prompt")
+                 "--num-samples, --json, --no-stream and --profile out, or give a --prompt")
         return None
     if not prompts and sys.stdin and not os.isatty(0):
         if not select.select([0], [], [], 1)[0]:
@@ -125,10 +128,9 @@ def print_presets():
     """A table of the published checkpoints that each model file names."""
     print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
     for name in MODELS:
-        for hub_id, preset in importlib.import_module(name).PRESETS.items():
-            parameters, download, gated, _ = preset
+        for hub_id, (parameters, GB, gated, _) in importlib.import_module(name).PRESETS.items():
             gated = "  gated: accept its terms on the Hub first" if gated else ""
-            print(f"{name:9}{hub_id:34}{parameters:>14,}{download:>8.2f} GB{gated}")
+            print(f"{name:9}{hub_id:34}{parameters:>14,}{GB:>8.2f} GB{gated}")
         size = sum(file.stat().st_size for file in (HERE / "tiny" / name).glob("*"))
         print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
 
@@ -151,14 +153,12 @@ def checkout(model_file, name, revision) -> Path:
         fail(f"--weights {name}: no such folder, and not a name on the Hub (try --list)")
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=3)
-        all_files = {file.rfilename: file.size or 0 for file in info.siblings}
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         weights = [whole.replace(".", "*.") + "*" for whole in model_file.FORMATS]
-        weights = [pattern for pattern in weights if fnmatch.filter(all_files, pattern)][:1]
-        patterns = model_file.DOWNLOADS + weights
-        sizes = {file: size for file, size in all_files.items()
-                 if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)}
-        print(f"downloading {name}: {sum(sizes.values()) / 1e6:,.2f} MB in {len(sizes)} files",
-              file=sys.stderr)
+        patterns = model_file.DOWNLOADS + [p for p in weights if fnmatch.filter(sizes, p)][:1]
+        files = {file for pattern in patterns for file in fnmatch.filter(sizes, pattern)}
+        size = sum(sizes[file] for file in files) / 1e6
+        print(f"downloading {name}: {size:,.2f} MB in {len(files)} files", file=sys.stderr)
         return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
     except errors.GatedRepoError:
         fail(f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
@@ -176,10 +176,8 @@ def checkout(model_file, name, revision) -> Path:
 def check_files(model_file, folder):
     """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
     from safetensors import SafetensorError, safe_open
-    read = [*folder.glob("*.json"), *folder.glob("model*.safetensors")]
-    if not any(folder.glob("model*.safetensors")):  # a .bin is read only where there are none
-        read += folder.glob("pytorch_model*.bin")
-    for file in read:
+    weights = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    for file in [*folder.glob("*.json"), *weights]:
         with open(file, "rb") as stream:
             start = stream.read(64).lstrip().lower()
         if start.startswith(b"version https://git-lfs"):
@@ -252,7 +250,8 @@ class Text:
                 self.reason = "length"
             if not self.reason:
                 text = text.rstrip("\ufffd")
-                text = text[: len(text) - max(map(partial(overlap, text), self.stops), default=0)]
+                held = [n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])]
+                text = text[: len(text) - max(held, default=0)]
             if self.reason or text.startswith(self.completion):  # bytes may hide what was shown
                 self.completion = text
 
@@ -263,10 +262,6 @@ class Text:
                 "prompt_ids": self.prompt_ids, "completion_ids": self.ids,
                 "finish_reason": self.reason, "time_to_first_token_s": round(timing.first, 4),
                 "decode_tokens_per_s": speed}
-
-def overlap(text, stop) -> int:
-    """How many characters at the end of text are the beginning of stop."""
-    return max(n for n in range(min(len(text), len(stop)) + 1) if text.endswith(stop[:n]))
 
 def sampling_of(args) -> dict:
     """The options that the compiled programs take as inputs; what is None is left out of them."""
@@ -280,17 +275,14 @@ def generate(model_file, model, devices, prompts, args, streaming, timing):
     import jax
     import numpy as np
     from flax import nnx
-    B, limit, sampling = len(prompts), args.max_new_tokens, sampling_of(args)
-    count = len(devices)
+    B, limit, count, sampling = len(prompts), args.max_new_tokens, len(devices), sampling_of(args)
     prompts = prompts + prompts[-1:] * (-B % count)  # pmap wants as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
-    per_device = len(prompts) // count
-    cache = model_file.init_cache(model.config, per_device, length, model.dtype)
+    cache = model_file.init_cache(model.config, len(prompts) // count, length, model.dtype)
     graphdef, state = nnx.split(model)
     if count > 1:
-        mesh = jax.sharding.Mesh(devices, "devices")
-        each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+        each = jax.NamedSharding(jax.sharding.Mesh(devices, "devices"), jax.P("devices"))
         copy = lambda x: jax.device_put(np.broadcast_to(x, (count, *x.shape)), each)  # noqa: E731
         split = lambda x: jax.device_put(x.reshape(count, -1, *x.shape[1:]), each)  # noqa: E731
         state, cache = jax.tree.map(copy, (state, cache))
@@ -299,23 +291,26 @@ def generate(model_file, model, devices, prompts, args, streaming, timing):
     def compiled(function, *inputs, shared):
         """The program for these inputs; the last `shared` of them are the same on all devices."""
         start, function = time.perf_counter(), partial(function, graphdef, top_k=args.top_k)
-        if count == 1:
-            function = jax.jit(function, donate_argnums=1)
-        else:
-            axes = (0,) * (len(inputs) - shared) + (None,) * shared
-            function = jax.pmap(function, in_axes=axes, devices=devices, donate_argnums=1)
-        program = function.lower(*inputs).compile()
+        axes = (0,) * (len(inputs) - shared) + (None,) * shared
+        wrap = jax.jit if count == 1 else partial(jax.pmap, in_axes=axes, devices=devices)
+        program = wrap(function, donate_argnums=1).lower(*inputs).compile()
         timing.compile += time.perf_counter() - start
         return program
 
+    compile_decode = lambda token: compiled(  # noqa: E731
+        model_file.decode, state, cache, token, keys, sampling, 1, shared=2)
     inputs = (state, cache, tokens, positions, keys, sampling)
     prefill = compiled(model_file.prefill, *inputs, shared=1)
-    start = time.perf_counter()
+    if args.profile:  # a trace of what runs: both programs are compiled before it begins
+        decode = compile_decode(tokens[..., 0])
+        args.profile.mkdir(parents=True, exist_ok=True)
+        jax.profiler.start_trace(args.profile)
+    start = timing.begin = time.perf_counter()
     cache, token = prefill(*inputs)
     new = np.array(token).reshape(-1, 1)[:B]
     timing.first = time.perf_counter() - start
     yield new
-    decode = compiled(model_file.decode, state, cache, token, keys, sampling, 1, shared=2)
+    decode = decode if args.profile else compile_decode(token)
     steps = 1 if streaming else model_file.STEPS
     while timing.steps + 1 < limit:
         steps = min(steps, limit - timing.steps - 1)
@@ -345,8 +340,7 @@ def chat_tokenizer(folder):
     def encode(messages):
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = codec.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return codec.encode(text, add_special_tokens=False)  # the template has written them
+        return codec.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     decode = partial(codec.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return SimpleNamespace(encode=encode, decode=decode)
@@ -370,8 +364,7 @@ def answer(model_file, model, memory, ids, limit, args):
         memory.cache = model_file.init_cache(model.config, 1, memory.length, model.dtype)
     for T in (512, 64, 8, 1):  # in pieces of few lengths, as each is a program to compile
         while len(ids) - known >= T:
-            new = np.array([ids[known : known + T]])
-            memory.cache, token = prefill(memory.cache, new, None)
+            memory.cache, token = prefill(memory.cache, np.array([ids[known : known + T]]), None)
             known += T
     memory.ids = list(ids)
     for _ in range(limit):
@@ -423,6 +416,10 @@ def write_texts(model_file, model, devices, texts, stop_ids, args):
     streaming = not (args.no_stream or args.json)
     for new in generate(model_file, model, devices, [text.prompt_ids for text in texts],
                         args, streaming, timing):
+        if args.profile and (stats := devices[0].memory_stats()):  # a CPU has none
+            used = {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use")}
+            with open(args.profile / "memory.jsonl", "a" if timing.steps else "w") as out:
+                print(json.dumps({"seconds": time.perf_counter() - timing.begin, **used}), file=out)
         for text, ids in zip(texts, new, strict=True):
             text.add(ids, stop_ids, args.max_new_tokens)
         while shown < len(texts) and (streaming or texts[shown].reason):
@@ -462,7 +459,6 @@ def main():
 def run(args, model_file, texts):
     """Loads the model, and writes each text as it grows."""
     import jax
-    import jax.numpy as jnp
     devices = pick_devices(args.device, args.parallel)
     if args.compile_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(args.compile_cache))
@@ -476,10 +472,10 @@ def run(args, model_file, texts):
               f"the Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
     else:
         folder = checkout(model_file, name, args.revision)
-    dtype = jnp.dtype(args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16"))
+    dtype = args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")
     check_files(model_file, folder)
     codec = chat_tokenizer(folder) if args.chat else model_file.tokenizer(folder)
-    model = model_file.load(folder, dtype=dtype)
+    model = model_file.load(folder, dtype=jax.numpy.dtype(dtype))
     stop_ids, file = model.config.eos_token_id, folder / "generation_config.json"
     if file.exists():
         stop_ids = json.loads(file.read_text()).get("eos_token_id", stop_ids)
@@ -489,6 +485,10 @@ def run(args, model_file, texts):
     texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
     texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
     write_texts(model_file, model, devices, texts, stop_ids, args)
+    if args.profile:
+        jax.profiler.stop_trace()
+        print(f"a trace is in {args.profile}: open its newest .trace.json.gz on ui.perfetto.dev, "
+              f"or run `xprof {args.profile}`", file=sys.stderr)
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):

@@ -12,6 +12,7 @@ how well the model predicts what it has not seen. Ctrl-C stops a run, and the sa
 import argparse
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -118,6 +119,8 @@ def arguments():
     number("--save-every", 500, "steps between checkpoints; 0: only the model at the end")
     group.add_argument("--save-dtype", choices=["float32", "bfloat16"], default="float32",
                        help="of the finished model's weights (default: %(default)s)")
+    group.add_argument("--profile", type=Path, metavar="DIR",
+                       help="write a trace of five steps into DIR, for Perfetto or xprof")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="KIND[:N]",
                        help="cpu, gpu or tpu; gpu:1 is the second GPU (default: the best there is)")
@@ -132,6 +135,8 @@ def arguments():
     args.out = args.out or Path("runs", args.model)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
+    folder = (args.profile or HERE).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     positive = ["layers", "heads", "width", "block", "steps", "batch", "eval_every"]
     for fits, rule in [
         (args.model in MODELS, f"no model file for {args.model!r}; there are: {', '.join(MODELS)}"),
@@ -151,6 +156,8 @@ def arguments():
         (args.weight_decay >= 0 and args.clip > 0,
          "--weight-decay must be 0 or more, and --clip above 0"),
         (not args.out.exists() or args.out.is_dir(), f"--out {args.out} is a file: name a folder"),
+        (not args.profile or os.access(f"{there}/.", os.W_OK),
+         f"--profile {args.profile} cannot be written: name a folder that can"),
     ]:
         if not fits:
             fail(rule)
@@ -409,6 +416,19 @@ def write_model(out: Path, module, model, codec: tokenizers.Tokenizer, end: str 
 
 EVAL_BATCHES = 20  # of an estimate during the run; at the end all of the text counts
 
+def traced_steps(first: int, last: int) -> range:
+    """Five of the steps from `first` to before `last`: the eleventh and those after it or, where
+    there are not as many, the second and those after it. The first one is mostly compiling."""
+    start = first + (10 if last - first >= 15 else 1)
+    return range(start, min(start + 5, last))
+
+def note_memory(device, folder: Path, seconds: float):
+    """Adds a line to memory.jsonl: what the device holds, if it counts that. A CPU does not."""
+    if stats := device.memory_stats():
+        used = {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use")}
+        with open(folder / "memory.jsonl", "a") as file:
+            print(json.dumps({"seconds": seconds, **used}), file=file)
+
 def main(args) -> int:
     """Trains as the arguments say -> the exit code."""
     module = importlib.import_module(args.model)
@@ -473,6 +493,9 @@ def main(args) -> int:
     checkpoints = open_checkpoints(args.out) if args.save_every or args.resume else None
     if args.resume:
         step, (params, opt_state) = restore_checkpoint(checkpoints, (params, opt_state), settings)
+    traced = traced_steps(step, args.steps) if args.profile else range(0)
+    if args.profile and not traced:
+        fail("--profile takes two steps or more: the first one is mostly compiling")
     stop = []
 
     def interrupt(*_):
@@ -484,9 +507,25 @@ def main(args) -> int:
     val_loss = mean_eval_loss(evaluate, params, some_batches)
     first, seconds, mark = step, 0.0, 0.0
     while step < args.steps and not stop:
+        if step in traced[:1]:
+            jax.block_until_ready(params)  # or the trace would begin with the steps before
+            args.profile.mkdir(parents=True, exist_ok=True)
+            (args.profile / "memory.jsonl").unlink(missing_ok=True)  # an older run's
+            jax.profiler.start_trace(args.profile)
+            begin = time.perf_counter()
         tokens = random_batch(train_tokens, args.batch, args.block, args.seed, step).reshape(shape)
         params, opt_state, loss = train(params, opt_state, tokens, key, step)
         losses.append(loss)
+        if step in traced:
+            note_memory(devices[0], args.profile, time.perf_counter() - begin)
+            if stop or step == traced[-1]:
+                loss.block_until_ready()
+                end = time.perf_counter()
+                jax.profiler.stop_trace()
+                mark += time.perf_counter() - end  # writing it is no part of a step
+                print(f"a trace of steps {traced[0] + 1} to {step + 1} is in {args.profile}: open "
+                      "its newest .trace.json.gz on ui.perfetto.dev, or run "
+                      f"`xprof {args.profile}`", file=sys.stderr)
         step += 1
         if on_cpu and len(devices) > 1:
             loss.block_until_ready()  # CPU devices share cores, and lock up with steps in flight

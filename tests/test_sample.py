@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jax.profiler import ProfileData
 from small import byte_tokenizer, edit_config, write_checkpoint
 
 import sample
@@ -224,6 +225,50 @@ def test_a_reader_that_leaves_early_is_no_error(weights):
     assert result.stdout == "Onc"
     assert "Traceback" not in result.stderr and "Broken" not in result.stderr
 
+# ------------------------------------------------------------------------------------------ profile
+
+def test_a_profile_shows_the_parts_of_the_model_at_work_and_nothing_compiling(weights, tmp_path):
+    folder = tmp_path / "made" / "anew"
+    result = run("--weights", weights, "--prompt", "Hello", "--no-stream", "--max-new-tokens", 40,
+                 "--profile", folder, "--compile-cache", "off")
+    assert result.returncode == 0, result.stderr
+    assert "decode" in result.stderr.splitlines()[-2]
+    assert f"{folder}: open its newest .trace.json.gz" in result.stderr.splitlines()[-1]
+    [trace] = folder.glob("plugins/profile/*/*.xplane.pb")
+    for name in (b"h.0/attn/attend", b"h.1/mlp", b"head/", b"sample/"):
+        assert name in trace.read_bytes()  # in the operations' metadata
+    events = [event for plane in ProfileData.from_file(str(trace)).planes for line in plane.lines
+              for event in line.events]
+    programs = {value for event in events for name, value in event.stats if name == "hlo_module"}
+    assert {"jit_prefill", "jit_decode"} <= programs
+    assert not [event.name for event in events if "compile" in event.name.lower()]
+    assert not (folder / "memory.jsonl").exists()  # a CPU does not count it
+
+COUNTS = """
+import jax, sample, sys
+stats = {"bytes_in_use": 2, "peak_bytes_in_use": 3, "num_allocs": 4}
+type(jax.devices()[0]).memory_stats = lambda device: stats
+sample.main()
+"""
+
+def test_a_profile_has_the_memory_in_use_where_the_device_counts_it(weights, tmp_path):
+    (tmp_path / "memory.jsonl").write_text("of an older run\n")
+    command = [sys.executable, "-c", COUNTS, "--weights", str(weights), "--prompt", "Hello",
+               "--no-stream", "--max-new-tokens", "40", "--profile", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
+    seconds = [line.pop("seconds") for line in lines]
+    assert lines == [{"bytes_in_use": 2, "peak_bytes_in_use": 3}] * 3  # after 1, 32 and 7 tokens
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+def test_a_profile_is_not_begun_where_nothing_may_be_written(refused, tmp_path):
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("root may write everywhere")
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        assert "--profile must be a writable folder" in refused("--profile", folder)
+
 # ---------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -246,6 +291,8 @@ def test_a_reader_that_leaves_early_is_no_error(weights):
     (["--device", "gpu:9"], "no device gpu:9; this machine has"),
     (["--device", "toaster"], "no device toaster; this machine has cpu:0"),
     (["--max-new-tokens", "2000"], "do not fit the context of 256"),
+    (["--profile", __file__], "--profile must be a writable folder"),
+    (["--profile", f"{__file__}/in"], "--profile must be a writable folder"),
     (["--dtype", "int8"], "--dtype"),
     (["--parallel", "magic"], "--parallel"),
     (["--no-such-option"], "--no-such-option"),

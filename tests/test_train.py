@@ -350,6 +350,50 @@ def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypa
     assert "a checkpoint takes" in capsys.readouterr().err
     assert not list((tmp_path / "checkpoints").iterdir())
 
+# ------------------------------------------------------------------------------------------ profile
+
+def test_five_steps_are_traced_and_never_the_first():
+    assert train.traced_steps(0, 2000) == range(10, 15)
+    assert train.traced_steps(37, 2000) == range(47, 52)  # a run that was resumed
+    assert train.traced_steps(0, 15) == range(10, 15)
+    assert train.traced_steps(0, 14) == range(1, 6)
+    assert train.traced_steps(0, 3) == range(1, 3)
+    assert not train.traced_steps(0, 1)
+
+COUNTS = """
+import jax, sys, train
+stats = {"bytes_in_use": 2, "peak_bytes_in_use": 3, "num_allocs": 4}
+type(jax.devices("cpu")[0]).memory_stats = lambda device: stats
+sys.exit(train.main(train.arguments()))
+"""
+
+def test_a_profile_shows_five_steps_and_their_memory_and_changes_no_bit(text_file, tmp_path):
+    folder = tmp_path / "profile"
+    flags = ["--data", text_file, "--tokens", "bytes", "--save-every", 0]
+    plain = run(*flags, "--out", tmp_path / "plain")
+    assert plain.returncode == 0, plain.stderr
+    with_counts = [sys.executable, "-c", COUNTS, *command(*flags)[2:]]
+    traced = subprocess.run([*with_counts, "--out", tmp_path / "traced", "--profile", folder],
+                            cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert traced.returncode == 0, traced.stderr
+    assert f"a trace of steps 2 to 6 is in {folder}: open its newest" in traced.stderr
+    assert curve(traced.stderr) == curve(plain.stderr)
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("traced", "plain"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+    [trace] = folder.glob("plugins/profile/*/*.xplane.pb")
+    for name in (b"jvp(h.0)/attn/attend", b"transpose(jvp(h.0))/mlp"):  # forward and backward
+        assert name in trace.read_bytes()
+    runs = {dict(event.stats)["run_id"]
+            for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+            for line in plane.lines for event in line.events
+            if dict(event.stats).get("hlo_module") == "jit_train_step"}
+    assert len(runs) == 5
+    lines = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
+    seconds = [line.pop("seconds") for line in lines]
+    assert lines == [{"bytes_in_use": 2, "peak_bytes_in_use": 3}] * 5
+    assert seconds[0] > 0 and seconds == sorted(seconds)
+
 # ---------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, message", [
@@ -370,6 +414,8 @@ def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypa
     ("--device cpu:99", "there are 1 of this kind"),
     ("--device abacus", "it must be cpu, gpu or tpu"),
     ("--out short.txt", "--out short.txt is a file"),
+    ("--profile short.txt", "--profile short.txt cannot be written"),
+    ("--profile short.txt/in", "--profile short.txt/in cannot be written"),
     ("--resume", "no checkpoints: leave --resume out"),
     ("--tokens gpt2", "tiktoken cannot download"),
 ])
