@@ -143,7 +143,7 @@ def test_the_filters_keep_the_tokens_that_can_be_worked_out_by_hand(draw):
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
 def test_top_p_keeps_of_a_whole_vocabulary_what_sorting_it_would(family, scale, monkeypatch):
-    """But for tokens where the sum of the likelier ones is top_p to within float32s rounding."""
+    """But for tokens whose likelier ones sum to top_p to within the rounding of float32."""
     monkeypatch.setattr(jax.random, "categorical", lambda key, logits: logits)  # not to draw
     logits = np.random.default_rng(0).normal(scale=scale, size=(3, 50257)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 3)
