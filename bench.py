@@ -109,7 +109,7 @@ def costs(module, config, B: int, T: int, dtype):
         kernels[0] + kernels[1] * (1 - (1 - chosen / E) ** N) + head) for N in (B, B * T))
     cache = B * sum(2 * k.size * k.dtype.itemsize for k, *_ in layers)
     return SimpleNamespace(
-        size=size, weights=weights, cache=cache,
+        size=size, weights=weights, cache=cache, depth=len(layers),
         prefill=B * (2 * used * T + look * T * T + 2 * head), prefill_bytes=many,
         decode=B * (2 * (used + head) + look * T), decode_bytes=weights + cache,
         train=3 * B * T * (2 * (used + head) + look * T), train_bytes=3 * many)
@@ -380,10 +380,9 @@ def bench_load(args, dtype):
     for name in (args.runs + 1) * who:
         again = [*sys.argv[1:], "--weights", folder, "--once", name]
         found[name].append([float(word) for word in run_apart(__file__, *again).split()])
-    seconds, memory = ({name: [run[i] for run in runs[1:]] for name, runs in found.items()}
-                       for i in (0, 1))
-    compare(args, "load", seconds, "s", {"dtype": dtype})
-    compare(args, "resident memory of load", memory, "GB at most", {"dtype": dtype})
+    for i, (metric, unit) in enumerate([("load", "s"), ("resident memory of load", "GB at most")]):
+        compare(args, metric, {name: [run[i] for run in runs[1:]] for name, runs in found.items()},
+                unit, {"dtype": dtype})
 
 def bench_start(args, dtype):
     """Seconds of the whole process that writes 32 tokens, with a warm compile cache."""
@@ -499,7 +498,6 @@ def bench_plan(args, dtype):
     splits weights and cache by tensor parallelism."""
     module, config, N = import_module(args.model), find_config(args), args.chips
     flops, bandwidth, memory, link = CHIPS[args.kind]
-    depth = getattr(config, "n_layer", 0) or config.num_hidden_layers
     width = getattr(config, "n_embd", 0) or config.hidden_size
     for B, T in itertools.product(args.batch, args.length):
         c = costs(module, config, B, T, "bfloat16")
@@ -507,14 +505,13 @@ def bench_plan(args, dtype):
                  "memory": 28 * c.size / N / bandwidth}
         shape = {"batch": B, "length": T, "chips": f"{N} {args.kind}"}
         for what, held, seconds, tokens, of in [
-            ("train", (16 * c.size + 2 * depth * width * T * B) / N, max(times.values()), B * T,
-             f"held by the {max(times, key=times.get)}"),
-            ("decode", (2 * c.size + c.cache) / N, c.decode_bytes / N / bandwidth, B,
-             "held by the memory"),
-        ]:
+            ("train", (16 * c.size + 2 * c.depth * width * T * B) / N, max(times.values()), B * T,
+             max(times, key=times.get)),
+            ("decode", (2 * c.size + c.cache) / N, c.decode_bytes / N / bandwidth, B, "memory")]:
             record(args, f"{what}: memory", "plan", [held / 1e9], "GB a chip", **shape,
                    of="does not fit" if held > memory else f"fits {memory / 1e9:.0f} GB")
-            record(args, f"{what}: step", "plan", [1e3 * seconds], "ms", of=of, **shape)
+            record(args, f"{what}: step", "plan", [1e3 * seconds], "ms", **shape,
+                   of=f"held by the {of}")
             record(args, f"{what}: speed", "plan", [tokens / seconds], "tokens/s", **shape)
 
 TASKS = {task: partial(measure_speed, task=task) for task in FORMULAS} | {
@@ -529,10 +526,10 @@ def write_table(records: list[dict]):
         shape = [f"{found[key]}{name}" for key, name in [
             ("batch", " x"), ("length", " tokens,"), ("dtype", ""), ("chips", ""), ("how", "")]
             if found.get(key)]
-        spread = f"{number(found['low'])} - {number(found['high'])}" * (found["runs"] > 1)
         share = f"{found['share']:.0%} of " if "share" in found else ""
-        rows.append([found["metric"], found["who"], " ".join(shape).strip(","),
-                     number(found["value"]), spread, found["unit"], share + found.get("of", "")])
+        rows.append([found["metric"], found["who"], " ".join(shape).strip(","), number(
+            found["value"]), f"{number(found['low'])} - {number(found['high'])}" * (
+                found["runs"] > 1), found["unit"], share + found.get("of", "")])
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
     rows.insert(1, ["-" * width for width in widths])
     for row in rows:
@@ -569,10 +566,12 @@ def folder_of(args, dtype="float32") -> Path:
 
 def find_config(args):
     """The config of --weights, or of --preset where they are random."""
-    module = import_module(args.model)
-    if args.weights == "random" or (args.task == ["plan"] and args.weights in module.PRESETS):
-        return module.PRESETS[args.preset if args.weights == "random" else args.weights][-1]
-    return module.Config.from_hf(json.loads((folder_of(args) / "config.json").read_text()))
+    module, random = import_module(args.model), args.weights == "random"
+    name = args.preset if random else args.weights
+    if name in module.PRESETS and (random or args.task == ["plan"]):
+        return module.PRESETS[name][-1]
+    file = (Path(name) if random else folder_of(args)) / "config.json"
+    return module.Config.from_hf(json.loads(file.read_text()))
 
 def torch_device() -> str:
     """PyTorch's name for the device that JAX computes on."""
@@ -589,7 +588,7 @@ def arguments():
     add("--preset", metavar="ID", help="of this size, with random weights; or what is planned for")
     add("--task", type=words, metavar="TASK,...", default=["prefill", "decode", "train"],
         help=f"of {', '.join(TASKS)} (default: prefill,decode,train)")
-    add("--suite", choices=["gpu", "tpu"], help="the set of figures to record of such a machine")
+    add("--suite", choices=["cpu", "gpu", "tpu"], help="record the figures for such a machine")
     add("--batch", type=numbers, default=[1], metavar="N,...", help="rows (default: 1)")
     add("--length", type=numbers, default=[32], metavar="N,...", help="tokens (default: 32)")
     for name, default, about in [
@@ -615,18 +614,17 @@ def arguments():
     add("--once", help=argparse.SUPPRESS)  # in the process of a single load: of whom
     args = parser.parse_args()
     presets = import_module(args.model or "gpt2").PRESETS
-    given = args.weights or ("random" if args.preset else "")
-    args.weights = given or (next(iter(presets)) if args.model else "tiny")
+    args.given = args.weights or ("random" if args.preset else "")
+    args.weights = args.given or (next(iter(presets)) if args.model else "tiny")
     args.model, args.preset = args.model or "gpt2", args.preset or next(iter(presets))
-    args.needed = {name if name == "ctranslate2" else "torch" for name in args.vs} | {
-        "torch" for task in args.task if task in ("validate", "eval", "compare")}
     args.techniques = [name for name in ("ragged", "remat", "chunked") if vars(args)[name]]
     args.techniques += [f"{args.accumulate} parts"] * (args.accumulate > 1)
     for fits, rule in [
         ({*args.task} <= TASKS.keys(), f"--task must be of {', '.join(TASKS)}"),
         ({*args.vs} <= PEERS.keys(), f"--vs must be of {', '.join(PEERS)}"),
         ({*args.dtype} <= {"", "float32", "bfloat16", "float16"}, "--dtype: see --help"),
-        (args.preset in presets, f"--preset must be of {', '.join(presets)}"),
+        (args.preset in presets or Path(args.preset, "config.json").exists(),
+         f"--preset must be of {', '.join(presets)}, or a folder with a config.json"),
         (not args.text or Path(args.text).is_file(), f"--text {args.text}: there is no such file"),
         (min(*args.batch, *args.length, args.new_tokens, args.runs, args.chips, args.accumulate)
          >= 1, "batches, lengths, tokens, runs, chips and parts must be 1 or more"),
@@ -636,8 +634,9 @@ def arguments():
         (args.weights != "random" or not {*args.task, *args.vs} & {
             "validate", "eval", "compare", "start", "ctranslate2"},
          "random weights have no tokenizer, which that needs: name --weights"),
-        *[(util.find_spec(name), f"that needs {name}: pip install {name}")
-          for name in args.needed]]:
+        *[(util.find_spec(name), f"that needs {name}: pip install {name}") for name, users in [
+            ("torch", {"transformers", "transformers-compile", "validate", "eval", "compare"}),
+            ("ctranslate2", {"ctranslate2"})] if users & {*args.task, *args.vs}]]:
         if not fits:
             fail(rule)
     return args
@@ -656,8 +655,7 @@ def measure(args):
         context = find_config(args).max_position_embeddings
     except (OSError, ValueError) as error:  # of the Hub, of the folder, or an InputError
         fail(f"--weights {args.weights}: {error}")
-    need = max(args.length) + args.new_tokens * (task in ("decode", "compile"))
-    if need > context:
+    if (need := max(args.length) + args.new_tokens * (task in ("decode", "compile"))) > context:
         fail(f"{need} tokens do not fit the context of {context}: choose another --length")
     TASKS[task](args, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
@@ -665,8 +663,8 @@ def main(args) -> int:
     """Starts a process for each task, collects what they print -> the exit code."""
     parts = [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
     if args.suite:
-        lines = (HERE / "benchmarks/gpu.txt").read_text().splitlines()
-        parts = [["--weights", "random", *shlex.split(line)] for line in lines]
+        lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
+        parts = [shlex.split(f"--weights {args.given or 'random'} {line}") for line in lines]
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # others need memory of a GPU too
     records, code = [], 0
@@ -687,8 +685,10 @@ def main(args) -> int:
                 records += map(json.loads, file.read_text().splitlines())
     write_table(records)
     if args.out and records:
-        about = {name: metadata.version(name) for name in ("jax", "flax", *args.needed)}
-        about |= {"command": shlex.join(["bench.py", *sys.argv[1:]]), "cpus": os.cpu_count()}
+        known = [n for n in ("jax", "torch", "transformers", "ctranslate2") if util.find_spec(n)]
+        cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text() + "model name: ?")
+        about = {"command": shlex.join(["bench.py", *sys.argv[1:]]), **{
+            name: metadata.version(name) for name in known}, "cpu": f"{os.cpu_count()} x {cpu[1]}"}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "results.jsonl").write_text("\n".join(map(json.dumps, [about, *records])))
         if points := [found for found in records if "intensity" in found]:

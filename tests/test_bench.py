@@ -253,3 +253,18 @@ def test_what_is_not_there_is_one_line_too(tmp_path):
                           (["--length", "200"], "264 tokens do not fit the context of 256")]:
         done = run("--task", "decode", *options, code=2)
         assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("suite", ["cpu", "gpu", "tpu"])
+def test_every_line_of_a_suite_is_a_command_and_all_end_in_eight_minutes(
+        suite, monkeypatch):
+    limits = []
+    for line in (ROOT / "benchmarks" / f"{suite}.txt").read_text().splitlines():
+        weights = "tiny" if suite == "cpu" else "random"
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--weights", weights, *line.split()])
+        monkeypatch.setattr(bench.util, "find_spec", lambda name: True)
+        monkeypatch.chdir(ROOT)
+        args = bench.arguments()
+        assert max(args.length) <= bench.find_config(args).max_position_embeddings or suite == "cpu"
+        limits.append(args.limit)
+    assert suite == "cpu" or sum(limits) <= 480
