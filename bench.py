@@ -4,7 +4,6 @@
     python bench.py --model gpt2 --task prefill,decode,load,start --vs transformers,ctranslate2
     python bench.py --model llama --preset meta-llama/Llama-2-7b-hf  # random weights of that size
     python bench.py --model opt --weights FOLDER --task validate     # the same as transformers?
-    python bench.py --model llama --task plan --preset meta-llama/Llama-2-7b-hf --chips 8
 
 Each task runs in a process of its own and measures the limits of the machine too: the rate of large
 matrix products, and how fast a large array is read. A figure is the median of --runs runs, beside
@@ -143,12 +142,13 @@ class Ours:
         """n tokens after each prompt."""
         module, model, args, key = self.module, self.model, self.args, jax.random.key(0)
         if not self.devices:
-            return partial(module.generate, model, prompts, n, key=key, top_k=args.top_k,
+            return partial(module.generate, model, prompts, n, key=key, top_k=args.top_k or None,
                            temperature=args.temperature or 0, top_p=args.top_p)
         tokens, positions, S = module.pack(self.config, prompts, n)
         graphdef, state = nnx.split(model)
-        how = {"top_k": args.top_k, "sampling": {"temperature": args.temperature, "min_p": None,
-                                                 "top_p": args.top_p, "repetition_penalty": None}}
+        how = {"top_k": args.top_k or None, "sampling": {
+            "temperature": args.temperature or None, "top_p": args.top_p, "min_p": None,
+            "repetition_penalty": None}}
         prefill, decode = (partial(f, graphdef, **how) for f in (module.prefill, module.decode))
         def run(state, tokens, positions, keys):  # what `generate` does, as one program
             cache = module.init_cache(self.config, len(tokens), S, model.dtype)
@@ -204,6 +204,7 @@ class Transformers:
         self.dtype = getattr(torch, dtype)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
         self.model = model.to(self.device).eval()
+        self.model.generation_config.eos_token_id = None  # nothing ends a text before n tokens
     def prefill(self, prompts):
         """The likeliest token after each prompt, and a cache for what would follow."""
         ids = self.torch.tensor(prompts, device=self.device)
@@ -213,13 +214,12 @@ class Transformers:
     def generate(self, prompts, n):
         """n tokens after each prompt; shorter ones are padded on the left."""
         T, args = max(map(len, prompts)), self.args
-        ids, mask = (self.torch.tensor(rows, device=self.device) for rows in (
-            [[0] * (T - len(p)) + p for p in prompts],
-            [[0] * (T - len(p)) + [1] * len(p) for p in prompts]))
-        how = {"max_new_tokens": n, "min_new_tokens": n, "pad_token_id": 0, "do_sample": bool(
-            args.temperature), "temperature": args.temperature or 1.0, "top_k": args.top_k or 0,
+        rows = self.torch.tensor([[-1] * (T - len(p)) + p for p in prompts], device=self.device)
+        how = {"max_new_tokens": n, "pad_token_id": 0, "do_sample": bool(args.temperature),
+            "temperature": args.temperature or 1.0, "top_k": args.top_k or 0,
             "top_p": args.top_p or 1.0, "cache_implementation": "static" if self.compiled else None}
-        return lambda: self.model.generate(ids, attention_mask=mask, **how).tolist()
+        return lambda: self.model.generate(
+            rows.clamp(0), attention_mask=(rows >= 0).long(), **how).tolist()
     def train(self, rows):
         """A step of AdamW, as ours: without dropout, in half precision with float32 weights."""
         torch, model, ids = self.torch, self.model.float(), self.torch.tensor(rows).to(self.device)
@@ -261,13 +261,6 @@ class CTranslate2:
 
 PEERS = {"transformers": Transformers, "ctranslate2": CTranslate2,
          "transformers-compile": partial(Transformers, compiled=True)}
-def subjects(args, dtype) -> list:
-    """This project and those of --vs on the same weights; or this one on 1, 2 and 4 devices."""
-    if args.parallel:
-        return [Ours(args, dtype, jax.devices()[:n]) for n in (1, 2, 4) if n <= jax.device_count()]
-    return [Ours(args, dtype), *(PEERS[name](args, dtype, folder_of(args, dtype))
-                                 for name in args.vs)]
-
 # -------------------------------------------------------------------------------------------- tasks
 def some_prompts(args, config, B, T):
     """B prompts of T random tokens; with --ragged each is an eighth of T shorter than the last."""
@@ -291,8 +284,10 @@ FORMULAS = {
 def measure_speed(args, dtype, task):
     """Tokens/s of prompts (up to the first new token), of new tokens, or of training steps. n new
     tokens take the time of n + 1 less that of the first. On several devices each has B rows."""
-    n, everyone, found = args.new_tokens, subjects(args, dtype), []
-    ours, decode = everyone[0], task == "decode"
+    everyone = [Ours(args, dtype, jax.devices()[:n]) for n in (1, 2, 4)
+                if args.parallel and n <= jax.device_count()] or [Ours(args, dtype)]
+    everyone += [PEERS[name](args, dtype, folder_of(args, dtype)) for name in args.vs]
+    n, ours, decode, found = args.new_tokens, everyone[0], task == "decode", []
     for B, T in itertools.product(args.batch, args.length):
         prompts = {one.name: some_prompts(args, ours.config, B * getattr(one, "count", 1),
                                           T + (task == "train")) for one in everyone}
@@ -313,7 +308,8 @@ def measure_speed(args, dtype, task):
         theory = costs(ours.module, ours.config, B, T + n // 2 if decode else T, dtype)
         found.append((B, T, prompts, seconds, vars(theory)))
     how = {"dtype": dtype, "how": " + ".join(args.techniques)}
-    record(args, f"memory of {task}", ours.name, [peak_memory() / 1e9], "GB at most", **how)
+    if len(everyone) == 1:
+        record(args, f"memory of {task}", ours.name, [peak_memory() / 1e9], "GB at most", **how)
     limits = measure_limits(dtype, args.runs)  # last, as this takes memory too
     for B, T, prompts, seconds, theory in found:
         limit, of = ("B/s", "the sum") if decode else ("FLOP/s", "the product")
@@ -344,8 +340,7 @@ def bench_compile(args, dtype):
             for seconds in found.values():
                 compilation_cache.reset_cache()
                 jax.clear_caches()
-                first, second = (in_turn({"": run}, 1, warm=0)[""][0] for _ in "12")
-                seconds.append(first - second)
+                seconds.append(np.subtract(*in_turn({"": run}, 2, warm=0)[""]))  # first - second
     for metric, seconds in found.items():
         record(args, metric, "ours", seconds, "s", batch=B, length=T, dtype=dtype)
 
@@ -358,8 +353,8 @@ print(codec.decode(model.generate(ids, max_new_tokens=32, do_sample=False, pad_t
 """
 def run_apart(*program) -> str:
     """Runs a Python program in a process of its own -> what it printed."""
-    done = subprocess.run([sys.executable, *map(str, program)], cwd=HERE, text=True,
-                          capture_output=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, *map(str, program)], text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout
@@ -389,11 +384,10 @@ def bench_start(args, dtype):
     words = {"folder": str(folder_of(args)), "prompt": "ROMEO:", "dtype": dtype,
              "device": torch_device()}
     with tempfile.TemporaryDirectory() as cache:
-        ours = partial(run_apart, "sample.py", "--model", args.model, "--weights", words["folder"],
-                       "--prompt", words["prompt"], "--max-new-tokens", 32, "--temperature", 0,
-                       "--dtype", dtype, *(["--device", args.device] if args.device else []),
-                       "--compile-cache")
-        calls = {"ours": partial(ours, cache)}
+        calls = {"ours": partial(
+            run_apart, HERE / "sample.py", "--model", args.model, "--weights", words["folder"],
+            "--prompt", words["prompt"], "--max-new-tokens", 32, "--temperature", 0, "--dtype",
+            dtype, "--compile-cache", cache, *(["--device", args.device] if args.device else []))}
         if "transformers" in args.vs:
             calls["transformers"] = partial(run_apart, "-c", STARTING.format(**words))
         seconds = in_turn(calls, args.runs)
@@ -416,7 +410,6 @@ def continuations(ours, theirs, prompt, n, temperature):
 
 def bench_validate(args, dtype):
     """Ours against transformers: tokens, the stream after each block, logits, greedy tokens."""
-    import torch
     from transformers import AutoTokenizer
     ours, theirs, codec, text = both_models(args, dtype)
     ids, expected = (tokens.encode(text) for tokens in (
@@ -429,8 +422,9 @@ def bench_validate(args, dtype):
         return stream[-1]
     ours.module.Block.__call__ = kept
     logits = ours.model(jnp.array([ids]))
-    with torch.no_grad():
-        out = theirs.model(torch.tensor([ids], device=theirs.device), output_hidden_states=True)
+    with theirs.torch.no_grad():
+        rows = theirs.torch.tensor([ids], device=theirs.device)
+        out = theirs.model(rows, output_hidden_states=True)
     layers = zip(stream[:-1], out.hidden_states[1:-1], strict=True)  # the last of theirs is normed
     named = [(f"after block {i}", a, b) for i, ((a, _), b) in enumerate(layers)]
     for name, a, b in [*named, ("logits", logits, out.logits)]:
@@ -444,9 +438,8 @@ def bench_validate(args, dtype):
     record(args, "greedy tokens", "same until", [agreed], f"of {args.new_tokens}", dtype=dtype)
 
 def bench_eval(args, dtype):
-    """Mean loss and perplexity of a text: in windows of the context, each of which begins half a
-    context before the end of the last and counts the tokens that the last one did not have."""
-    import torch
+    """Mean loss and perplexity of a text: in windows of up to 1,024 tokens, each of which begins
+    half a window before the end of the last and counts the tokens that the last did not have."""
     ours, theirs, codec, text = both_models(args, dtype)
     ids, C = codec.encode(text), min(1024, ours.config.max_position_embeddings)
     graphdef, state = nnx.split(ours.model)
@@ -461,10 +454,10 @@ def bench_eval(args, dtype):
         fresh = slice(counted - start - 1, len(window) - 1)
         padded = np.array([window + [0] * (C - len(window))])  # one length for all: one program
         total["ours"] += float(losses_of(state, padded)[fresh].sum())
-        with torch.no_grad():
-            tokens = torch.tensor(window, device=theirs.device)
+        with theirs.torch.no_grad():
+            tokens = theirs.torch.tensor(window, device=theirs.device)
             logits = theirs.model(tokens[None]).logits[0, :-1].float()
-            losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+            losses = theirs.torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
         total["transformers"] += float(losses[fresh].sum())
         counted = start + len(window)
     for who, loss in total.items():
@@ -625,18 +618,23 @@ def arguments():
         ({*args.dtype} <= {"", "float32", "bfloat16", "float16"}, "--dtype: see --help"),
         (args.preset in presets or Path(args.preset, "config.json").exists(),
          f"--preset must be of {', '.join(presets)}, or a folder with a config.json"),
-        (not args.text or Path(args.text).is_file(), f"--text {args.text}: there is no such file"),
-        (min(*args.batch, *args.length, args.new_tokens, args.runs, args.chips, args.accumulate)
-         >= 1, "batches, lengths, tokens, runs, chips and parts must be 1 or more"),
+        (not args.text or (Path(args.text).is_file() and Path(args.text).stat().st_size > 9),
+         f"--text {args.text}: there is no such file, or next to nothing in it"),
+        (min(*args.batch, *args.length, args.new_tokens, args.runs, args.chips, args.accumulate,
+             args.top_k or 1) >= 1, "batches, lengths and numbers must be 1 or more"),
         (not args.ragged or args.task == ["decode"], "--ragged is for --task decode"),
         (not args.vs or not args.parallel, "--vs compares on one device: leave --parallel out"),
-        (all(B % args.accumulate == 0 for B in args.batch), "--accumulate must divide --batch"),
-        (args.weights != "random" or not {*args.task, *args.vs} & {
-            "validate", "eval", "compare", "start", "ctranslate2"},
-         "random weights have no tokenizer, which that needs: name --weights"),
-        *[(util.find_spec(name), f"that needs {name}: pip install {name}") for name, users in [
-            ("torch", {"transformers", "transformers-compile", "validate", "eval", "compare"}),
-            ("ctranslate2", {"ctranslate2"})] if users & {*args.task, *args.vs}]]:
+        (not any(B % max(1, args.accumulate) for B in args.batch),
+         "--accumulate must divide --batch"),
+        ({*args.techniques} <= {"ragged"} or (args.task == ["train"] and not args.vs),
+         "--remat, --chunked and --accumulate are for --task train, without --vs"),
+        (not args.out or not args.out.is_file(), f"--out {args.out} is a file: name a folder"),
+        (args.weights != "random" or {"validate", "eval", "compare", "start", "ctranslate2"}
+         .isdisjoint({*args.task, *args.vs}), "random weights have no tokenizer: name --weights"),
+        *[(util.find_spec(name), f"that needs {name}: pip install {name}") for name, used in [
+            ("torch", {"transformers", "transformers-compile", "validate", "eval", "compare"}
+             & {*args.task, *args.vs}), ("datasets", args.dataset),
+            ("ctranslate2", "ctranslate2" in args.vs)] if used]]:
         if not fits:
             fail(rule)
     return args
@@ -651,20 +649,22 @@ def measure(args):
     except (RuntimeError, ValueError, IndexError):
         fail(f"there is no device {args.device}; JAX finds {', '.join(map(str, jax.devices()))}")
     [task], [dtype] = args.task, args.dtype
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    more = {"prefill": 1, "compile": 2, "decode": args.new_tokens + 1}.get(task, 0)
     try:
-        context = find_config(args).max_position_embeddings
-    except (OSError, ValueError) as error:  # of the Hub, of the folder, or an InputError
-        fail(f"--weights {args.weights}: {error}")
-    if (need := max(args.length) + args.new_tokens * (task in ("decode", "compile"))) > context:
-        fail(f"{need} tokens do not fit the context of {context}: choose another --length")
-    TASKS[task](args, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+        if (need := max(args.length) + more) > (C := find_config(args).max_position_embeddings):
+            fail(f"{need} tokens do not fit the context of {C}: choose another --length")
+        TASKS[task](args, dtype)
+    except (OSError, UnicodeDecodeError, import_module(args.model).InputError) as error:
+        fail(error)  # of the Hub, of a file, or of a text that is too long
 
 def main(args) -> int:
     """Starts a process for each task, collects what they print -> the exit code."""
     parts = [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
     if args.suite:
         lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
-        parts = [shlex.split(f"--weights {args.given or 'random'} {line}") for line in lines]
+        parts = [["--weights", args.given or "random", "--dtype", dtype, *shlex.split(line)]
+                 for line in lines for dtype in args.dtype]
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # others need memory of a GPU too
     records, code = [], 0
@@ -677,8 +677,8 @@ def main(args) -> int:
                 code = max(code, abs(subprocess.run(command, timeout=limit).returncode))
             except subprocess.TimeoutExpired:
                 print(f"bench.py: given up after {limit} s", file=sys.stderr)
-                code = 1
-            except KeyboardInterrupt:  # what was measured is shown
+                code = max(code, 1)
+            except KeyboardInterrupt:  # the parts that ended are shown
                 code = 130
                 parts.clear()
             if (file := Path(scratch, "records")).exists():

@@ -105,8 +105,8 @@ def norm(config: Config, **options):
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
 def product(x, kernel, dimensions, **options):
-    """x [..., D] times kernel [D, F] -> [..., F]. A CPU multiplies a single vector on one core; in
-    16 parts, whose products are added, on all."""
+    """x [..., D] times kernel [D, F] -> [..., F]. XLA on a CPU uses one core for a vector times a
+    matrix, and all for several of them: so both are cut into 16 parts, whose products are added."""
     D, F = kernel.shape
     if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
         return jax.lax.dot_general(x, kernel, dimensions, **options)
@@ -292,7 +292,7 @@ class Model(nnx.Module):
     softmax and logits are float32. `remat` recomputes a block's activations for its gradient."""
     def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
                  remat=False):
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         D, V = config.hidden_size, config.padded_vocab_size or config.vocab_size
         init = normal(config.initializer_range)
@@ -400,7 +400,7 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
             more = jnp.where(logits > middle, probs, 0).sum(axis=-1, keepdims=True) >= top_p
             return jnp.where(more, middle, bounds[0]), jnp.where(more, bounds[1], middle)
         below, _ = jax.lax.fori_loop(0, 40, halve, (best - 104, best))  # exp(-104) is 0
-        logits = jnp.where(logits > below, logits, -jnp.inf)
+        logits = jnp.where((logits > below) | (logits == best), logits, -jnp.inf)
     if min_p is not None:
         logits = jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)
     choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
@@ -462,7 +462,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
     """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
     ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
-    key: a jax.random.key, or one for each row. temperature 0 takes the likeliest token."""
+    key: one for each row, or one to be folded with their indices. temperature 0: the likeliest."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
     tokens, positions, S = pack(model.config, prompts, max_new_tokens)
@@ -505,7 +505,7 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    anew = partial(safe_open, file, "np")  # each time, as pages of an open file are our memory
+    anew = partial(safe_open, file, "np")  # each time, as an open file's pages count as memory
     return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read

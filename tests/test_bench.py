@@ -228,6 +228,11 @@ def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path
     (["--dtype", "int8"], "--dtype"),
     (["--preset", "gpt5"], "--preset must be of openai-community/gpt2"),
     (["--batch", "0"], "must be 1 or more"),
+    (["--accumulate", "0"], "must be 1 or more"),
+    (["--temperature", "1", "--top-k", "-1"], "must be 1 or more"),
+    (["--task", "decode", "--remat"], "--remat, --chunked and --accumulate are for --task train"),
+    (["--out", "README.md"], "--out README.md is a file"),
+    (["--dataset", "wikitext", "--task", "eval"], "needs datasets: pip install datasets"),
     (["--batch", "many"], "--batch"),
     (["--text", "no/such/file"], "no such file"),
     (["--task", "train", "--ragged"], "--ragged is for --task decode"),
@@ -239,7 +244,8 @@ def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path
 def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, capsys):
     find_spec = bench.util.find_spec
     monkeypatch.setattr(bench.util, "find_spec",
-                        lambda name: None if name == "ctranslate2" else find_spec(name))
+                        lambda name: None if name in ("ctranslate2", "datasets")
+                        else find_spec(name))
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     with pytest.raises(SystemExit) as stop:
         bench.arguments()
@@ -250,7 +256,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, 
 def test_what_is_not_there_is_one_line_too(tmp_path):
     for options, said in [(["--device", "tpu"], "there is no device tpu"),
                           (["--weights", tmp_path], "config.json"),
-                          (["--length", "200"], "264 tokens do not fit the context of 256")]:
+                          (["--length", "192"], "257 tokens do not fit the context of 256")]:
         done = run("--task", "decode", *options, code=2)
         assert said in done.stderr and "Traceback" not in done.stderr
 
