@@ -539,7 +539,7 @@ def draw(records: list[dict], file: Path):
                     f"{found['batch']} x {found['length']} tokens, {found['dtype']}")
     for dtype, found in {found["dtype"]: found for found in records}.items():
         product, read = found["limits"]["FLOP/s"], found["limits"]["B/s"]
-        ends = [0.1, product / read, 10 * product / read]
+        ends = [0.1, product / read, 1000]
         axes.loglog(ends, [min(product, read * x) for x in ends], label=f"limits, {dtype}")
     axes.set(xlabel="operations for each byte of weights and cache", ylabel="operations/s",
              title=f"{found['weights']} on {found['device']}")
