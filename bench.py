@@ -302,8 +302,8 @@ def measure_speed(args, dtype, task):
             with jax.profiler.trace(args.profile):
                 in_turn({who: call for who, call in calls.items() if ours.name in who}, 1, warm=0)
         if decode:
-            seconds = {one.name: [(longer - first) / n for first, longer in
-                                  zip(seconds[one.name, 1], seconds[one.name, n + 1], strict=True)]
+            first = {one.name: statistics.median(seconds[one.name, 1]) for one in everyone}
+            seconds = {one.name: [(s - first[one.name]) / n for s in seconds[one.name, n + 1]]
                        for one in everyone}
         theory = costs(ours.module, ours.config, B, T + n // 2 if decode else T, dtype)
         found.append((B, T, prompts, seconds, vars(theory)))

@@ -547,7 +547,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
         tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} gives {tensor.shape}, config.json {param.shape}")
+            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
         where = mesh and sharding(mesh, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)
