@@ -5,8 +5,8 @@
     python bench.py --model llama --preset meta-llama/Llama-2-7b-hf  # random weights of that size
     python bench.py --model opt --weights FOLDER --task validate     # the same as transformers?
 
-Each task runs in a process of its own and measures the limits of the machine too: the rate of large
-matrix products, and how fast a large array is read. A figure is the median of --runs runs, beside
+Each task runs in a process of its own. Those of speed measure in turn with it what the machine can
+do: large matrix products, and reading a large array. A figure is the median of --runs runs, beside
 the lowest and the highest. --out FOLDER keeps them as JSON lines, with a picture of the roofline.
 """
 
@@ -54,15 +54,13 @@ def in_turn(calls: dict, runs: int, warm=1) -> dict:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
-def measure_limits(dtype, runs: int) -> dict:
-    """What this device reaches: FLOP/s in products of two square matrices of `dtype`, and bytes/s
-    in sums over an array that fits no cache."""
+def limits_of(dtype) -> tuple:
+    """({unit: (how much a call does, the call)}, the bytes they hold) for what a device reaches:
+    FLOP/s in products of two square matrices, B/s in sums over an array that fits no cache."""
     n, size = (2048, 2**30) if jax.default_backend() == "cpu" else (8192, 2**32)
     matrix, numbers = jnp.ones((n, n), dtype), jnp.ones(size // 4, jnp.float32)
-    seconds = in_turn({"gemm": lambda: jnp.matmul(matrix, matrix).block_until_ready(),
-                       "read": lambda: jnp.sum(numbers).block_until_ready()}, runs)
-    return {"FLOP/s": 2 * n**3 / statistics.median(seconds["gemm"]),
-            "B/s": size / statistics.median(seconds["read"])}
+    return {"FLOP/s": (2 * n**3, lambda: jnp.matmul(matrix, matrix).block_until_ready()),
+            "B/s": (size, lambda: jnp.sum(numbers).block_until_ready())}, matrix.nbytes + size
 
 def resident_memory() -> int:
     """The bytes of this process that were in the machine's memory at most."""
@@ -103,15 +101,16 @@ def costs(module, config, B: int, T: int, dtype):
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
     heads = getattr(config, "n_head", 0) or config.num_attention_heads
     look = 4 * len(layers) * heads * layers[0][0].shape[-1]  # for each token that is seen
-    used = kernels[0] + kernels[1] * chosen / E
-    weights, many = (jnp.dtype(dtype).itemsize * (
-        kernels[0] + kernels[1] * (1 - (1 - chosen / E) ** N) + head) for N in (B, B * T))
+    shared, experts = kernels
+    used = shared + experts * chosen / E
+    def read(N):  # bytes of weights, for N tokens
+        return jnp.dtype(dtype).itemsize * (shared + head + experts * (1 - (1 - chosen / E) ** N))
     cache = B * sum(2 * k.size * k.dtype.itemsize for k, *_ in layers)
     return SimpleNamespace(
-        size=size, weights=weights, cache=cache, depth=len(layers),
-        prefill=B * (2 * used * T + look * T * T + 2 * head), prefill_bytes=many,
-        decode=B * (2 * (used + head) + look * T), decode_bytes=weights + cache,
-        train=3 * B * T * (2 * (used + head) + look * T), train_bytes=3 * many)
+        size=size, weights=read(B), cache=cache, depth=len(layers),
+        prefill=B * (2 * used * T + look * T * T + 2 * head), prefill_bytes=read(B * T),
+        decode=B * (2 * (used + head) + look * T), decode_bytes=read(B) + cache,
+        train=3 * B * T * (2 * (used + head) + look * T), train_bytes=3 * read(B * T))
 
 # ----------------------------------------------------------------------------------------- subjects
 def random_model(module, config, dtype, param_dtype, **options):
@@ -216,8 +215,8 @@ class Transformers:
         T, args = max(map(len, prompts)), self.args
         rows = self.torch.tensor([[-1] * (T - len(p)) + p for p in prompts], device=self.device)
         how = {"max_new_tokens": n, "pad_token_id": 0, "do_sample": bool(args.temperature),
-            "temperature": args.temperature or 1.0, "top_k": args.top_k or 0,
-            "top_p": args.top_p or 1.0, "cache_implementation": "static" if self.compiled else None}
+               "temperature": args.temperature or 1.0, "top_k": args.top_k or 0,
+               "top_p": args.top_p or 1.0, "cache_implementation": "static" * self.compiled or None}
         return lambda: self.model.generate(
             rows.clamp(0), attention_mask=(rows >= 0).long(), **how).tolist()
     def train(self, rows):
@@ -261,6 +260,7 @@ class CTranslate2:
 
 PEERS = {"transformers": Transformers, "ctranslate2": CTranslate2,
          "transformers-compile": partial(Transformers, compiled=True)}
+
 # -------------------------------------------------------------------------------------------- tasks
 def some_prompts(args, config, B, T):
     """B prompts of T random tokens; with --ragged each is an eighth of T shorter than the last."""
@@ -283,11 +283,13 @@ FORMULAS = {
     "decode": "share = bytes of weights and of the cache as it is on average / time / limit"}
 def measure_speed(args, dtype, task):
     """Tokens/s of prompts (up to the first new token), of new tokens, or of training steps. n new
-    tokens take the time of n + 1 less that of the first. On several devices each has B rows."""
+    tokens take the time of n + 1 less the least of one. Each of several devices has B rows."""
     everyone = [Ours(args, dtype, jax.devices()[:n]) for n in (1, 2, 4)
                 if args.parallel and n <= jax.device_count()] or [Ours(args, dtype)]
     everyone += [PEERS[name](args, dtype, folder_of(args, dtype)) for name in args.vs]
-    n, ours, decode, found = args.new_tokens, everyone[0], task == "decode", []
+    n, ours, decode = args.new_tokens, everyone[0], task == "decode"
+    how = {"dtype": dtype, "how": " + ".join(args.techniques)}
+    limits, held = limits_of(dtype)
     for B, T in itertools.product(args.batch, args.length):
         prompts = {one.name: some_prompts(args, ours.config, B * getattr(one, "count", 1),
                                           T + (task == "train")) for one in everyone}
@@ -297,28 +299,23 @@ def measure_speed(args, dtype, task):
         else:
             calls = {one.name: getattr(one, task)(prompts[one.name]) for one in everyone
                      if hasattr(one, task)}
-        seconds = in_turn(calls, args.runs)
+        seconds = in_turn(calls | {unit: call for unit, (_, call) in limits.items()}, args.runs)
+        reached = {unit: amount / statistics.median(seconds.pop(unit))
+                   for unit, (amount, _) in limits.items()}
         if args.profile:
             with jax.profiler.trace(args.profile):
                 in_turn({who: call for who, call in calls.items() if ours.name in who}, 1, warm=0)
         if decode:
-            first = {one.name: statistics.median(seconds[one.name, 1]) for one in everyone}
-            seconds = {one.name: [(s - first[one.name]) / n for s in seconds[one.name, n + 1]]
-                       for one in everyone}
-        theory = costs(ours.module, ours.config, B, T + n // 2 if decode else T, dtype)
-        found.append((B, T, prompts, seconds, vars(theory)))
-    how = {"dtype": dtype, "how": " + ".join(args.techniques)}
-    if len(everyone) == 1:
-        record(args, f"memory of {task}", ours.name, [peak_memory() / 1e9], "GB at most", **how)
-    limits = measure_limits(dtype, args.runs)  # last, as this takes memory too
-    for B, T, prompts, seconds, theory in found:
+            seconds = {one.name: [(s - min(seconds[one.name, 1])) / n
+                                  for s in seconds[one.name, n + 1]] for one in everyone}
+        theory = vars(costs(ours.module, ours.config, B, T + n // 2 if decode else T, dtype))
         limit, of = ("B/s", "the sum") if decode else ("FLOP/s", "the product")
         middle, shape = statistics.median(seconds[ours.name]), {"batch": B, "length": T, **how}
         tokens = {who: [len(prompts[who]) * (1 if decode else T) / s for s in times]
                   for who, times in seconds.items()}
-        compare(args, task, tokens, "tokens/s", shape, formula=FORMULAS[task], limits=limits,
-                share=theory["decode_bytes" if decode else task] / middle / limits[limit],
-                of=f"{limits[limit] / 1e9:,.1f} G{limit} of {of}", flops=theory[task] / middle,
+        compare(args, task, tokens, "tokens/s", shape, formula=FORMULAS[task], limits=reached,
+                share=theory["decode_bytes" if decode else task] / middle / reached[limit],
+                of=f"{reached[limit] / 1e9:,.1f} G{limit} of {of}", flops=theory[task] / middle,
                 intensity=theory[task] / theory[task + "_bytes"])
         for one in everyone[1:] if args.parallel else []:  # B rows on each, so the same time
             ratios = [a / b for a, b in zip(seconds[ours.name], seconds[one.name], strict=True)]
@@ -327,6 +324,9 @@ def measure_speed(args, dtype, task):
             record(args, "first token", ours.name, seconds[ours.name], "s", **shape)
         if task == "train":
             record(args, "rows", ours.name, [B / s for s in seconds[ours.name]], "rows/s", **shape)
+    if len(everyone) == 1:
+        memory = (peak_memory() - held) / 1e9
+        record(args, f"memory of {task}", ours.name, [memory], "GB at most", **how)
 
 def bench_compile(args, dtype):
     """Seconds that a first run takes longer than a second: both programs are compiled or read."""
@@ -669,11 +669,11 @@ def main(args) -> int:
                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # others need memory of a GPU too
     records, code = [], 0
     for part in parts:
-        print(f"bench.py: {' '.join(part)}", file=sys.stderr)
         limit = int(part[part.index("--limit") + 1]) if "--limit" in part else args.limit
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, __file__, *sys.argv[1:], *part, "--scratch", scratch]
             try:
+                print(f"bench.py: {' '.join(part)}", file=sys.stderr)
                 code = max(code, abs(subprocess.run(command, timeout=limit).returncode))
             except subprocess.TimeoutExpired:
                 print(f"bench.py: given up after {limit} s", file=sys.stderr)

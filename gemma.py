@@ -303,7 +303,7 @@ class Model(nnx.Module):
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
-        positions [B, T]: -1 for padding, at the front; default: on from the cache. rngs: unused."""
+        positions [B, T]: -1 is padding, in front; default: after the cache's. rngs: unused."""
         B, T = tokens.shape
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")

@@ -17,9 +17,9 @@ WITH_BIN = ["opt", "llama"]  # families whose repositories have pytorch_model.bi
 ROTARY = ["llama", "gemma", "mistral"]
 COPIES = {
     **dict.fromkeys(
-        ["InputError", "attend_chunked", "write", "sample", "generate_naive", "prefill", "STEPS",
-         "decode", "pack", "generate", "fetch", "safetensors_in", "stored_tensors",
-         "named_parameters", "load", "save", "sharding", "Model.__call__"], ALL),
+        ["InputError", "product", "Linear", "attend_chunked", "write", "sample", "generate_naive",
+         "prefill", "STEPS", "decode", "pack", "generate", "fetch", "safetensors_in",
+         "stored_tensors", "named_parameters", "load", "save", "sharding", "Model.__call__"], ALL),
     "attend": ROTARY,
     "masked_scores": ["gpt2", "opt", "llama"],
     "Cache": ["gpt2", "opt", "llama"],

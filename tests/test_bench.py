@@ -122,7 +122,8 @@ def test_pmap_draws_the_tokens_of_generate():
 @pytest.mark.parametrize("tasks", [
     ["decode"], pytest.param(["prefill", "decode", "train"], marks=pytest.mark.wide)], ids=",".join)
 def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks):
-    done = run("--task", ",".join(tasks), "--batch", "1,2", "--new-tokens", 100, "--out", tmp_path)
+    done = run("--task", ",".join(tasks), "--batch", "1,2", "--new-tokens", 100, "--out", tmp_path,
+               "--runs", 3)  # a single first token can take longer than all that follow
     assert "| decode " in done.stdout and "GB/s of the sum" in done.stdout
     about, found = results(tmp_path)
     assert about["command"].startswith("bench.py --runs 1") and "jax" in about
@@ -141,7 +142,7 @@ def test_scaling_is_measured_on_1_2_and_4_devices_and_all_of_it_traced(tmp_path,
     monkeypatch.setenv("NPROC", "16")  # or the emulated devices wait for each other forever
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
     run("--task", "decode,train", "--parallel", "pmap", "--new-tokens", 50, "--out", tmp_path,
-        "--profile", tmp_path / "trace")
+        "--profile", tmp_path / "trace", "--runs", 3)
     _, found = results(tmp_path)
     for metric in ("decode", "train"):
         assert found[metric, "pmap on 1"]["value"] > 0
