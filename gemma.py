@@ -145,14 +145,15 @@ class RMSNorm(nnx.Module):
         x32 = x32 * jax.lax.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + self.eps)
         return (x32 * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
-def product(x, kernel, dimensions, **options):
-    """x [..., D] times kernel [D, F] -> [..., F]. XLA on a CPU uses one core for a vector times a
-    matrix, and all for several of them: so both are cut into 16 parts, whose products are added."""
+def product(x, kernel, _, **options):
+    """x [..., D] times kernel [D, F] -> [..., F]. For XLA on a CPU: x is one matrix, or its copies
+    would be transposed for the gradient; a vector is cut into 16 parts, or one core would work."""
     D, F = kernel.shape
     if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
-        return jax.lax.dot_general(x, kernel, dimensions, **options)
-    parts = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F))
-    return parts.sum(axis=0).reshape(*x.shape[:-1], F)
+        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
+    else:
+        y = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F)).sum(axis=0)
+    return y.reshape(*x.shape[:-1], F)
 Linear = partial(nnx.Linear, dot_general=product)
 def rotate(x, positions, speed):
     """RoPE: turns the pairs (i, i + Dh / 2) of each head by position times speed, in float32.
@@ -210,10 +211,9 @@ def attend_chunked(q, k, v, q_positions, k_positions, **options):
         total = total * shrink + weights.sum(axis=-1, keepdims=True)
         gathered = gathered * shrink + jnp.einsum("bhts,bhsd->bhtd", weights, v)
         return (gathered, total, new_largest), None
-    gathered = jnp.zeros_like(q, jnp.float32)
-    carry = gathered, gathered[..., :1], gathered[..., :1] - jnp.inf
+    x = jnp.zeros_like(q, jnp.float32)
     keys = chunks(k, 2, 0), chunks(v, 2, 0), chunks(k_positions, 1, -1)
-    (gathered, total, _), _ = jax.lax.scan(add, carry, keys)
+    (gathered, total, _), _ = jax.lax.scan(add, (x, x[..., :1], x[..., :1] - jnp.inf), keys)
     return (gathered / total).astype(v.dtype)
 
 class Attention(nnx.Module):
