@@ -108,8 +108,8 @@ def norm(config: Config, **options):
     return nnx.LayerNorm(config.n_embd, epsilon=epsilon, use_fast_variance=False, **options)
 
 def product(x, kernel, _, **options):
-    """x [..., D] times kernel [D, F] -> [..., F]. For XLA on a CPU: x is one matrix, or its copies
-    would be transposed for the gradient; a vector is cut into 16 parts, or one core would work."""
+    """x [..., D] times kernel [D, F] -> [..., F], made for XLA on a CPU. x becomes a matrix, or the
+    kernel's gradient would copy it; a vector is cut into 16 parts, or only one core would work."""
     D, F = kernel.shape
     if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
         y = jnp.matmul(x.reshape(-1, D), kernel, **options)
@@ -143,7 +143,7 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
+LONG, CHUNK = 2048, 256  # from LONG queries times LONG keys on, CHUNK keys at a time
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
@@ -366,8 +366,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
         cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
         return cache, token, new.at[:, i].set(token)
     new = jnp.zeros((len(token), STEPS), int)
-    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
-    return cache, new
+    return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
@@ -434,7 +433,7 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    anew = partial(safe_open, file, "np")  # each time, as an open file's pages count as memory
+    anew = partial(safe_open, file, "np")  # for each, as the pages of an open file count as memory
     return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 FORMATS = {"model.safetensors": safetensors_in}  # how each format of weights is read

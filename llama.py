@@ -54,7 +54,7 @@ class Config:
     head_dim: int = 128  # Dh
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()  # the entry's items; of linear and dynamic also "trained", its length
+    rope_scaling: tuple = ()  # its items; with linear and dynamic also the length "trained" on
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
@@ -67,7 +67,7 @@ class Config:
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a Llama, or an unsupported one."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        H, D = values["num_attention_heads"], values["hidden_size"]
+        H, D = (values.get(x, getattr(cls, x)) for x in ("num_attention_heads", "hidden_size"))
         known |= {"num_key_value_heads": values.get("num_key_value_heads") or H,
                   "head_dim": values.get("head_dim") or D // H}
         rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
@@ -96,17 +96,18 @@ class Config:
         return values
 
 def v1(D: int, F: int, layers: int, H: int, K: int, **others) -> Config:
-    """The config of a published checkpoint of the first generation."""
+    """The config of a published checkpoint: of Llama 1, but for what `others` says."""
     return Config(hidden_size=D, intermediate_size=F, num_hidden_layers=layers, head_dim=D // H,
                   num_attention_heads=H, num_key_value_heads=K, **others)
 BANDS = (("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
          ("original_max_position_embeddings", 8192), ("rope_type", "llama3"))
 eps5 = partial(v1, rms_norm_eps=1e-5)
 v2 = partial(eps5, max_position_embeddings=4096)
-v3 = partial(eps5, max_position_embeddings=8192, rope_theta=500000.0, vocab_size=128256)
+v3 = partial(eps5, max_position_embeddings=8192, rope_theta=500000.0, vocab_size=128256,
+             bos_token_id=128000, eos_token_id=128001)
 v31 = partial(v3, max_position_embeddings=131072, rope_scaling=(("factor", 8.0), *BANDS))
 v32 = partial(v31, rope_scaling=(("factor", 32.0), *BANDS), tie_word_embeddings=True)
-smol = partial(v1, vocab_size=49152, rms_norm_eps=1e-5, tie_word_embeddings=True)
+smol = partial(eps5, vocab_size=49152, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
 smol2 = partial(smol, max_position_embeddings=8192, rope_theta=100000.0)
 PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
     "HuggingFaceTB/SmolLM2-135M": (134_515_008, 0.3, False, smol2(576, 1536, 30, 9, 3)),
@@ -145,8 +146,8 @@ def norm(config: Config, **options):
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
 def product(x, kernel, _, **options):
-    """x [..., D] times kernel [D, F] -> [..., F]. For XLA on a CPU: x is one matrix, or its copies
-    would be transposed for the gradient; a vector is cut into 16 parts, or one core would work."""
+    """x [..., D] times kernel [D, F] -> [..., F], made for XLA on a CPU. x becomes a matrix, or the
+    kernel's gradient would copy it; a vector is cut into 16 parts, or only one core would work."""
     D, F = kernel.shape
     if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
         y = jnp.matmul(x.reshape(-1, D), kernel, **options)
@@ -206,7 +207,7 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
+LONG, CHUNK = 2048, 256  # from LONG queries times LONG keys on, CHUNK keys at a time
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
     and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
@@ -235,19 +236,19 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, **options):
         self.config, init = config, normal(config.initializer_range)
         D, H, Dh = config.hidden_size, config.num_attention_heads, config.head_dim
-        options = {"use_bias": config.attention_bias, "kernel_init": init, **options}
-        self.q_proj = Linear(D, H * Dh, **options)
-        self.k_proj = Linear(D, config.num_key_value_heads * Dh, **options)
-        self.v_proj = Linear(D, config.num_key_value_heads * Dh, **options)
-        self.o_proj = Linear(H * Dh, D, **options)
+        linear = {"use_bias": config.attention_bias, "kernel_init": init, **options}
+        self.q_proj = Linear(D, H * Dh, **linear)
+        self.k_proj = Linear(D, config.num_key_value_heads * Dh, **linear)
+        self.v_proj = Linear(D, config.num_key_value_heads * Dh, **linear)
+        self.o_proj = Linear(H * Dh, D, **linear)
 
     @jax.named_scope("self_attn")
     def __call__(self, x, positions, k_positions, past, start):
         """x [B, T, D] -> (x [B, T, D], (k, v)): `past` with those of x written from `start` on."""
         (B, T, _), Dh = x.shape, self.config.head_dim
-        turn = frequencies(self.config, positions)
-        q = rotate(self.q_proj(x).reshape(B, T, -1, Dh), positions, turn)
-        k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, turn)
+        speed = frequencies(self.config, positions)
+        q = rotate(self.q_proj(x).reshape(B, T, -1, Dh), positions, speed)
+        k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, speed)
         v = self.v_proj(x).reshape(B, T, -1, Dh)
         k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, K, Dh]
         x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5)  # [B, T, H, Dh]
@@ -257,10 +258,10 @@ class MLP(nnx.Module):
     """Two projections to F, of which one gates the other, and one back: Shazeer 2020 (SwiGLU)."""
     def __init__(self, config: Config, **options):
         D, F, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
-        options = {"use_bias": config.mlp_bias, "kernel_init": init, **options}
-        self.gate_proj = Linear(D, F, **options)
-        self.up_proj = Linear(D, F, **options)
-        self.down_proj = Linear(F, D, **options)
+        linear = {"use_bias": config.mlp_bias, "kernel_init": init, **options}
+        self.gate_proj = Linear(D, F, **linear)
+        self.up_proj = Linear(D, F, **linear)
+        self.down_proj = Linear(F, D, **linear)
 
     @jax.named_scope("mlp")
     def __call__(self, x):
@@ -412,8 +413,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
         cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
         return cache, token, new.at[:, i].set(token)
     new = jnp.zeros((len(token), STEPS), int)
-    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
-    return cache, new
+    return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
@@ -479,7 +479,7 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    anew = partial(safe_open, file, "np")  # each time, as an open file's pages count as memory
+    anew = partial(safe_open, file, "np")  # for each, as the pages of an open file count as memory
     return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,

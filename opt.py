@@ -109,8 +109,8 @@ def norm(config: Config, **options):
     return nnx.LayerNorm(config.hidden_size, **options)
 
 def product(x, kernel, _, **options):
-    """x [..., D] times kernel [D, F] -> [..., F]. For XLA on a CPU: x is one matrix, or its copies
-    would be transposed for the gradient; a vector is cut into 16 parts, or one core would work."""
+    """x [..., D] times kernel [D, F] -> [..., F], made for XLA on a CPU. x becomes a matrix, or the
+    kernel's gradient would copy it; a vector is cut into 16 parts, or only one core would work."""
     D, F = kernel.shape
     if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
         y = jnp.matmul(x.reshape(-1, D), kernel, **options)
@@ -143,7 +143,7 @@ def masked_scores(q, k, q_positions, k_positions, scale):
     # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # in chunks from LONG queries by LONG keys on; the keys of a chunk
+LONG, CHUNK = 2048, 256  # from LONG queries times LONG keys on, CHUNK keys at a time
 
 def attend_chunked(q, k, v, q_positions, k_positions, **options):
     """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
@@ -173,10 +173,10 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, **options):
         D, std = config.hidden_size, config.init_std
         self.heads = config.num_attention_heads, D // config.num_attention_heads
-        options = {"use_bias": config.enable_bias, **options}
-        self.q_proj = Linear(D, D, kernel_init=normal(std), **options)
-        self.k_proj = Linear(D, D, kernel_init=normal(std), **options)
-        self.v_proj = Linear(D, D, kernel_init=normal(std), **options)
+        linear = {"use_bias": config.enable_bias, **options}
+        self.q_proj = Linear(D, D, kernel_init=normal(std), **linear)
+        self.k_proj = Linear(D, D, kernel_init=normal(std), **linear)
+        self.v_proj = Linear(D, D, kernel_init=normal(std), **linear)
         proj_std = std / (2 * config.num_hidden_layers) ** 0.5
         self.out_proj = Linear(D, D, kernel_init=normal(proj_std), **options)
 
@@ -367,8 +367,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
         cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
         return cache, token, new.at[:, i].set(token)
     new = jnp.zeros((len(token), STEPS), int)
-    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
-    return cache, new
+    return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
@@ -434,7 +433,7 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    anew = partial(safe_open, file, "np")  # each time, as an open file's pages count as memory
+    anew = partial(safe_open, file, "np")  # for each, as the pages of an open file count as memory
     return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
 
 STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,
