@@ -178,7 +178,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear(D, D, kernel_init=normal(std), **linear)
         self.v_proj = Linear(D, D, kernel_init=normal(std), **linear)
         proj_std = std / (2 * config.num_hidden_layers) ** 0.5
-        self.out_proj = Linear(D, D, kernel_init=normal(proj_std), **options)
+        self.out_proj = Linear(D, D, kernel_init=normal(proj_std), **linear)
 
     @jax.named_scope("self_attn")
     def __call__(self, x, positions, k_positions, past, start):

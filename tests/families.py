@@ -404,7 +404,7 @@ LLAMA = Family(
         "theta of Llama 1": Mutation("config.head_dim, config.rope_theta",
                                      "config.head_dim, 10000.0", "large epsilon and theta"),
         "keys not turned": Mutation("k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, "
-                                    "turn)", "k = self.k_proj(x).reshape(B, T, -1, Dh)"),
+                                    "speed)", "k = self.k_proj(x).reshape(B, T, -1, Dh)"),
         "linear scaling ignored": Mutation('(factor if kind == "linear" else 1)', "1",
                                            "linear RoPE"),
         "Llama 3.1's scaling ignored": Mutation('kind == "llama3"', "False", "llama3 RoPE"),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -158,6 +159,7 @@ def test_ctrl_c_shows_what_was_measured(tmp_path):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
     while "decode" not in bench.stderr.readline():
         pass
+    time.sleep(1)  # or the task's process may not yet be there
     os.killpg(bench.pid, signal.SIGINT)
     out, _ = bench.communicate(timeout=60)
     assert bench.returncode == 130 and "| decode: step" in out
