@@ -1,29 +1,32 @@
-"""Trains any of the model files from scratch on text files, and writes a checkpoint to use.
+"""Trains any of the model files on text: from scratch, or on from a checkpoint, whole or with LoRA.
 
-    python train.py                                     # a small GPT-2 on Python's own source text
-    python train.py --data a.txt b.txt --out runs/mine  # on your text: the files, read as one
-    python sample.py --model gpt2 --weights runs/mine   # what has it learned?
+    python train.py                                          # a small GPT-2 on Python's own source
+    python train.py --data shakespeare --tokens char --out runs/char         # nanoGPT's example
+    python train.py --model llama --weights HuggingFaceTB/SmolLM2-135M --lora 8 --data 'my/*.txt'
+    python sample.py --model gpt2 --weights runs/mine        # what has it learned?
 
-The last tenth of the text is not trained on: it is the validation text, and the loss on it tells
-how well the model predicts what it has not seen. Ctrl-C stops a run, and the same command with
---resume goes on from there. The finished folder is a checkpoint in Hugging Face's format.
+The last tenth of the text is not trained on: the loss on it, the validation loss, tells how well
+the model predicts what it has not seen. Ctrl-C stops a run, and the same command with --resume goes
+on from there, bit for bit. The finished folder is a checkpoint in Hugging Face's format.
 """
 
 import argparse
+import contextlib
+import glob
+import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
-import statistics
 import sys
-import sysconfig
 import tempfile
-import time
+import timeit
+import urllib.request
 import zlib
-from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 
 import jax
@@ -31,145 +34,125 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import tokenizers
+import tiktoken
 from flax import nnx
 from safetensors import SafetensorError
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-def gpt2_sizes(args) -> dict:
-    """The sizes on the command line, as the config.json of a GPT-2 names them."""
-    return {"n_layer": args.layers, "n_head": args.heads, "n_embd": args.width,
-            "n_positions": args.block, "embd_pdrop": args.dropout, "attn_pdrop": args.dropout,
-            "resid_pdrop": args.dropout}
-
-def other_sizes(args, **more) -> dict:
-    """And as those of the others do; a gated MLP is narrower, so that it has as many weights."""
-    return {"num_hidden_layers": args.layers, "num_attention_heads": args.heads,
-            "hidden_size": args.width, "max_position_embeddings": args.block,
-            "num_key_value_heads": args.heads, "head_dim": args.width // args.heads,
-            "intermediate_size": -(-8 * args.width // 3 // 32) * 32, "tie_word_embeddings": True,
-            **more}
-
-SIZES = {
-    "gpt2": gpt2_sizes,
-    "opt": lambda args: other_sizes(args, ffn_dim=4 * args.width, dropout=args.dropout),
-    "llama": other_sizes,
-    "gemma": lambda args: other_sizes(args, num_key_value_heads=1,
-                                      sliding_window=-(-args.block // 2),
-                                      sliding_window_pattern=min(args.layers, 6),
-                                      query_pre_attn_scalar=args.width // args.heads),
-    "mistral": lambda args: other_sizes(args, model_type="mixtral" if args.experts else "mistral",
-                                        num_local_experts=args.experts),
-}
-MODELS = [name for name in SIZES if (HERE / f"{name}.py").exists()]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
+MODELS = [name for name in ("gpt2", "opt", "llama", "gemma", "mistral")
+          if (HERE / f"{name}.py").exists()]
 
 # --------------------------------------------------------------------------------- the command line
-
+FLAGS = {  # name: (default, what it says). A type has no default; of a tuple it is the first.
+    "text": {
+        "--data": (str, "text, .jsonl, nanoGPT's .bin or shakespeare (default: Python's source)"),
+        "--tokens": (str, "bpe (learned from the text; the default), char, bytes or gpt2"),
+        "--vocab-size": (1024, "how many pieces bpe learns, the 256 bytes included")},
+    "model": {
+        "--model": ("gpt2", f"model file: {', '.join(MODELS)}"),
+        "--weights": (str, "folder or Hub id to go on from (default: from scratch, with:)"),
+        "--layers": (4, "blocks, one after the other"),
+        "--heads": (4, "attention heads of a block"),
+        "--width": (128, "length of a token's vector"),
+        "--block": (64, "tokens seen at once; from scratch, the model's context"),
+        "--dropout": (0.0, "share of the activations that each step leaves out (gpt2, opt)"),
+        "--experts": (0, "MLPs of a block, of which a token takes two (mistral); 0: one for all"),
+        "--lora": (0, "rank of what is trained beside each matrix, instead of all weights; 0: off"),
+        "--lora-targets": (r".*\.(c_attn|c_proj|c_fc|\w+_proj|fc[12])", "paths of these matrices"),
+        "--merge": (False, "write LoRA's result as a whole checkpoint, not as an adapter")},
+    "training": {
+        "--steps": (2000, "updates of the weights"),
+        "--batch": (12, "rows of --block tokens in a step"),
+        "--accumulate": (1, "parts of a batch that follow each other, to save memory"),
+        "--optimizer": (("adamw", "lion", "adafactor", "muon"), "lion wants a tenth of --lr"),
+        "--lr": (float, "highest learning rate (default: 3e-3; of --weights 3e-5, of LoRA 3e-4)"),
+        "--schedule": (("cosine", "linear", "wsd"), "how it falls; wsd: in the last fifth alone"),
+        "--min-lr": (float, "what it falls to (default: a tenth of the highest)"),
+        "--warmup": (int, "steps in which it rises first (default: a twentieth of all)"),
+        "--weight-decay": (0.1, "of matrices only"),
+        "--beta2": (0.99, "how long squared gradients are remembered (lion: gradients)"),
+        "--clip": (1.0, "longest gradient, all of it taken as one vector"),
+        "--ema": (0.0, "evaluate and write a running mean of the weights that keeps this share"),
+        "--seed": (0, "of the first weights, the rows and dropout")},
+    "output": {
+        "--out": (Path, "folder for the model and its checkpoints (default: runs/MODEL)"),
+        "--resume": (False, "go on from the newest checkpoint in --out"),
+        "--eval-every": (250, "steps between estimates of the validation loss"),
+        "--save-every": (500, "steps between checkpoints; 0: only the model at the end"),
+        "--keep": (2, "how many of the last checkpoints stay, beside the best"),
+        "--save-dtype": (("float32", "bfloat16", "float16"), "of the finished model's weights"),
+        "--profile": (Path, "folder for a trace of five steps, for Perfetto or xprof")},
+    "machine": {
+        "--device": (str, "cpu, gpu or tpu; gpu:1 is the second GPU (default: the best there is)"),
+        "--parallel": (("no", "pmap"), "split each batch over all devices of the kind"),
+        "--dtype": (("auto", "float32", "bfloat16", "float16"), "computed in; auto: by the device"),
+        "--remat": (False, "save memory: compute each block again for its gradient")}}
 def fail(message):
     """One line that says what is wrong and what to do; exit code 2."""
     print("train.py: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
-
 def arguments():
     """The command line, read and checked as far as that needs neither the text nor a device."""
     parser = argparse.ArgumentParser(
-        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-        epilog="The defaults take two or three minutes on a laptop's CPU.")
+        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.error = fail
-
-    def number(flag, default, about):
-        group.add_argument(flag, type=type(default), default=default, help=f"{about} (default: "
-                           "%(default)s)", metavar="N" if isinstance(default, int) else "X")
-
-    group = parser.add_argument_group("text")
-    group.add_argument("--data", nargs="+", metavar="FILE",
-                       help="UTF-8 text (default: the source text of Python's standard library)")
-    group.add_argument("--tokens", choices=["char", "bytes", "bpe", "gpt2"], default="bpe",
-                       help="a token is a character, a byte, a piece learned from the text (byte-"
-                       "level BPE), or one of GPT-2's 50257 pieces (default: %(default)s)")
-    number("--vocab-size", 1024, "how many pieces bpe learns, the 256 bytes included")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="gpt2", metavar="NAME",
-                       help=f"model file: {', '.join(MODELS)} (default: %(default)s)")
-    number("--layers", 4, "blocks, one after the other")
-    number("--heads", 4, "attention heads of a block")
-    number("--width", 128, "length of a token's vector")
-    number("--block", 64, "the context: tokens that are seen at once")
-    number("--dropout", 0.0, "share of the activations that each step leaves out (gpt2, opt)")
-    number("--experts", 0, "MLPs of a block, of which a token takes two (mistral); 0: one for all")
-    group = parser.add_argument_group("training")
-    number("--steps", 2000, "updates of the weights")
-    number("--batch", 12, "rows of --block tokens in a step")
-    number("--lr", 3e-3, "highest learning rate")
-    group.add_argument("--min-lr", type=float, metavar="X",
-                       help="what it falls to, along a cosine (default: a tenth of the highest)")
-    group.add_argument("--warmup", type=int, metavar="N",
-                       help="steps in which it rises first (default: a twentieth of all)")
-    number("--weight-decay", 0.1, "AdamW's, of matrices only")
-    number("--beta2", 0.99, "AdamW's: how long it remembers squared gradients")
-    number("--clip", 1.0, "longest gradient, all of it taken as one vector")
-    number("--seed", 0, "of the first weights, the rows and dropout")
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="FOLDER",
-                       help="for the model and its checkpoints (default: runs/NAME)")
-    group.add_argument("--resume", action="store_true",
-                       help="go on from the newest checkpoint in --out")
-    number("--eval-every", 250, "steps between estimates of the validation loss")
-    number("--save-every", 500, "steps between checkpoints; 0: only the model at the end")
-    group.add_argument("--save-dtype", choices=["float32", "bfloat16"], default="float32",
-                       help="of the finished model's weights (default: %(default)s)")
-    group.add_argument("--profile", type=Path, metavar="DIR",
-                       help="write a trace of five steps into DIR, for Perfetto or xprof")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", metavar="KIND[:N]",
-                       help="cpu, gpu or tpu; gpu:1 is the second GPU (default: the best there is)")
-    group.add_argument("--parallel", choices=["pmap"],
-                       help="split each batch over all devices of the kind (default: one device)")
-    group.add_argument("--dtype", choices=["float32", "bfloat16"],
-                       help="computed in, with float32 weights (default: float32 on a CPU, "
-                       "bfloat16 elsewhere)")
-    group.add_argument("--remat", action="store_true",
-                       help="save memory: compute each block again in the backward pass")
+    for title, flags in FLAGS.items():
+        add = parser.add_argument_group(title).add_argument
+        for flag, (default, about) in flags.items():
+            known = {"default": default, "help": f"{about} (default: %(default)s)"}
+            if default is False:
+                add(flag, action="store_true", help=about)
+            elif isinstance(default, tuple):
+                add(flag, choices=default, **known | {"default": default[0]})
+            elif isinstance(default, type):
+                add(flag, type=default, help=about, nargs="+" if flag == "--data" else None)
+            else:
+                add(flag, type=type(default), **known)
     args = parser.parse_args()
-    args.out = args.out or Path("runs", args.model)
+    args.data, args.out = args.data or [], args.out or Path("runs", args.model)
+    local = HERE / "tiny" / args.model if args.weights == "tiny" else Path(args.weights or "")
+    args.weights = str(local.resolve()) if args.weights and local.is_dir() else args.weights
+    rate = 3e-4 if args.lora else 3e-5 if args.weights else 3e-3
+    args.lr = rate if args.lr is None else args.lr
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
-    folder = (args.profile or HERE).absolute()
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    positive = ["layers", "heads", "width", "block", "steps", "batch", "eval_every"]
+    binary = any(name.endswith(".bin") for name in args.data)
+    kinds = ["its own"] if args.weights else ["gpt2"] if binary else [
+        "bpe", "char", "bytes", "gpt2"]
+    args.tokens = args.tokens or kinds[0]
+    there = next(x for x in ((args.profile or HERE) / "x").absolute().parents if x.exists())
+    stored = any(path.name.isdigit() for path in args.out.glob("checkpoints/*"))
+    least = {1: "layers heads width block steps batch accumulate eval_every keep",
+             256: "vocab_size", 0: "seed save_every lora weight_decay min_lr warmup"}
     for fits, rule in [
         (args.model in MODELS, f"no model file for {args.model!r}; there are: {', '.join(MODELS)}"),
-        *[(vars(args)[name] >= 1, f"--{name.replace('_', '-')} must be 1 or more")
-          for name in positive],
-        (args.seed >= 0 and args.save_every >= 0, "--seed and --save-every must be 0 or more"),
-        (args.width % args.heads == 0, f"--width {args.width} does not split into --heads "
-         f"{args.heads}: choose a multiple of it"),
-        (args.vocab_size >= 256, "--vocab-size must be 256 or more: there are 256 bytes"),
-        (0 <= args.dropout < 1, "--dropout must be from 0 to below 1"),
+        *[(vars(args)[name] >= n, f"--{name.replace('_', '-')} must be {n} or more")
+          for n, names in least.items() for name in names.split()],
+        *[(0 <= vars(args)[x] < 1, f"--{x}: 0 to below 1") for x in ("dropout", "beta2", "ema")],
+        (args.tokens in kinds, f"--tokens {args.tokens}: it must be {' or '.join(kinds)} here"),
+        (args.width % max(1, args.heads) == 0, "--width must be a multiple of --heads"),
         (not args.dropout or args.model in ("gpt2", "opt"), f"{args.model}.py has no --dropout"),
-        (args.experts == 0 or (args.experts >= 2 and args.model == "mistral"),
+        (not args.experts or (args.experts > 1 and args.model == "mistral"),
          "--experts must be 2 or more, and of --model mistral"),
-        (0 <= args.min_lr <= args.lr and args.lr > 0, "--min-lr must be from 0 to --lr"),
-        (0 <= args.warmup < args.steps, "--warmup must be from 0 to below --steps"),
-        (0 <= args.beta2 < 1, "--beta2 must be from 0 to below 1"),
-        (args.weight_decay >= 0 and args.clip > 0,
-         "--weight-decay must be 0 or more, and --clip above 0"),
+        (not args.lora or args.weights, "--lora adds to trained weights: name them with --weights"),
+        (not args.merge or args.lora, "--merge is for --lora"),
+        (args.warmup < args.steps, "--warmup must be below --steps"),
+        (args.clip > 0 < args.lr >= args.min_lr, "--lr, --clip: above 0; --min-lr: at most --lr"),
+        ((args.dtype, args.model) != ("float16", "gemma"), "gemma.py leaves the range of float16"),
         (not args.out.exists() or args.out.is_dir(), f"--out {args.out} is a file: name a folder"),
         (not args.profile or os.access(f"{there}/.", os.W_OK),
          f"--profile {args.profile} cannot be written: name a folder that can"),
-    ]:
-        if not fits:
-            fail(rule)
-    stored = any(path.name.isdigit() for path in args.out.glob("checkpoints/*"))
-    if args.resume and not stored:
-        fail(f"{args.out} has no checkpoints: leave --resume out to begin")
-    if not args.resume and (stored or (args.out / "model.safetensors").exists()):
-        fail(f"{args.out} holds a run already: add --resume to go on, or choose another --out")
+        (stored or not args.resume, f"{args.out} has no checkpoints: leave --resume out to begin"),
+        (args.resume or not (stored or any(args.out.glob("*.safetensors"))),
+         f"{args.out} holds a run already: add --resume to go on, or choose another --out")]:
+        fits or fail(rule)
     return args
 
 # ------------------------------------------------------------------------------------------ devices
-
 def pick_devices(name: str | None, parallel: str | None) -> list:
     """The devices to train on: those that --device and --parallel ask for."""
     kind, _, index = (name or "").partition(":")
@@ -179,401 +162,539 @@ def pick_devices(name: str | None, parallel: str | None) -> list:
         jax.config.update("jax_platforms", "cpu")  # or a GPU is started, and its memory taken
     try:
         devices = jax.devices(kind or None)
+        return devices if parallel and not index else [devices[int(index or 0)]]
     except RuntimeError:
         fail(f"--device {name}: JAX finds no {kind} here; it has {jax.default_backend()}")
-    if index and int(index) >= len(devices):
+    except IndexError:
         fail(f"--device {name}: there are {len(devices)} of this kind, counted from 0")
-    return devices if parallel and not index else [devices[int(index or 0)]]
-
 def measure_peak(devices: list, dtype) -> float:
     """FLOP/s that the devices reach in the product of two large square matrices."""
     n = 2048 if devices[0].platform == "cpu" else 8192
-    a, seconds = jnp.ones((n, n), dtype), []
-    product = jax.jit(jnp.matmul).lower(a, a).compile()
-    for _ in range(3):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return len(devices) * 2 * n**3 / statistics.median(seconds)
+    a = jnp.ones((n, n), dtype)
+    seconds = timeit.repeat(lambda: (a @ a).block_until_ready(), number=1, repeat=4)
+    return len(devices) * 2 * n**3 / np.median(seconds[1:])  # the first one compiles too
 
-# -------------------------------------------------------------------------------------------- text
-
-def read_text(files: list[str] | None) -> str:
-    """The files' text, one after the other; the source text of the standard library without any."""
-    if not files:
-        library, skip = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages"}
-        skip |= {"test", "tests", "idle_test"}
-        files = sorted(file for file in library.rglob("*.py")
-                       if not skip & set(file.relative_to(library).parts))
-    texts = []
-    for file in files:
-        try:  # bytes, as reading text would turn \r\n into \n
-            texts.append(Path(file).read_bytes().decode())
-        except OSError as error:
-            fail(f"--data {file}: {error.strerror}: name text files")
-        except UnicodeDecodeError as error:
-            fail(f"--data {file} is not UTF-8 text (byte {error.start}): convert it first")
-    return "".join(texts)
-
-def byte_letters() -> dict[int, str]:
-    """The visible character that stands for each byte in a byte-level vocabulary, as in GPT-2's."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-def make_tokenizer(kind: str, train_text: str, text: str, vocab_size: int) -> tokenizers.Tokenizer:
-    """A tokenizer of one of the four kinds of --tokens; each gives `text` back as it was."""
-    letters = byte_letters()
-    if kind == "char":  # BPE without merges; later it drops characters that are not in this text
-        letters = enumerate(sorted(set(text)))
-        codec = tokenizers.Tokenizer(models.BPE({letter: id for id, letter in letters}, []))
-        codec.decoder = decoders.Fuse()
-        return codec
-    vocab, merges = {letter: byte for byte, letter in letters.items()}, []
+# --------------------------------------------------------------------------------------------- text
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+END, WIDTH = "<|endoftext|>", ["u4", "u2"]  # bytes of a token id: two, as nanoGPT's, if they do
+def shakespeare() -> Path:
+    """Tiny Shakespeare, 1.1 MB: from the cache folder, or downloaded into it; checked."""
+    (url, sha256), file = SHAKESPEARE, CACHE / "tinyshakespeare.txt"
+    try:
+        text = file.read_bytes() if file.exists() else urllib.request.urlopen(url).read(2**24)
+    except OSError as error:
+        fail(f"--data shakespeare: {url} does not answer ({error}): name a file of yours")
+    if hashlib.sha256(text).hexdigest() != sha256:
+        fail(f"--data shakespeare: {file if file.exists() else url} holds another text: remove it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text)
+    return file
+def find_files(names: list[str]) -> list[Path]:
+    """The files that --data names, in that order; without any, Python's own but for its tests."""
+    library, files = Path(os.__file__).parent, []
+    for name in names:
+        found = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+        found = [Path(file) for file in found if Path(file).is_file()]
+        if not found and name != "shakespeare":
+            fail(f"--data {name}: no such file: name text, .jsonl or .bin files, or shakespeare")
+        files += found or [shakespeare()]
+    return files or sorted(file for file in library.rglob("*.py") if not re.search(
+        "(site|dist)-packages|/(idle_)?tests?/", str(file.relative_to(library))))
+def texts_in(file: Path) -> list[str]:
+    """The texts of a file: all of it, or those in the lines of a .jsonl."""
+    number, texts = 0, []
+    try:
+        text = file.read_bytes().decode()  # as reading text would turn \r\n into \n
+        if file.suffix != ".jsonl":
+            return [text]
+        for number, line in enumerate(text.split("\n"), 1):  # noqa: B007
+            texts += [json.loads(line)["text"].encode().decode()] if line.strip() else []
+        return texts
+    except OSError as error:
+        fail(f"--data {file}: {error.strerror}: name files that can be read")
+    except UnicodeDecodeError as error:
+        fail(f"--data {file} is not UTF-8 text (byte {error.start}): convert it first")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fail(f'--data {file}, line {number}: it must be like {{"text": "..."}}')
+def pieces(texts):
+    """Yields (piece of a text, does the text end with it); no token of ours crosses a cut."""
+    for text in texts:
+        found = re.findall(r"(?s).{16384}.*?\S(?=\n)|.+", text) or [""]
+        yield from ((piece, i == len(found)) for i, piece in enumerate(found, 1))
+def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts):
+    """Writes a tokenizer of a kind of --tokens, which gives a text back as it was; where there are
+    several, with a token that ends one. bpe learns its pieces from the first nine tenths."""
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []  # char, bytes: no merges
     if kind == "gpt2":
-        import tiktoken
-
+        from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
         try:
-            encoding = tiktoken.get_encoding("gpt2")
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # bytes -> id
         except OSError:
-            fail("tiktoken cannot download GPT-2's vocabulary: run once with a network, "
-                 "TIKTOKEN_CACHE_DIR naming a folder that keeps it, or choose other --tokens")
-        ranks = encoding._mergeable_ranks  # bytes of a token -> id; the lowest id is merged first
-        vocab = {"".join(letters[byte] for byte in token): id for token, id in ranks.items()}
-        for token in sorted(ranks, key=ranks.get):
-            word = "".join(letters[byte] for byte in token)
-            merges += [(word[:i], word[i:]) for i in range(1, len(word))
-                       if word[:i] in vocab and word[i:] in vocab]
-    codec = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    codec.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=kind != "bytes")
-    codec.decoder = decoders.ByteLevel()
-    if kind == "gpt2":
-        codec.add_special_tokens(["<|endoftext|>"])
+            fail("tiktoken cannot download GPT-2's vocabulary: run once online, with a folder in "
+                 "TIKTOKEN_CACHE_DIR, or choose other --tokens")
+        letters = bytes_to_unicode()
+        alphabet = ["".join(map(letters.get, x)) for x in sorted(ranks, key=ranks.get)]
+        merges = generate_merges({x: i for i, x in enumerate(alphabet)}, None)
+    elif kind == "char":  # later it drops what is not in this text
+        alphabet = sorted(set().union(*texts))
+    codec = Tokenizer(models.BPE({x: i for i, x in enumerate(alphabet)}, merges))
+    codec.decoder = decoders.Fuse() if kind == "char" else decoders.ByteLevel()
+    if kind != "char":
+        codec.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=kind != "bytes")
     if kind == "bpe":
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        codec.train_from_iterator(pieces(train_text), trainer)
-    return codec
-
-def pieces(text: str) -> list[str]:
-    """The lines, each with the newline before it: no token of the four kinds crosses these cuts."""
-    return re.split(r"(?<=\S)(?=\n)", text)
-
-def encode(codec: tokenizers.Tokenizer, text: str) -> np.ndarray:
-    """The text's token ids, in the smallest integers that hold them."""
-    lines, ids = pieces(text), []
-    for i in range(0, len(lines), 10_000):  # so that little beside the ids is in memory
-        batch = codec.encode_batch_fast(lines[i : i + 10_000])
-        ids.append(np.concatenate([np.array(line.ids, np.uint32) for line in batch]))
-    ids = np.concatenate(ids)
-    return ids.astype(np.uint16) if codec.get_vocab_size() <= 2**16 else ids
-
-def random_batch(tokens, batch: int, block: int, seed: int, step: int):
+        learned = "".join(texts)[: int(0.9 * sum(map(len, texts)))]
+        codec.train_from_iterator((x for x, _ in pieces([learned])), trainers.BpeTrainer(
+            vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet))
+    if kind == "gpt2" or len(texts) > 1:
+        codec.add_special_tokens([END])
+        about |= {"bos_token": END, "eos_token": END}
+    (folder / "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+def vocabulary(folder, written: Path) -> tuple:
+    """(size, token that ends a text or None) of the checkpoint in a folder, or what was written."""
+    if folder:
+        config = json.loads((folder / "config.json").read_text())
+        return config["vocab_size"], next(iter(np.ravel(config.get("eos_token_id"))), None)
+    codec = Tokenizer.from_file(f"{written}/tokenizer.json")
+    return codec.get_vocab_size(), codec.token_to_id(END)
+def write_tokens(part: Path, module, folder: Path, V: int, end: int | None, texts):
+    """Writes tokens.bin, the tokens of all texts, each between what begins and what ends a text."""
+    codec, file, fresh = module.tokenizer(folder), folder / "tokenizer.json", True
+    fast = Tokenizer.from_file(str(file)) if file.exists() else None  # so that all cores encode
+    todo, begin, after = pieces(texts), codec.encode(""), [] if end is None else [end]
+    bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
+    with bar, open(part / "tokens.bin", "wb") as out:
+        while batch := list(itertools.islice(todo, 1000)):
+            parts = [text for text, _ in batch]
+            rows = ([row.ids for row in fast.encode_batch_fast(parts, add_special_tokens=False)]
+                    if fast else [codec.encode(text)[len(begin) :] for text in parts])
+            for (text, ends), ids in zip(batch, rows, strict=True):
+                np.array(begin * fresh + ids + after * ends, WIDTH[V <= 2**16]).tofile(out)
+                fresh = ends
+                bar.update(len(text))
+def prepare(args, module, folder) -> tuple:
+    """The text's tokens, encoded once and kept in the cache folder -> (those to train on, those to
+    validate on, the folder of their tokenizer)."""
+    files = find_files(args.data)
+    if (binary := [file for file in files if file.suffix == ".bin"]) and len(files) > 1:
+        fail("--data: a .bin stands alone")
+    texts = [text for file in files if not binary for text in texts_in(file)]
+    about = [args.model, args.tokens, args.vocab_size, folder, Path(__file__).read_bytes(), *(
+        file.read_bytes() for file in (folder.iterdir() if folder else []) if TOKENIZER(file.name))]
+    digest = hashlib.sha256("\0".join(map(str, [*about, *texts])).encode())
+    cached = CACHE / "tokens" / digest.hexdigest()[:16]
+    with writing(cached):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        if not cached.exists():  # all of it is there, or nothing
+            with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as part:
+                if not folder:
+                    write_tokenizer(Path(part), args.tokens, args.vocab_size, texts)
+                V, end = vocabulary(folder, part)
+                if not binary:
+                    write_tokens(Path(part), module, folder or Path(part), V, end, texts)
+                Path(part).rename(cached)
+    V, _ = vocabulary(folder, cached)
+    [file] = binary or [cached / "tokens.bin"]
+    if (size := file.stat().st_size) % np.dtype(WIDTH[V <= 2**16]).itemsize:
+        fail(f"--data {file} ends in the middle of a token")
+    tokens = np.memmap(file, WIDTH[V <= 2**16], "r") if size else np.zeros(0, int)
+    train, val = np.split(tokens, [max(int(0.9 * len(tokens)), len(tokens) - 2**20)])
+    if min(len(train), len(val)) <= args.block:
+        fail(f"--block {args.block} is longer than the text: {len(train)} tokens to train on and "
+             f"{len(val)} to validate on; shorten it, or give more --data")
+    if tokens.max() >= V:
+        fail(f"the text has token {tokens.max()}, the model has {V}: encode it for this model")
+    return train, val, folder or cached
+@lru_cache(maxsize=2)
+def shuffled(length: int, block: int, seed: int, epoch: int):
+    """Where an epoch's rows begin: the text is cut at another place each time, and shuffled."""
+    rng, rows = np.random.default_rng((seed, epoch)), max(1, (length - 1) // block - 1)
+    return rng.integers(length - rows * block) + block * rng.permutation(rows)
+def rows_of(tokens, batch: int, block: int, seed: int, step: int):
     """The rows of one step [B, T + 1]; they follow from seed and step, so nothing is stored."""
-    starts = np.random.default_rng((seed, step)).integers(len(tokens) - block, size=(batch, 1))
-    return tokens[starts + np.arange(block + 1)].astype(np.int32)
-
+    rows = len(shuffled(len(tokens), block, seed, 0))
+    starts = [shuffled(len(tokens), block, seed, i // rows)[i % rows]
+              for i in range(step * batch, (step + 1) * batch)]
+    return np.stack([tokens[start : start + block + 1] for start in starts]).astype(np.int32)
 def windows(tokens, batch: int, block: int):
-    """All tokens as batches [N, B, T + 1] in which each token but the first is a target once.
-
-    Each row begins with the last token of the row before. -1 fills up the last batch.
-    """
+    """All tokens as batches [N, B, T + 1]: each but the first is a target once; -1 fills up."""
     rows = batch * -(-(len(tokens) - 1) // (batch * block))
-    padded = np.full(rows * block + 1, -1, np.int32)
-    padded[: len(tokens)] = tokens
-    starts = np.arange(0, rows * block, block).reshape(-1, batch, 1)
-    return padded[starts + np.arange(block + 1)]
+    padded = np.pad(tokens.astype(int), (0, rows * block + 1 - len(tokens)), constant_values=-1)
+    return padded[np.arange(0, rows * block, block).reshape(-1, batch, 1) + np.arange(block + 1)]
 
 # ----------------------------------------------------------------------------------------- learning
-
+LOGITS = 2**28  # as many at once, 1 GiB of them; more are made in parts, and again for the gradient
 def token_losses(model, tokens, rngs=None):
-    """Cross-entropy of each next token: tokens [B, T + 1] -> (float32 [B, T], the model's cache).
-    Where a target is -1, it is 0."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    x, cache = model.hidden(jnp.maximum(inputs, 0), rngs=rngs)  # [B, T, D]
-    losses = optax.softmax_cross_entropy_with_integer_labels(model.head(x), targets)
-    return jnp.where(targets >= 0, losses, 0), cache
-
-def matrices(params):
-    """Which parameters weight decay shrinks: biases and norms stay free."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
-
+    """Cross-entropy of each next token: tokens [B, T + 1] -> (float32 [B, T], whether the token was
+    the likeliest [B, T], the model's cache). Both are 0 where the target is -1."""
+    def of_token(row):
+        logits, target = model.head(row[0]), row[1]  # [V], an id
+        label = logits[jnp.maximum(target, 0)]
+        return (jnp.where(target < 0, 0, jax.nn.logsumexp(logits) - label),
+                (target >= 0) & (label >= logits.max()))
+    x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
+    rows = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
+    most = max(1, LOGITS // model.config.vocab_size)
+    found = jax.vmap(of_token)(rows) if len(rows[1]) <= most else jax.lax.map(
+        jax.checkpoint(of_token), rows, batch_size=most)
+    return *(each.reshape(len(tokens), -1) for each in found), cache
 def make_optimizer(args) -> tuple:
-    """AdamW behind a clipped gradient -> (optimizer, its learning rate as a function of the step).
-
-    The rate rises linearly and falls along half a cosine; Loshchilov & Hutter 2017 and 2019.
-    """
-    rate = optax.warmup_cosine_decay_schedule(
-        args.lr / (args.warmup + 1), args.lr, args.warmup, args.steps, args.min_lr)
-    adamw = optax.adamw(rate, b2=args.beta2, weight_decay=args.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(args.clip), adamw), rate
-
-def train_step(graphdef, optimizer, balance, axis, params, opt_state, tokens, key, step):
-    """Learns from tokens [B, T + 1] -> (params, opt_state, mean loss before the change).
-
-    balance: what is added to the loss for experts, a function of the cache, or None. axis: the name
-    under which pmap counts the devices; each has its own rows. None: one device.
-    """
-    key = jax.random.fold_in(key, step)  # dropout is another in each step and on each device
-    if axis is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-
-    def mean_loss(params):
-        rngs = nnx.Rngs(dropout=key)
-        losses, cache = token_losses(nnx.merge(graphdef, params), tokens, rngs)
-        return losses.mean() + (balance(cache) if balance else 0), losses.mean()
-
-    (_, loss), gradients = jax.value_and_grad(mean_loss, has_aux=True)(params)
-    if axis is not None:
-        loss, gradients = jax.lax.pmean((loss, gradients), axis)
-    updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss
-
-def eval_step(graphdef, axis, params, tokens):
-    """The losses of all targets in tokens [B, T + 1], summed up; without dropout."""
-    total = token_losses(nnx.merge(graphdef, params), tokens)[0].sum()
-    return total if axis is None else jax.lax.psum(total, axis)
-
-def compile_steps(graphdef, optimizer, balance, parallel, devices):
-    """(train_step, eval_step) as programs that take the params first; train_step overwrites them.
-
-    pmap keeps a copy of the params on each device and gives each its part of the rows: tokens
-    [devices, B / devices, T + 1]. All else, and every result, is the same on all devices.
-    """
-    axis = "devices" if parallel == "pmap" else None
-    train = partial(train_step, graphdef, optimizer, balance, axis)
+    """--optimizer behind a clipped gradient -> (optimizer, its learning rate as a function of the
+    step, which rises along a line and falls as --schedule says). Biases and norms do not decay."""
+    steps, lr, low = args.steps - args.warmup, args.lr, args.min_lr
+    level = steps - args.steps // 5 if args.schedule == "wsd" else 0
+    fall = (optax.cosine_decay_schedule(lr, steps, low / lr) if args.schedule == "cosine" else
+            optax.linear_schedule(lr, low, steps - level, level))
+    rise = optax.linear_schedule(lr / (args.warmup + 1), lr, args.warmup)
+    rate = optax.join_schedules([rise, fall], [args.warmup])
+    mask, decay = partial(jax.tree.map, lambda p: p.ndim >= 2), args.weight_decay
+    kernels = partial(jax.tree.map_with_path, lambda path, p: (  # a table of vectors is no matrix
+        optax.contrib.MuonDimensionNumbers() if p.ndim == 2 and "kernel" in str(path) else None))
+    plain, factored = {"weight_decay": decay, "mask": mask}, lambda step: decay * rate(step)
+    optimizer = {
+        "adamw": partial(optax.adamw, b2=args.beta2, **plain),
+        "lion": partial(optax.lion, b2=args.beta2, **plain),
+        "adafactor": partial(optax.adafactor, weight_decay_rate=factored, weight_decay_mask=mask),
+        "muon": partial(optax.contrib.muon, adam_b2=args.beta2, weight_decay=decay,
+                        weight_decay_mask=mask, consistent_rms=0.2,
+                        muon_weight_dimension_numbers=kernels)}[args.optimizer](rate)
+    return optax.chain(optax.clip_by_global_norm(args.clip), optimizer), rate
+def first_state(args, optimizer, params) -> dict:
+    """All that a step changes. scale: of the loss, or small gradients would be 0 in float16."""
+    return {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params),
+            **({"ema": jax.tree.map(jnp.copy, params)} if args.ema else {}),
+            **({"scale": jnp.array(2.0**15)} if args.dtype == "float16" else {})}
+def train_step(graphdef, optimizer, balance, ema, axis, state, frozen, tokens, key):
+    """Learns from tokens [parts, B, T + 1], part by part -> (state, {mean loss, share of right
+    guesses, norm of the gradient}). balance: what is added to the loss for experts, a function of
+    the cache, or None. axis: pmap's devices, each with its own rows, or None. In float16 a step
+    whose gradient is not finite changes nothing but the scale: Micikevicius et al. 2018."""
+    key = jax.random.fold_in(key, state["step"])  # dropout is another in each step and on each
+    key = key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))  # device
+    add_up = (lambda x: x) if axis is None else partial(jax.lax.psum, axis_name=axis)
+    count, shares = add_up(jnp.sum(tokens[..., 1:] >= 0)), add_up(len(tokens))
+    params, scale, keys = state["params"], state.get("scale", 1), jax.random.split(key, len(tokens))
+    def mean_loss(params, rows, key):
+        model = nnx.merge(graphdef, params, frozen)
+        losses, right, cache = token_losses(model, rows, nnx.Rngs(dropout=key))
+        loss, more = losses.sum() / count, balance(cache) / shares if balance else 0
+        return scale * (loss + more), {"loss": loss, "accuracy": right.sum() / count}
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    total = gradient(params, tokens[0], keys[0])
+    total = jax.lax.scan(add, total, (tokens[1:], keys[1:]))[0] if len(tokens) > 1 else total
+    (_, found), gradients = add_up(total)
+    gradients = jax.tree.map(lambda g: g / scale, gradients) if "scale" in state else gradients
+    norm = optax.global_norm(gradients)
+    updates, changed = optimizer.update(gradients, state["optimizer"], params)
+    new = state | {"params": optax.apply_updates(params, updates), "optimizer": changed}
+    if "ema" in state:
+        new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - ema)
+    if "scale" in state:
+        finite, later = jnp.isfinite(norm), state["step"] % 1000 == 999
+        new, norm = jax.tree.map(partial(jnp.where, finite), (new, norm), (state, 0.0))
+        new["scale"] = scale * jnp.where(finite, 1.0 + later, 0.5)
+    return new | {"step": state["step"] + 1}, found | {"norm": norm}
+def eval_step(graphdef, axis, params, frozen, tokens):
+    """The losses of all targets in tokens [B, T + 1] and how many were the likeliest, added up."""
+    losses, right, _ = token_losses(nnx.merge(graphdef, params, frozen), tokens)
+    found = losses.sum(), right.sum()
+    return found if axis is None else jax.lax.psum(found, axis)
+def compile_steps(graphdef, optimizer, balance, ema, parallel, devices):
+    """(train_step, eval_step) as programs of what is not given; the first overwrites the state.
+    pmap gives each device a copy of the state and its rows, [devices, ..., B / devices, T + 1]."""
+    axis = "devices" if parallel else None
+    train = partial(train_step, graphdef, optimizer, balance, ema, axis)
     evaluate = partial(eval_step, graphdef, axis)
     if axis is None:
-        return jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate)
+        return jax.jit(train, donate_argnums=0), jax.jit(evaluate)
     options = {"axis_name": axis, "out_axes": None, "devices": devices}
-    train = jax.pmap(train, in_axes=(None, None, 0, None, None), donate_argnums=(0, 1), **options)
-    return train, jax.pmap(evaluate, in_axes=(None, 0), **options)
+    train = jax.pmap(train, in_axes=(None, None, 0, None), donate_argnums=0, **options)
+    return train, jax.pmap(evaluate, in_axes=(None, None, 0), **options)
+def mean_eval(evaluate, params, frozen, batches) -> tuple:
+    """Mean loss and share of right guesses over all targets of the batches of `windows`."""
+    found = [jax.device_get(evaluate(params, frozen, tokens)) for tokens in batches]
+    return tuple(np.sum(found, axis=0) / np.count_nonzero(batches[..., 1:] >= 0))
 
-def mean_eval_loss(evaluate, params, batches) -> float:
-    """Mean loss over all targets of the batches of `windows`."""
-    total = sum(float(evaluate(params, tokens)) for tokens in batches)
-    return total / np.count_nonzero(batches[..., 1:] >= 0)
+# --------------------------------------------------------------------------------------------- LoRA
+def at(path, model):
+    """The module at a path, as nnx.iter_modules gives it."""
+    return reduce(lambda m, x: m[x] if isinstance(x, int) else getattr(m, x), path, model)
+def add_adapters(module, model, args) -> dict:
+    """Puts A B of rank --lora beside each matrix whose path fits, A random and B zero (Hu et al.
+    2021), without a change to the model file -> {path: the matrix's name in a checkpoint}."""
+    rngs, found = nnx.Rngs(args.seed), {}
+    names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
+    for path, linear in list(nnx.iter_modules(model)):
+        dotted = ".".join(map(str, path))
+        if isinstance(linear, nnx.Linear) and re.fullmatch(args.lora_targets, dotted):
+            found[path] = names[f"{dotted}.kernel"].removesuffix(".weight")
+            setattr(at(path[:-1], model), path[-1], nnx.LoRA(
+                linear.in_features, args.lora, linear.out_features, base_module=linear,
+                dtype=linear.dtype, rngs=rngs))
+    return found
+def merge_adapters(model, paths):
+    """Adds each product to its matrix, so that the model is one of its file again."""
+    for path, lora in [(path, at(path, model)) for path in paths]:
+        kernel = lora.base_module.kernel
+        kernel.set_value((kernel[...] + lora.lora_a[...] @ lora.lora_b[...]).astype(kernel.dtype))
+        setattr(at(path[:-1], model), path[-1], lora.base_module)
+def write_adapters(folder: Path, args, model, names: dict):
+    """Writes them as PEFT does; names: as from `add_adapters`."""
+    tensors = {f"base_model.model.{name}.lora_{letter}.weight": np.ascontiguousarray(
+        np.asarray(getattr(at(path, model), f"lora_{letter.lower()}")[...], args.save_dtype).T)
+        for path, name in names.items() for letter in "AB"}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": args.weights,
+        "r": args.lora, "lora_alpha": args.lora, "target_modules": sorted(names.values()),
+        "fan_in_fan_out": args.model == "gpt2", "inference_mode": True}, indent=2) + "\n")
 
 # -------------------------------------------------------------------------------------- checkpoints
-
-# What must be the same when a run goes on, or it would be another run.
-SETTINGS = ["model", "tokens", "layers", "heads", "width", "block", "dropout", "experts", "steps",
-            "batch", "lr", "min_lr", "warmup", "weight_decay", "beta2", "clip", "seed"]
-
-@contextmanager
+SETTINGS = [  # must be the same when a run goes on
+    flag[2:].replace("-", "_") for title in ("text", "model", "training")
+    for flag in FLAGS[title] if flag not in ("--data", "--accumulate", "--merge")] + ["dtype"]
+@contextlib.contextmanager
 def writing(out):
     """Turns an error while `out` is written to into one line for the user."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         fail(f"{out}: {error}: make room or choose another --out; earlier checkpoints remain")
-
-def open_checkpoints(out: Path) -> ocp.CheckpointManager:
-    """The last two states of a run, in out/checkpoints; each is there whole or not at all."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+def open_checkpoints(out: Path, keep: int) -> ocp.CheckpointManager:
+    """The last states of a run and the best one, in out/checkpoints; each whole or not at all."""
+    policies, loss = ocp.checkpoint_managers, lambda metrics: metrics["val_loss"]
+    kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.BestN(
+        get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)])
     with writing(out):
-        return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
-
-def save_checkpoint(checkpoints, step: int, state, settings: dict):
-    """Stores the state after `step` steps, unless that is there."""
-    if step in checkpoints.all_steps():
-        return
-    need = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
-    free = shutil.disk_usage(checkpoints.directory).free / 1e6
+        return ocp.CheckpointManager((out / "checkpoints").absolute(), options=(
+            ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=loss, best_mode="min")))
+def save_checkpoint(checkpoints, state, settings: dict, val_loss: float | None):
+    """Begins to store the state; it is written while the training goes on."""
+    step, need = int(state["step"]), sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
     with writing(checkpoints.directory.parent):
-        if free < 1.2 * need:  # asked first, as Orbax fails with pages of tracebacks
+        checkpoints.wait_until_finished()  # of the one before
+        if 1.2 * need > (free := shutil.disk_usage(checkpoints.directory).free / 1e6):
             raise OSError(f"a checkpoint takes {need:.0f} MB, and {free:.0f} are free")
-        checkpoints.save(step, args=ocp.args.Composite(
+        if jax.default_backend() == "cpu":  # where Orbax would read what the next step overwrites
+            state = jax.tree.map(jnp.copy, state)
+        checkpoints.save(step, metrics=val_loss and {"val_loss": val_loss}, args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings)))
-        checkpoints.wait_until_finished()  # the next step overwrites the arrays
-
-def restore_checkpoint(checkpoints, state, settings: dict):
-    """The newest checkpoint -> (step, state), in the shapes and on the devices of `state`."""
-    step = checkpoints.latest_step()
-    form = ocp.args.Composite(settings=ocp.args.JsonRestore())
-    stored = checkpoints.restore(step, args=form).settings
-    other = [f"--{name.replace('_', '-')} {stored[name]}" for name in settings
-             if stored[name] != settings[name]]
-    if other:
-        fail(f"the run in {checkpoints.directory.parent} has {', '.join(other)}: resume with "
-             "that, or begin in another --out")
-    form = ocp.args.Composite(state=ocp.args.StandardRestore(state))
-    return step, tuple(checkpoints.restore(step, args=form).state)
-
-def write_model(out: Path, module, model, codec: tokenizers.Tokenizer, end: str | None):
-    """Writes the finished folder, which the model file and transformers read."""
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-             "bos_token": end, "eos_token": end}
-    with writing(out), tempfile.TemporaryDirectory(dir=out) as part:
-        Path(part, "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
-        Path(part, "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-        module.save(model, part)
+def restore_checkpoint(checkpoints, step: int, state, settings: dict):
+    """The state after a step, in the shapes and on the devices of `state`."""
+    form, folder = ocp.args.Composite(settings=ocp.args.JsonRestore()), checkpoints.directory
+    try:
+        stored = checkpoints.restore(step, args=form).settings
+        if other := [f"--{name.replace('_', '-')} {stored.get(name)}" for name in settings
+                     if stored.get(name) != settings[name]]:
+            fail(f"the run in {folder.parent} has {', '.join(other)}: resume with that, or begin "
+                 "in another --out")
+        form = ocp.args.Composite(state=ocp.args.StandardRestore(state))
+        return checkpoints.restore(step, args=form).state
+    except (KeyError, ValueError) as error:
+        fail(f"{folder / str(step)} is damaged ({error}): without it, --resume takes another")
+TOKENIZER = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json").fullmatch
+def write_model(args, module, model, tokenizer_folder: Path, names: dict):
+    """Writes the finished folder, which the model file and transformers read, or LoRA's adapter."""
+    with writing(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
+        for file in filter(lambda file: TOKENIZER(file.name), tokenizer_folder.iterdir()):
+            shutil.copyfile(file, Path(part, file.name))
+        if names and not args.merge:
+            write_adapters(Path(part), args, model, names)
+        else:
+            merge_adapters(model, names)
+            graphdef, params = nnx.split(model)
+            params = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
+            module.save(nnx.merge(graphdef, params), part)
         for file in Path(part).iterdir():  # all is written, or none is replaced
             file.chmod(0o644)  # safetensors writes for the owner alone
-            file.replace(out / file.name)
+            file.replace(args.out / file.name)
+
+# ----------------------------------------------------------------------------------------- watching
+class Metrics:
+    """The rows of out/metrics.jsonl up to `step`; later ones, of a run that was cut off, go."""
+    def __init__(self, out: Path, step: int):
+        self.file, self.rows = out / "metrics.jsonl", []
+        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line may be cut off
+                self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
+        with writing(part := out / "metrics.part"):
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            part.replace(self.file)  # there is no moment without the rows
+    def add(self, rows: list):
+        """Appends rows, each of which has a step."""
+        self.rows += rows
+        with writing(self.file), open(self.file, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    def trouble(self) -> str:
+        """What is wrong with the last ten steps: no number, or losses far above those before."""
+        last = [(x["step"], x["loss"], x["norm"]) for x in self.rows[-120:] if "loss" in x]
+        for step, loss, norm in last[-10:]:
+            if not np.isfinite(loss + norm):
+                return f"at step {step} the loss is {loss}, the norm of its gradient {norm}"
+        new, old = (np.median([x for _, x, _ in part]) for part in (last[-10:], last[:-10] or last))
+        return f"the loss of ten steps to {step} is {new:.2f}, after {old:.2f}" * bool(
+            len(last) >= 20 and new > 1.5 * old + 0.5)
 
 # -------------------------------------------------------------------------------------- the program
-
-EVAL_BATCHES = 20  # of an estimate during the run; at the end all of the text counts
-
-def traced_steps(first: int, last: int) -> range:
-    """Five of the steps from `first` to before `last`: the eleventh and those after it or, where
-    there are not as many, the second and those after it. The first one is mostly compiling."""
-    start = first + (10 if last - first >= 15 else 1)
-    return range(start, min(start + 5, last))
-
-def note_memory(device, folder: Path, seconds: float):
-    """Adds a line to memory.jsonl: what the device holds, if it counts that. A CPU does not."""
-    if stats := device.memory_stats():
-        used = {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use")}
-        with open(folder / "memory.jsonl", "a") as file:
-            print(json.dumps({"seconds": seconds, **used}), file=file)
-
+def sizes(args, V: int, end) -> dict:
+    """The config.json of a model from scratch, with the names of all model files."""
+    L, H, D, T, Dh = args.layers, args.heads, args.width, args.block, args.width // args.heads
+    K, window, E = *((1, -(-T // 2)) if args.model == "gemma" else (H, None)), args.experts
+    return {"n_layer": L, "n_head": H, "n_embd": D, "n_positions": T, "num_hidden_layers": L,
+            "num_attention_heads": H, "num_key_value_heads": K, "hidden_size": D, "head_dim": Dh,
+            "ffn_dim": 4 * D, "intermediate_size": -(-8 * D // 3 // 32) * 32,  # of three matrices
+            "max_position_embeddings": T, "sliding_window": window, "query_pre_attn_scalar": Dh,
+            "sliding_window_pattern": min(L, 6), **({"model_type": "mixtral"} if E else {}),
+            "num_local_experts": E, "tie_word_embeddings": True, "bos_token_id": end,
+            "eos_token_id": end, "vocab_size": V, "padded_vocab_size": -(-V // 128) * 128}
+def make_model(args, module, folder, written: Path) -> tuple:
+    """The model of --weights, or one from scratch -> (model, what `add_adapters` says)."""
+    options, names = {"dtype": args.dtype, "remat": args.remat}, {}
+    if folder:
+        model = module.load(folder, param_dtype=args.dtype if args.lora else "float32", **options)
+    else:
+        config = module.Config.from_hf(sizes(args, *vocabulary(None, written)))
+        model = module.Model(config, rngs=nnx.Rngs(args.seed), **options)
+    if (context := model.config.max_position_embeddings) < args.block:
+        fail(f"--block {args.block}: the context of {args.weights} is {context}")
+    for dropout in [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]:
+        dropout.rate = args.dropout
+    try:
+        names = add_adapters(module, model, args) if args.lora else {}
+    except re.error as error:
+        fail(f"--lora-targets is not a regular expression: {error}")
+    if args.lora and not names:
+        fail(f"--lora-targets {args.lora_targets} is the path of no matrix in {args.model}.py")
+    return model, names
+def describe(args, module, model, params, train_tokens, val_tokens, devices) -> float:
+    """Says what is trained on what -> the share of the devices' peak that one token/s takes."""
+    size = {str(path): p.size for path, p in jax.tree.leaves_with_path(nnx.state(model, nnx.Param))}
+    config, peak, each = model.config, measure_peak(devices, args.dtype), 4 if args.lora else 6
+    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    products = "kernel" if hasattr(model, "lm_head") else "kernel|wte|embed_tokens"
+    N = round(sum(n * (chosen if "experts" in path else 1) for path, n in size.items()
+                  if re.search(products, path)))
+    layers = jax.eval_shape(lambda: module.init_cache(config, 1, 1, jnp.float32)).layers
+    L, D = len(layers), layers[0][0].shape[-1] * (
+        getattr(config, "n_head", 0) or config.num_attention_heads)
+    print(f"model  {args.model}.py, {sum(p.size for p in jax.tree.leaves(params)):,} parameters "
+          f"trained, in {args.dtype} on {len(devices)} x {devices[0].device_kind}\n"
+          f"text   {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on; "
+          f"{config.vocab_size:,} different ones\nMFU    ({each} N + 12 L D T) x tokens/s / peak; "
+          f"N {N:,}, L {L}, D {D}, T {args.block}, peak {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    return (each * N + 12 * L * D * args.block) / peak
 def main(args) -> int:
     """Trains as the arguments say -> the exit code."""
-    module = importlib.import_module(args.model)
-    devices = pick_devices(args.device, args.parallel)
+    module, folder, pmap = importlib.import_module(args.model), None, args.parallel == "pmap"
+    devices = pick_devices(args.device, pmap)
     jax.config.update("jax_default_device", devices[0])
-    if args.batch % len(devices):
-        fail(f"--batch {args.batch} does not split over {len(devices)} devices: choose a multiple")
-    on_cpu = devices[0].platform == "cpu"
-    dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
-
-    text = read_text(args.data)
-    cut = int(0.9 * len(text))
-    if cut < 1:
-        fail("--data has next to no text: name files with more")
-    codec = make_tokenizer(args.tokens, text[:cut], text, args.vocab_size)
-    train_tokens, val_tokens = encode(codec, text[:cut]), encode(codec, text[cut:])
-    if min(len(train_tokens), len(val_tokens)) <= args.block:
-        fail(f"--block {args.block} is longer than the text: {len(train_tokens)} tokens to train "
-             f"on and {len(val_tokens)} to validate; shorten it, or give more --data")
-    val_bytes = len(text[cut:].encode())
-    shape = (len(devices), -1, args.block + 1) if args.parallel else (args.batch, args.block + 1)
+    if args.batch % (len(devices) * args.accumulate):
+        fail(f"--batch {args.batch} does not split over {len(devices)} devices in "
+             f"--accumulate {args.accumulate} parts: choose a multiple")
+    on_cpu, many = devices[0].platform == "cpu", len(devices)
+    args.dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(args.dtype, args.dtype)
+    try:
+        if args.weights:
+            folder = module.fetch(args.weights)
+            module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+        train_tokens, val_tokens, tokenizer_folder = prepare(args, module, folder)
+        model, names = make_model(args, module, folder, tokenizer_folder)
+    except (OSError, module.InputError) as error:  # OSError: of the Hub, or a folder
+        fail(f"--weights {args.weights}: {error}")
+    graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if names else nnx.Param, ...)
+    load_of_token = describe(args, module, model, params, train_tokens, val_tokens, devices)
+    config, (optimizer, rate) = model.config, make_optimizer(args)
+    balance = (lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)) if getattr(
+        config, "model_type", "") == "mixtral" else None
+    state = first_state(args, optimizer, params)
+    train, evaluate = compile_steps(graphdef, optimizer, balance, args.ema, pmap, devices)
+    shape = (*([many] if pmap else []), args.accumulate, -1, args.block + 1)
     val_batches = windows(val_tokens, args.batch, args.block)
-    val_batches = val_batches.reshape(len(val_batches), *shape)
-    some_batches = val_batches[:: -(-len(val_batches) // EVAL_BATCHES)]
-
-    vocab_size, end = codec.get_vocab_size(), "<|endoftext|>" if args.tokens == "gpt2" else None
-    end_id = end and codec.token_to_id(end)
-    config = module.Config.from_hf({
-        **SIZES[args.model](args), "vocab_size": vocab_size, "bos_token_id": end_id,
-        "eos_token_id": end_id,
-        "padded_vocab_size": -(-vocab_size // 128) * 128})  # even is faster, on GPUs above all
-
-    def balance_loss(cache):
-        return config.router_aux_loss_coef * module.balance_loss(cache)
-
-    balance = balance_loss if args.experts else None
-    model = module.Model(config, rngs=nnx.Rngs(args.seed), dtype=dtype, remat=args.remat)
-    graphdef, params = nnx.split(model)
-    optimizer, rate = make_optimizer(args)
-    opt_state, step = optimizer.init(params), 0
-    train, evaluate = compile_steps(graphdef, optimizer, balance, args.parallel, devices)
-
-    # For each token, a weight of a matrix takes part in 2 operations forward and 4 backward, and
-    # attention adds its two products. An embedding is looked up, and counts only as the head.
-    sizes = {jax.tree_util.keystr(path): p.size for path, p in jax.tree.leaves_with_path(params)}
-    N = sum(size * (2 / args.experts if "experts" in path else 1) for path, size in sizes.items()
-            if "kernel" in path)
-    N = round(N + vocab_size * args.width)  # all heads are the token table
-    flops, peak = 6 * N + 12 * args.layers * args.width * args.block, measure_peak(devices, dtype)
-    print(f"model  {args.model}.py, {sum(sizes.values()):,} parameters, in {dtype.name} on "
-          f"{len(devices)} x {devices[0].device_kind}\n"
-          f"text   {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate; "
-          f"{vocab_size:,} different ones, {val_bytes / len(val_tokens):.2f} bytes each\n"
-          f"MFU    (6 N + 12 L D T) x tokens/s / peak; N {N:,} weights in matrices, L "
-          f"{args.layers}, D {args.width}, T {args.block}; peak, measured: {peak / 1e9:,.0f} "
-          f"GFLOP/s", flush=True)
-
+    val_batches = val_batches.reshape(-1, *shape[:-3], args.batch // many, args.block + 1)
+    some_batches = val_batches[:: -(-len(val_batches) // 20)]  # all of them count at the end
     settings = {name: vars(args)[name] for name in SETTINGS}
-    settings["data"] = f"with checksum {zlib.crc32(train_tokens)}"
-    with writing(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)  # now, and not when all is trained
-    checkpoints = open_checkpoints(args.out) if args.save_every or args.resume else None
+    settings["data"] = f"with checksum {zlib.crc32(val_tokens, zlib.crc32(train_tokens))}"
+    checkpoints, step = open_checkpoints(args.out, args.keep), 0
     if args.resume:
-        step, (params, opt_state) = restore_checkpoint(checkpoints, (params, opt_state), settings)
-    traced = traced_steps(step, args.steps) if args.profile else range(0)
-    if args.profile and not traced:
-        fail("--profile takes two steps or more: the first one is mostly compiling")
-    stop = []
-
+        step = checkpoints.latest_step()
+        state = restore_checkpoint(checkpoints, step, state, settings)
+    traced = range(step + 10, step + 15) if args.profile else range(0)
+    if traced and traced[-1] >= args.steps:
+        fail("--profile traces the eleventh to the fifteenth step: there must be as many")
+    metrics, key, first = Metrics(args.out, step), jax.random.key(args.seed), step
+    stop, waiting, seconds, mark, stopping, trouble = [], [], 0.0, 0.0, False, ""
     def interrupt(*_):
         stop.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once
-
-    signal.signal(signal.SIGINT, interrupt)
-    key, losses = jax.random.key(args.seed), []
-    val_loss = mean_eval_loss(evaluate, params, some_batches)
-    first, seconds, mark = step, 0.0, 0.0
-    while step < args.steps and not stop:
+    def learned():  # what is evaluated and written
+        return state.get("ema", state["params"])
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, interrupt)
+    val_loss, _ = mean_eval(evaluate, learned(), frozen, some_batches)
+    print(f"validation loss before step {step + 1}: {val_loss:.4f}", flush=True)
+    while step < args.steps and not stopping:
         if step in traced[:1]:
-            jax.block_until_ready(params)  # or the trace would begin with the steps before
-            args.profile.mkdir(parents=True, exist_ok=True)
-            (args.profile / "memory.jsonl").unlink(missing_ok=True)  # an older run's
             jax.profiler.start_trace(args.profile)
-            begin = time.perf_counter()
-        tokens = random_batch(train_tokens, args.batch, args.block, args.seed, step).reshape(shape)
-        params, opt_state, loss = train(params, opt_state, tokens, key, step)
-        losses.append(loss)
-        if step in traced:
-            note_memory(devices[0], args.profile, time.perf_counter() - begin)
-            if stop or step == traced[-1]:
-                loss.block_until_ready()
-                end = time.perf_counter()
-                jax.profiler.stop_trace()
-                mark += time.perf_counter() - end  # writing it is no part of a step
-                print(f"a trace of steps {traced[0] + 1} to {step + 1} is in {args.profile}: open "
-                      "its newest .trace.json.gz on ui.perfetto.dev, or run "
-                      f"`xprof {args.profile}`", file=sys.stderr)
-        step += 1
-        if on_cpu and len(devices) > 1:
-            loss.block_until_ready()  # CPU devices share cores, and lock up with steps in flight
+        tokens = rows_of(train_tokens, args.batch, args.block, args.seed, step).reshape(shape)
+        state, found = train(state, frozen, tokens, key)
+        waiting.append(found)
+        if (on_cpu and many > 1) or step in traced[-1:]:  # CPU devices share cores, and lock up
+            jax.block_until_ready(found)                  # with several steps in flight
+        if step in traced[-1:]:
+            jax.profiler.stop_trace()
+            print(f"five steps are traced: run `xprof {args.profile}`", file=sys.stderr)
+        step, stopping = step + 1, bool(stop)
         eval_due = step % args.eval_every == 0 or step == args.steps
-        save_due = args.save_every and step % args.save_every == 0
-        if not (eval_due or save_due or step % 10 == 0 or step == first + 1):
+        save_due = args.save_every and (step % args.save_every == 0 or step == args.steps)
+        if not (eval_due or save_due or stopping or step % 10 == 0 or step == first + 1):
             continue  # without waiting for the device
-        losses = [float(loss) for loss in losses]  # waits for it
-        if step > first + 1:  # the first step is mostly compiling
-            seconds += time.perf_counter() - mark
-        steps_s = (step - first - 1) / seconds if seconds else 0.0
-        if eval_due:
-            val_loss = mean_eval_loss(evaluate, params, some_batches)
+        metrics.add([{"step": n, "lr": float(rate(n - 1)), **jax.tree.map(float, found)}
+                     for n, found in enumerate(waiting, step + 1 - len(waiting))])
+        waiting, now = [], timeit.default_timer()
+        seconds += now - mark if step > first + 1 else 0.0  # the first step is mostly compiling
+        if trouble := metrics.trouble():
+            break
+        if eval_due or save_due:
+            val_loss, right = mean_eval(evaluate, learned(), frozen, some_batches)
+            metrics.add([{"step": step, "val_loss": val_loss, "val_accuracy": right,
+                          **(devices[0].memory_stats() or {})}])  # a CPU counts none
         if eval_due or sys.stderr.isatty():
-            tokens_s = steps_s * args.batch * args.block
-            left = (args.steps - step) / steps_s if steps_s else 0.0
-            print(f"step {step:>6}/{args.steps}  train {np.mean(losses):.4f}  val {val_loss:.4f}  "
+            since = [row["loss"] for row in metrics.rows if "loss" in row and row["step"] >
+                     step - 1 - (step - 1) % args.eval_every]
+            speed = (step - first - 1) / seconds if seconds else 0.0  # steps a second
+            tokens_s, left = speed * args.batch * args.block, (args.steps - step) / max(speed, 1e-9)
+            print(f"step {step:>6}/{args.steps}  train {np.mean(since):.4f}  val {val_loss:.4f}  "
                   f"lr {rate(step - 1):.2e}  {tokens_s:>9,.0f} tokens/s  MFU "
-                  f"{flops * tokens_s / peak:5.1%}  {left // 60:3.0f}:{left % 60:02.0f} left",
+                  f"{load_of_token * tokens_s:5.1%}  {left // 60:3.0f}:{left % 60:02.0f} left",
                   end="\n" if eval_due else "\r", file=sys.stderr, flush=True)
-        if eval_due:
-            losses = []
-        if save_due:
-            save_checkpoint(checkpoints, step, (params, opt_state), settings)
-        mark = time.perf_counter()
-
+        if save_due or stopping:
+            save_checkpoint(checkpoints, state, settings, val_loss if save_due else None)
+        mark = timeit.default_timer()
+    with writing(args.out):
+        checkpoints.wait_until_finished()
+    if trouble:
+        print(f"train.py: {trouble}; newest checkpoint: of step {checkpoints.latest_step() or 0}; "
+              "try a lower --lr, a longer --warmup or a smaller --clip", file=sys.stderr)
+        return 1
     if step < args.steps:
-        checkpoints = checkpoints or open_checkpoints(args.out)
-        save_checkpoint(checkpoints, step, (params, opt_state), settings)
         print(f"stopped after step {step}: the same command with --resume goes on from there",
               file=sys.stderr)
         return 130
-    if checkpoints:
-        save_checkpoint(checkpoints, step, (params, opt_state), settings)
-    loss = mean_eval_loss(evaluate, params, val_batches)
-    print(f"validation loss: {loss:.4f} a token, over all of the text")
-    stored = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
-    write_model(args.out, module, nnx.merge(graphdef, stored), codec, end)
-    graphdef, params = nnx.split(module.load(args.out, dtype=dtype, param_dtype=jnp.float32))
-    _, evaluate = compile_steps(graphdef, optimizer, balance, args.parallel, devices)
-    loss = mean_eval_loss(evaluate, params, val_batches)
-    bits = loss / np.log(2) * (len(val_tokens) - 1) / val_bytes
-    print(f"validation loss of the stored form, in {args.save_dtype}: {loss:.4f} a token, or "
-          f"{bits:.3f} bits a byte\nfinished: {args.out}")
+    if (best := checkpoints.best_step()) not in (None, step):
+        state = restore_checkpoint(checkpoints, best, state, settings)
+        print(f"the validation loss was lowest at step {best}: its weights are written")
+    params = jax.tree.map(lambda p: p.astype(args.save_dtype).astype(p.dtype), learned())
+    loss, right = mean_eval(evaluate, params, frozen, val_batches)
+    write_model(args, module, nnx.merge(graphdef, params, frozen), tokenizer_folder, names)
+    print(f"finished: {args.out}, in {args.save_dtype}\nvalidation loss: {loss:.4f} a token over "
+          f"all of the text; perplexity {np.exp(loss):.2f}, {right:.1%} of the tokens guessed")
     return 0
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         sys.exit(main(arguments()))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    os._exit(130)  # at once: what is being written is dropped

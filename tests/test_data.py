@@ -1,0 +1,355 @@
+"""train.py --data and --dataset: from files to the rows of tokens that a step sees."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from small import edit_config, write_checkpoint
+
+import gpt2
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TIKTOKEN = ROOT.parent / "shared/material/gpt2-tokenizer/tiktoken-cache"
+SMALL = "--layers 1 --heads 2 --width 32 --block 4 --batch 4 --steps 2 --warmup 0 --device cpu"
+TEXT = "".join(f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The cache folder of a test, in which it also stands: paths are short."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "CACHE", tmp_path / "cache" / train.CACHE.name)
+    monkeypatch.chdir(tmp_path)
+    yield train.CACHE
+    jax.config.update("jax_default_device", None)  # which runs in this process have chosen
+
+@pytest.fixture
+def prepare(monkeypatch):
+    """(flags) -> what `train.prepare` gives: tokens to train on, to validate on, and the folder
+    of their tokenizer."""
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
+        args = train.arguments()
+        return train.prepare(args, gpt2, Path(args.weights) if args.weights else None)
+
+    return call
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs train.py in this process, for speed -> its one line on standard error."""
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            train.main(train.arguments())
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("train.py: ") and error.count("\n") == 1, error
+        assert not Path("runs").exists()  # the default --out
+        return error
+
+    return call
+
+def codec_of(folder):
+    return tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+
+def text_of(train_tokens, val_tokens, folder):
+    """The tokens as a text again, with those that end a text shown."""
+    tokens = np.concatenate([train_tokens, val_tokens])
+    return codec_of(folder).decode(tokens.tolist(), skip_special_tokens=False)
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+def write_jsonl(name, *lines):
+    Path(name).write_text("".join(line + "\n" for line in lines))
+
+# ------------------------------------------------------------------------------------ several texts
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "bytes"])
+def test_several_files_become_one_row_of_tokens_with_a_token_after_each_text(prepare, kind):
+    write_jsonl("more.jsonl", '{"text": "one line\\nand \\ud83d\\ude42", "id": 7}', "",
+                '{"text": "two"}')
+    for name in ("b", "a", "z"):
+        Path(f"{name}.txt").write_bytes(f"This is {name},\r\nnaïve 日本.\n\n".encode())
+    Path("folder/deep").mkdir(parents=True)
+    Path("folder/deep/c.txt").write_text("deep")
+    files = ["z.txt", "more.jsonl", "[ab].txt", "folder/**/*.txt"]
+    found = prepare("--data", *files, "--tokens", kind)
+    texts = ["This is z,\r\nnaïve 日本.\n\n", "one line\nand 🙂", "two",
+             *[f"This is {name},\r\nnaïve 日本.\n\n" for name in "ab"], "deep"]
+    assert text_of(*found) == "".join(text + "<|endoftext|>" for text in texts)
+    end = codec_of(found[2]).token_to_id("<|endoftext|>")
+    assert np.concatenate(found[:2]).tolist().count(end) == len(texts)
+
+def test_a_single_text_has_no_token_that_ends_it(prepare):
+    Path("a.txt").write_text(TEXT)
+    found = prepare("--data", "a.txt", "--tokens", "bytes")
+    assert text_of(*found) == TEXT
+    assert codec_of(found[2]).token_to_id("<|endoftext|>") is None
+    assert codec_of(found[2]).get_vocab_size() == 256
+
+def test_the_token_of_a_checkpoint_ends_a_text_as_its_config_says(prepare):
+    folder = write_checkpoint("model", eos_token_id=0)
+    Path("a.txt").write_text("first text, " * 9)
+    Path("b.txt").write_text("second text" * 9)
+    *tokens, tokenizer_folder = prepare("--data", "a.txt", "b.txt", "--weights", "model")
+    encode = gpt2.tokenizer(folder).encode
+    assert tokenizer_folder.samefile(folder)
+    assert np.concatenate(tokens).tolist() == [
+        *encode("first text, " * 9), 0, *encode("second text" * 9), 0]
+
+@pytest.mark.parametrize("lines, number", [
+    (['{"text": "fine"}', '{"text": "never closed}'], 2),
+    (['{"text": "fine"}', "", "plain text"], 3),
+    (["plain text"], 1),
+    (['{"text": "fine"}'] * 3 + ['{"content": "of another name"}'], 4),
+    (['{"text": 7}'], 1),
+    (['{"text": null}'], 1),
+    (['{"text": ["a", "list"]}'], 1),
+    (['["text"]'], 1),
+    (['"text"'], 1),
+    (['{"text": "fine"}', '{"text": "half of a pair: \\ud83d"}'], 2),
+])
+def test_a_line_of_jsonl_without_a_text_is_named(refused, lines, number):
+    write_jsonl("bad.jsonl", *lines)
+    error = refused("--data", "bad.jsonl")
+    assert "--data bad.jsonl" in error and f"line {number}" in error
+    assert 'like {"text": "..."}' in error
+
+@pytest.mark.parametrize("flags, message", [
+    ("--data missing.txt", "--data missing.txt: no such file"),
+    ("--data no/*.txt", "--data no/*.txt: no such file"),
+    ("--data empty.txt", "--block 4 is longer than the text"),
+    ("--data latin.txt", "--data latin.txt is not UTF-8 text (byte 2)"),
+    ("--data empty.bin", "--block 4 is longer than the text"),
+    ("--data odd.bin", "odd.bin"),
+    ("--data a.txt x.bin", "a .bin stands alone"),
+    ("--data x.bin x.bin", "a .bin stands alone"),
+])
+def test_data_that_is_none_is_one_line(refused, flags, message):
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes("Größe".encode("latin-1"))
+    Path("empty.bin").write_bytes(b"")
+    Path("odd.bin").write_bytes(bytes(101))  # each token takes two
+    Path("a.txt").write_text(TEXT)
+    Path("x.bin").write_bytes(bytes(100))
+    write_checkpoint("model")
+    weights = ["--weights", "model"] if ".bin" in flags else []
+    assert message in refused(*flags.split(), *weights)
+
+# ------------------------------------------------------------------------------- nanoGPT's format
+
+def write_bin(name, tokens):
+    np.array(tokens, np.uint16).tofile(name)
+
+def test_nanogpts_bin_is_read_as_it_is(prepare, cache):
+    write_checkpoint("model")
+    tokens = np.random.default_rng(0).integers(256, size=1000)
+    write_bin("x.bin", tokens)
+    train_tokens, val_tokens, folder = prepare("--data", "x.bin", "--weights", "model")
+    assert (len(train_tokens), len(val_tokens)) == (900, 100)  # the last tenth is not trained on
+    assert [*train_tokens, *val_tokens] == tokens.tolist()
+    assert folder.samefile("model") and not files_in(cache)
+
+@pytest.mark.skipif(not TIKTOKEN.exists(), reason="needs GPT-2's vocabulary")
+def test_a_bin_for_a_model_from_scratch_has_gpt2s_tokens(prepare, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
+    write_bin("x.bin", [15496, 995, 50256] * 100)
+    *tokens, folder = prepare("--data", "x.bin")
+    assert np.concatenate(tokens).tolist() == [15496, 995, 50256] * 100
+    assert codec_of(folder).get_vocab_size() == 50257
+    assert text_of(*tokens, folder).startswith("Hello world<|endoftext|>Hello world")
+
+def test_a_token_beyond_the_vocabulary_is_refused(refused):
+    write_checkpoint("model")  # of 256 tokens
+    write_bin("bad.bin", [*range(100), 256, *range(100)])
+    error = refused("--data", "bad.bin", "--weights", "model")
+    assert "token 256" in error and "the model has 256" in error
+
+# -------------------------------------------------------------------------------------- the cache
+
+def test_a_text_is_tokenised_once(prepare, cache):
+    Path("a.txt").write_text(TEXT)
+    flags = ["--data", "a.txt", "--vocab-size", 300]
+    first = prepare(*flags)
+    [entry] = (cache / "tokens").iterdir()
+    times = {path: path.stat().st_mtime_ns for path in [entry, *entry.iterdir()]}
+    assert {path.name for path in entry.iterdir()} == {
+        "tokens.bin", "tokenizer.json", "tokenizer_config.json"}
+    again = prepare(*flags)
+    assert [entry] == [*(cache / "tokens").iterdir()] and again[2] == first[2]
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert text_of(*again) == TEXT
+
+def test_another_text_or_tokenizer_is_tokenised_anew(prepare, cache):
+    def entries(*flags):
+        prepare("--data", "a.txt", *flags)
+        return len([*(cache / "tokens").iterdir()])
+
+    Path("a.txt").write_text(TEXT)
+    assert entries() == 1
+    assert entries("--vocab-size", 300) == 2
+    assert entries("--tokens", "char") == 3
+    Path("a.txt").write_text(TEXT.replace("miles", "yards"))  # as long as before
+    os.utime("a.txt", (0, 0))
+    assert entries("--tokens", "char") == 4
+    assert text_of(*prepare("--data", "a.txt")) == TEXT.replace("miles", "yards")
+
+def test_a_checkpoint_whose_tokenizer_changes_is_tokenised_anew(prepare):
+    """Also one with vocab.json and merges.txt, as GPT-2's first ones have them."""
+    folder = write_checkpoint("model")
+    codec = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    Path("a.txt").write_text("eeeehhhh" * 10)
+    found = []
+    for merge in ("e e", "h h"):
+        pair = merge.replace(" ", "")
+        (folder / "vocab.json").write_text(json.dumps(codec["vocab"] | {pair: 256}))
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merge}\n")
+        edit_config(folder, vocab_size=258)
+        found.append(np.concatenate(prepare("--data", "a.txt", "--weights", "model")[:2]).tolist())
+        assert found[-1] == gpt2.tokenizer(folder).encode("eeeehhhh" * 10)
+    assert found[0] != found[1]
+
+def test_an_error_leaves_nothing_in_the_cache(refused, cache):
+    write_jsonl("bad.jsonl", json.dumps({"text": TEXT}), "{")
+    refused("--data", "bad.jsonl")
+    assert not files_in(cache)
+
+# ------------------------------------------------------------------------------------- tokenizers
+
+@pytest.mark.parametrize("lines", [200, 200_000])
+def test_bpe_does_not_learn_from_the_last_tenth(prepare, lines):
+    """A piece of the text to validate on would make the loss on it look lower."""
+    seen, unseen = "ab cd\n" * (9 * lines // 10), "xy zw\n" * (lines // 10)
+    Path("a.txt").write_text(seen + unseen)
+    *_, folder = found = prepare("--data", "a.txt", "--vocab-size", 300)
+    learned = {piece for piece in codec_of(folder).get_vocab() if len(piece) > 1}
+    assert any("ab" in piece for piece in learned)
+    assert not [piece for piece in learned if {*"xyzw"} & {*piece}]
+    assert text_of(*found) == seen + unseen
+
+def test_a_long_text_in_pieces_has_the_tokens_that_it_has_as_a_whole(prepare):
+    """Pieces are cut where no token crosses, whatever stands there."""
+    rng = np.random.default_rng(0)
+    lines = ["The end.", "", "  indented", "naïve 日本 🙂", "\ttwo\t", "don't   stop  ", "\r",
+             "1234", "e\u0301 combined", "\u3000wide space\u3000", "\x85", "\u2028", "x" * 99, "!?"]
+    text = "\n".join(lines[i] for i in rng.integers(len(lines), size=200_000))
+    Path("long.txt").write_bytes(text.encode())
+    *tokens, folder = prepare("--data", "long.txt", "--vocab-size", 400)
+    assert len(text.encode()) > 2e6
+    assert np.concatenate(tokens).tolist() == codec_of(folder).encode(text).ids
+
+def test_the_tokenizer_of_a_checkpoint_goes_into_the_finished_folder(monkeypatch, capsys):
+    folder, out = write_checkpoint("model"), Path("out")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        (folder / name).write_text(json.dumps({"unk_token": name}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_text("of another model")
+    Path("a.txt").write_text(TEXT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), "--data", "a.txt", "--weights",
+                                      "model", "--out", "out", "--save-every", "0"])
+    assert train.main(train.arguments()) == 0
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors", "README.md"):
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not (out / "README.md").exists()
+    assert gpt2.tokenizer(out).encode(TEXT) == gpt2.tokenizer(folder).encode(TEXT)
+
+@pytest.mark.wide
+@pytest.mark.parametrize("model", train.MODELS)
+def test_sample_goes_on_with_what_was_trained(model):
+    Path("a.txt").write_text(TEXT)
+    for program in [
+        ["train.py", *SMALL.split(), "--data", "a.txt", "--weights", "tiny", "--out", "out",
+         "--save-every", "0", "--model", model],
+        ["sample.py", "--model", model, "--weights", "out", "--device", "cpu", "--prompt",
+         "The 3 of 9", "--max-new-tokens", "5"]]:
+        done = subprocess.run([sys.executable, str(ROOT / program[0]), *program[1:]],
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert "The 3 of 9" in done.stdout
+
+# ----------------------------------------------------------------------------- rows of a step
+
+def epoch(tokens, block, seed, number, batch=4):
+    """The rows of all steps of one epoch, in order."""
+    rows = len(train.shuffled(len(tokens), block, seed, number))
+    assert rows % batch == 0  # so that a step has rows of one epoch alone
+    steps = range(number * rows // batch, (number + 1) * rows // batch)
+    return np.concatenate([train.rows_of(tokens, batch, block, seed, step) for step in steps])
+
+def test_an_epoch_has_each_token_once_but_for_a_rest_at_the_ends():
+    tokens, block = np.arange(1003, dtype=np.uint16), 8
+    for number in range(5):
+        rows = epoch(tokens, block, 0, number)
+        assert rows.dtype == np.int32 and (np.diff(rows) == 1).all()
+        targets = np.sort(rows[:, 1:].reshape(-1))
+        assert (np.diff(targets) == 1).all()  # each once, and none left out between
+        assert len(tokens) - len(targets) <= 2 * block
+
+def test_the_next_epoch_cuts_at_another_place_and_has_another_order():
+    tokens, block = np.arange(1003, dtype=np.uint16), 8
+    first, second = (epoch(tokens, block, 0, number) for number in range(2))
+    assert first.min() % block != second.min() % block
+    assert (np.argsort(first[:, 0]) != np.argsort(second[:, 0])).mean() > 0.9
+
+def test_rows_follow_from_seed_and_step_alone():
+    tokens = np.arange(203, dtype=np.uint16)
+    steps = [train.rows_of(tokens, 3, 8, 1, step) for step in range(60)]  # some epochs
+    train.shuffled.cache_clear()
+    for step in np.random.default_rng(0).permutation(60):
+        assert (train.rows_of(tokens, 3, 8, 1, step) == steps[step]).all()
+    assert all((train.rows_of(tokens, 3, 8, 2, step) != steps[step]).any() for step in range(60))
+
+@pytest.mark.parametrize("length", [9, 10, 16, 17, 18])
+def test_a_text_of_few_rows_is_enough(length):
+    for step in range(20):
+        rows = train.rows_of(np.arange(length), 4, 8, 0, step)
+        assert rows.shape == (4, 9) and (np.diff(rows) == 1).all()
+
+# ---------------------------------------------------------------------------- what is downloaded
+
+def offer_shakespeare(monkeypatch, text, sha256=None):
+    """As if this text was the one at a URL."""
+    Path("shakespeare").mkdir()
+    source = Path("shakespeare/input.txt").absolute()
+    source.write_bytes(text)
+    monkeypatch.setattr(train, "SHAKESPEARE", (
+        source.as_uri(), sha256 or hashlib.sha256(text).hexdigest()))
+    return source
+
+def test_shakespeare_is_downloaded_once(prepare, cache, monkeypatch):
+    source = offer_shakespeare(monkeypatch, TEXT.encode())
+    assert text_of(*prepare("--data", "shakespeare", "--tokens", "char")) == TEXT
+    source.unlink()
+    assert text_of(*prepare("--data", "shakespeare", "--tokens", "bytes")) == TEXT
+    [file] = (path for path in cache.iterdir() if path.is_file())
+    assert file.read_text() == TEXT
+
+def test_another_text_in_the_place_of_shakespeare_is_not_kept(refused, cache, monkeypatch):
+    source = offer_shakespeare(monkeypatch, TEXT.encode(), sha256="0" * 64)
+    error = refused("--data", "shakespeare")
+    assert "--data shakespeare" in error and source.as_uri() in error
+    assert not files_in(cache)
+
+@pytest.mark.parametrize("error", [
+    urllib.error.URLError("no route to host"), TimeoutError("timed out")],
+    ids=["nobody", "too slow"])
+def test_without_an_answer_shakespeare_is_one_line(refused, cache, monkeypatch, error):
+    def urlopen(*_):
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    found = refused("--data", "shakespeare")
+    assert "does not answer" in found and "name a file of yours" in found
+    assert not files_in(cache)
