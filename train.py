@@ -7,7 +7,7 @@
 
 The last tenth of the text is not trained on: the loss on it, the validation loss, tells how well
 the model predicts what it has not seen. Ctrl-C stops a run, and the same command with --resume goes
-on from there, bit for bit. The finished folder is a checkpoint in Hugging Face's format.
+on from there, on a CPU bit for bit. The finished folder is a checkpoint in Hugging Face's format.
 """
 
 import argparse
@@ -120,9 +120,8 @@ def arguments():
     args.lr = rate if args.lr is None else args.lr
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
-    binary = any(name.endswith(".bin") for name in args.data)
-    kinds = ["its own"] if args.weights else ["gpt2"] if binary else [
-        "bpe", "char", "bytes", "gpt2"]
+    bins = any(name.endswith(".bin") for name in args.data)
+    kinds = ["its own"] if args.weights else ["gpt2"] if bins else ["bpe", "char", "bytes", "gpt2"]
     args.tokens = args.tokens or kinds[0]
     there = next(x for x in ((args.profile or HERE) / "x").absolute().parents if x.exists())
     stored = any(path.name.isdigit() for path in args.out.glob("checkpoints/*"))
@@ -153,7 +152,7 @@ def arguments():
     return args
 
 # ------------------------------------------------------------------------------------------ devices
-def pick_devices(name: str | None, parallel: str | None) -> list:
+def pick_devices(name: str | None, parallel: bool) -> list:
     """The devices to train on: those that --device and --parallel ask for."""
     kind, _, index = (name or "").partition(":")
     if not re.fullmatch(r"((cpu|gpu|tpu)(:\d+)?)?", name or ""):
@@ -188,7 +187,7 @@ def shakespeare() -> Path:
     if hashlib.sha256(text).hexdigest() != sha256:
         fail(f"--data shakespeare: {file if file.exists() else url} holds another text: remove it")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(text)
+    file.exists() or file.write_bytes(text)
     return file
 def find_files(names: list[str]) -> list[Path]:
     """The files that --data names, in that order; without any, Python's own but for its tests."""
@@ -200,7 +199,7 @@ def find_files(names: list[str]) -> list[Path]:
             fail(f"--data {name}: no such file: name text, .jsonl or .bin files, or shakespeare")
         files += found or [shakespeare()]
     return files or sorted(file for file in library.rglob("*.py") if not re.search(
-        "(site|dist)-packages|/(idle_)?tests?/", str(file.relative_to(library))))
+        "(site|dist)-packages|/(idle_)?tests?/", str(file.relative_to(library.parent))))
 def texts_in(file: Path) -> list[str]:
     """The texts of a file: all of it, or those in the lines of a .jsonl."""
     number, texts = 0, []
@@ -263,6 +262,7 @@ def write_tokens(part: Path, module, folder: Path, V: int, end: int | None, text
     """Writes tokens.bin, the tokens of all texts, each between what begins and what ends a text."""
     codec, file, fresh = module.tokenizer(folder), folder / "tokenizer.json", True
     fast = Tokenizer.from_file(str(file)) if file.exists() else None  # so that all cores encode
+    fast and (fast.no_truncation(), fast.no_padding())  # which a tokenizer.json may ask for
     todo, begin, after = pieces(texts), codec.encode(""), [] if end is None else [end]
     bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
     with bar, open(part / "tokens.bin", "wb") as out:
@@ -281,8 +281,9 @@ def prepare(args, module, folder) -> tuple:
     if (binary := [file for file in files if file.suffix == ".bin"]) and len(files) > 1:
         fail("--data: a .bin stands alone")
     texts = [text for file in files if not binary for text in texts_in(file)]
-    about = [args.model, args.tokens, args.vocab_size, folder, Path(__file__).read_bytes(), *(
-        file.read_bytes() for file in (folder.iterdir() if folder else []) if TOKENIZER(file.name))]
+    read = [Path(__file__), Path(module.__file__), *(folder.iterdir() if folder else ())]
+    about = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in read if
+                                                     re.search("(py|json|txt|model)$", file.name))]
     digest = hashlib.sha256("\0".join(map(str, [*about, *texts])).encode())
     cached = CACHE / "tokens" / digest.hexdigest()[:16]
     with writing(cached):
@@ -294,7 +295,7 @@ def prepare(args, module, folder) -> tuple:
                 V, end = vocabulary(folder, part)
                 if not binary:
                     write_tokens(Path(part), module, folder or Path(part), V, end, texts)
-                Path(part).rename(cached)
+                cached.exists() or Path(part).rename(cached)  # of another run, meanwhile
     V, _ = vocabulary(folder, cached)
     [file] = binary or [cached / "tokens.bin"]
     if (size := file.stat().st_size) % np.dtype(WIDTH[V <= 2**16]).itemsize:
@@ -341,8 +342,7 @@ def token_losses(model, tokens, rngs=None):
         jax.checkpoint(of_token), rows, batch_size=most)
     return *(each.reshape(len(tokens), -1) for each in found), cache
 def make_optimizer(args) -> tuple:
-    """--optimizer behind a clipped gradient -> (optimizer, its learning rate as a function of the
-    step, which rises along a line and falls as --schedule says). Biases and norms do not decay."""
+    """(--optimizer behind a clipped gradient, its learning rate by the step); matrices decay."""
     steps, lr, low = args.steps - args.warmup, args.lr, args.min_lr
     level = steps - args.steps // 5 if args.schedule == "wsd" else 0
     fall = (optax.cosine_decay_schedule(lr, steps, low / lr) if args.schedule == "cosine" else
@@ -360,7 +360,7 @@ def make_optimizer(args) -> tuple:
         "muon": partial(optax.contrib.muon, adam_b2=args.beta2, weight_decay=decay,
                         weight_decay_mask=mask, consistent_rms=0.2,
                         muon_weight_dimension_numbers=kernels)}[args.optimizer](rate)
-    return optax.chain(optax.clip_by_global_norm(args.clip), optimizer), rate
+    return optax.chain(optax.clip_by_global_norm(args.clip), optimizer), jax.jit(rate)
 def first_state(args, optimizer, params) -> dict:
     """All that a step changes. scale: of the loss, or small gradients would be 0 in float16."""
     return {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params),
@@ -388,13 +388,13 @@ def train_step(graphdef, optimizer, balance, ema, axis, state, frozen, tokens, k
     total = jax.lax.scan(add, total, (tokens[1:], keys[1:]))[0] if len(tokens) > 1 else total
     (_, found), gradients = add_up(total)
     gradients = jax.tree.map(lambda g: g / scale, gradients) if "scale" in state else gradients
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, changed = optimizer.update(gradients, state["optimizer"], params)
     new = state | {"params": optax.apply_updates(params, updates), "optimizer": changed}
     if "ema" in state:
         new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - ema)
     if "scale" in state:
-        finite, later = jnp.isfinite(norm), state["step"] % 1000 == 999
+        finite, later = jnp.isfinite(norm) | (scale < 1), state["step"] % 1000 == 999
         new, norm = jax.tree.map(partial(jnp.where, finite), (new, norm), (state, 0.0))
         new["scale"] = scale * jnp.where(finite, 1.0 + later, 0.5)
     return new | {"step": state["step"] + 1}, found | {"norm": norm}
@@ -440,7 +440,7 @@ def merge_adapters(model, paths):
     """Adds each product to its matrix, so that the model is one of its file again."""
     for path, lora in [(path, at(path, model)) for path in paths]:
         kernel = lora.base_module.kernel
-        kernel.set_value((kernel[...] + lora.lora_a[...] @ lora.lora_b[...]).astype(kernel.dtype))
+        kernel.set_value(kernel[...] + lora.lora_a[...] @ lora.lora_b[...])  # float32
         setattr(at(path[:-1], model), path[-1], lora.base_module)
 def write_adapters(folder: Path, args, model, names: dict):
     """Writes them as PEFT does; names: as from `add_adapters`."""
@@ -485,16 +485,15 @@ def save_checkpoint(checkpoints, state, settings: dict, val_loss: float | None):
             state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings)))
 def restore_checkpoint(checkpoints, step: int, state, settings: dict):
     """The state after a step, in the shapes and on the devices of `state`."""
-    form, folder = ocp.args.Composite(settings=ocp.args.JsonRestore()), checkpoints.directory
+    form, folder = ocp.args.Composite, checkpoints.directory
     try:
-        stored = checkpoints.restore(step, args=form).settings
+        stored = checkpoints.restore(step, args=form(settings=ocp.args.JsonRestore())).settings
         if other := [f"--{name.replace('_', '-')} {stored.get(name)}" for name in settings
                      if stored.get(name) != settings[name]]:
             fail(f"the run in {folder.parent} has {', '.join(other)}: resume with that, or begin "
                  "in another --out")
-        form = ocp.args.Composite(state=ocp.args.StandardRestore(state))
-        return checkpoints.restore(step, args=form).state
-    except (KeyError, ValueError) as error:
+        return checkpoints.restore(step, args=form(state=ocp.args.StandardRestore(state))).state
+    except (KeyError, ValueError, OSError) as error:
         fail(f"{folder / str(step)} is damaged ({error}): without it, --resume takes another")
 TOKENIZER = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json").fullmatch
 def write_model(args, module, model, tokenizer_folder: Path, names: dict):
@@ -555,7 +554,8 @@ def make_model(args, module, folder, written: Path) -> tuple:
     """The model of --weights, or one from scratch -> (model, what `add_adapters` says)."""
     options, names = {"dtype": args.dtype, "remat": args.remat}, {}
     if folder:
-        model = module.load(folder, param_dtype=args.dtype if args.lora else "float32", **options)
+        stored = args.dtype if args.lora and not args.merge else "float32"
+        model = module.load(folder, param_dtype=stored, **options)
     else:
         config = module.Config.from_hf(sizes(args, *vocabulary(None, written)))
         model = module.Model(config, rngs=nnx.Rngs(args.seed), **options)
@@ -579,14 +579,13 @@ def describe(args, module, model, params, train_tokens, val_tokens, devices) -> 
     N = round(sum(n * (chosen if "experts" in path else 1) for path, n in size.items()
                   if re.search(products, path)))
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, 1, jnp.float32)).layers
-    L, D = len(layers), layers[0][0].shape[-1] * (
-        getattr(config, "n_head", 0) or config.num_attention_heads)
+    D = layers[0][0].shape[-1] * (getattr(config, "n_head", 0) or config.num_attention_heads)
     print(f"model  {args.model}.py, {sum(p.size for p in jax.tree.leaves(params)):,} parameters "
           f"trained, in {args.dtype} on {len(devices)} x {devices[0].device_kind}\n"
           f"text   {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on; "
-          f"{config.vocab_size:,} different ones\nMFU    ({each} N + 12 L D T) x tokens/s / peak; "
-          f"N {N:,}, L {L}, D {D}, T {args.block}, peak {peak / 1e9:,.0f} GFLOP/s", flush=True)
-    return (each * N + 12 * L * D * args.block) / peak
+          f"{config.vocab_size:,} kinds\nMFU    ({each} N + 12 L D T) x tokens/s / peak: N "
+          f"{N:,}, L {len(layers)}, D {D}, T {args.block}, {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    return (each * N + 12 * len(layers) * D * args.block) / peak
 def main(args) -> int:
     """Trains as the arguments say -> the exit code."""
     module, folder, pmap = importlib.import_module(args.model), None, args.parallel == "pmap"
@@ -604,18 +603,19 @@ def main(args) -> int:
         train_tokens, val_tokens, tokenizer_folder = prepare(args, module, folder)
         model, names = make_model(args, module, folder, tokenizer_folder)
     except (OSError, module.InputError) as error:  # OSError: of the Hub, or a folder
-        fail(f"--weights {args.weights}: {error}")
+        fail(f"--weights {args.weights}: {error}" if args.weights else error)
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if names else nnx.Param, ...)
     load_of_token = describe(args, module, model, params, train_tokens, val_tokens, devices)
     config, (optimizer, rate) = model.config, make_optimizer(args)
     balance = (lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)) if getattr(
         config, "model_type", "") == "mixtral" else None
     state = first_state(args, optimizer, params)
+    del model, params  # the state is a copy, once a step has been taken or a checkpoint read
     train, evaluate = compile_steps(graphdef, optimizer, balance, args.ema, pmap, devices)
     shape = (*([many] if pmap else []), args.accumulate, -1, args.block + 1)
-    val_batches = windows(val_tokens, args.batch, args.block)
-    val_batches = val_batches.reshape(-1, *shape[:-3], args.batch // many, args.block + 1)
-    some_batches = val_batches[:: -(-len(val_batches) // 20)]  # all of them count at the end
+    val_batches = windows(val_tokens, args.batch // args.accumulate, args.block)
+    val_batches = val_batches.reshape(len(val_batches), *shape[:-3], -1, args.block + 1)
+    some_batches = val_batches[:: -(-len(val_batches) // (20 * args.accumulate))]
     settings = {name: vars(args)[name] for name in SETTINGS}
     settings["data"] = f"with checksum {zlib.crc32(val_tokens, zlib.crc32(train_tokens))}"
     checkpoints, step = open_checkpoints(args.out, args.keep), 0
@@ -663,10 +663,10 @@ def main(args) -> int:
             metrics.add([{"step": step, "val_loss": val_loss, "val_accuracy": right,
                           **(devices[0].memory_stats() or {})}])  # a CPU counts none
         if eval_due or sys.stderr.isatty():
-            since = [row["loss"] for row in metrics.rows if "loss" in row and row["step"] >
-                     step - 1 - (step - 1) % args.eval_every]
+            since = [x["loss"] for x in metrics.rows[-2 * args.eval_every :] if "loss" in x]
+            since = since[-1 - (step - 1) % args.eval_every :]
             speed = (step - first - 1) / seconds if seconds else 0.0  # steps a second
-            tokens_s, left = speed * args.batch * args.block, (args.steps - step) / max(speed, 1e-9)
+            tokens_s, left = speed * args.batch * args.block, (args.steps - step) / (speed or 1e9)
             print(f"step {step:>6}/{args.steps}  train {np.mean(since):.4f}  val {val_loss:.4f}  "
                   f"lr {rate(step - 1):.2e}  {tokens_s:>9,.0f} tokens/s  MFU "
                   f"{load_of_token * tokens_s:5.1%}  {left // 60:3.0f}:{left % 60:02.0f} left",

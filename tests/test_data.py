@@ -220,6 +220,17 @@ def test_a_checkpoint_whose_tokenizer_changes_is_tokenised_anew(prepare):
         assert found[-1] == gpt2.tokenizer(folder).encode("eeeehhhh" * 10)
     assert found[0] != found[1]
 
+def test_a_tokenizer_that_cuts_texts_off_encodes_them_whole(prepare):
+    """Many checkpoints that were tuned ask their tokenizer for it."""
+    folder = write_checkpoint("model")
+    codec = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    whole = codec.encode("many words " * 50).ids
+    codec.enable_truncation(20)
+    codec.save(str(folder / "tokenizer.json"))
+    Path("a.txt").write_text("many words " * 50)
+    found = np.concatenate(prepare("--data", "a.txt", "--weights", "model")[:2]).tolist()
+    assert found[: len(whole)] == whole and len(found) <= len(whole) + 1
+
 def test_an_error_leaves_nothing_in_the_cache(refused, cache):
     write_jsonl("bad.jsonl", json.dumps({"text": TEXT}), "{")
     refused("--data", "bad.jsonl")

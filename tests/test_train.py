@@ -293,6 +293,8 @@ def test_windows_hold_every_token_but_the_first_as_a_target_once():
 
 def test_without_data_there_is_the_standard_library():
     files = {file.name: file for file in train.find_files([])}
+    assert not {"test", "tests", "site-packages"} & {
+        part for file in files.values() for part in file.parts[len(Path(os.__file__).parts) - 1 :]}
     assert len(files) > 200 and "class ArgumentParser" in train.texts_in(files["argparse.py"])[0]
 
 # ----------------------------------------------------------------------------------------- the runs
