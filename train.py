@@ -547,8 +547,8 @@ def sizes(args, V: int, end) -> dict:
             "num_attention_heads": H, "num_key_value_heads": K, "hidden_size": D, "head_dim": Dh,
             "ffn_dim": 4 * D, "intermediate_size": -(-8 * D // 3 // 32) * 32,  # of three matrices
             "max_position_embeddings": T, "sliding_window": window, "query_pre_attn_scalar": Dh,
-            "sliding_window_pattern": min(L, 6), **({"model_type": "mixtral"} if E else {}),
-            "num_local_experts": E, "tie_word_embeddings": True, "bos_token_id": end,
+            "sliding_window_pattern": min(L, 6), "tie_word_embeddings": True, "bos_token_id": end,
+            **({"model_type": "mixtral", "num_local_experts": E} if E else {}),
             "eos_token_id": end, "vocab_size": V, "padded_vocab_size": -(-V // 128) * 128}
 def make_model(args, module, folder, written: Path) -> tuple:
     """The model of --weights, or one from scratch -> (model, what `add_adapters` says)."""

@@ -154,7 +154,10 @@ def test_scaling_is_measured_on_1_2_and_4_devices_and_all_of_it_traced(tmp_path,
 
 @pytest.mark.wide
 def test_ctrl_c_shows_what_was_measured(tmp_path):
-    bench = subprocess.Popen([sys.executable, "bench.py", "--task", "plan,decode", "--runs", "9999",
+    heed = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    bench = subprocess.Popen([sys.executable, "-c", heed,  # a shell's background processes do not
+                              "bench.py", "--task", "plan,decode", "--runs", "9999",
                               "--preset", "openai-community/gpt2"], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
     while "decode" not in bench.stderr.readline():
