@@ -158,10 +158,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(command, run, tmp_pa
 
 # ------------------------------------------------------------------------------------ without a run
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_that_learned_nothing_leave_the_model_as_it_was_when_merged(dtype):
+def test_adapters_that_learned_nothing_leave_the_model_as_it_was_when_merged():
     def load():
-        return gpt2.load(ROOT / "tiny/gpt2", param_dtype=dtype)
+        return gpt2.load(ROOT / "tiny/gpt2", param_dtype="float32")
 
     model = load()
     names = train.add_adapters(gpt2, model, Namespace(lora=3, lora_targets=r".*\.c_\w+", seed=0))
