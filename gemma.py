@@ -358,16 +358,16 @@ def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> C
 
 def remember(past, k, v, positions, start):
     """Puts the new k and v [B, T, K, Dh] into a layer's slots -> (k, v, k_positions to attend to,
-    what is kept). Slot i of a ring holds the newest of the positions' columns i, i + ring, ..."""
+    what is kept). positions [B, S]: of all columns; a ring's slot i has the newest i + n * ring."""
     T, S, ring = k.shape[1], positions.shape[1], past[0].shape[1]
     if ring == S:
         k, v = write(past[0], k, start), write(past[1], v, start)
         return k, v, positions, (k, v)
     def held(end):  # in each slot once the columns before `end` are in: (its column, its position)
-        number = end - 1 - (end - 1 - jnp.arange(ring)) % ring
-        return number, jnp.where(number >= 0, positions[:, number], -1)
-    (_, old_positions), (number, ring_positions) = held(start), held(start + T)
-    kept, new = (number < start)[:, None, None], jnp.clip(number - start, 0, T - 1)
+        column = end - 1 - (end - 1 - jnp.arange(ring)) % ring
+        return column, jnp.where(column >= 0, positions[:, column], -1)
+    (_, old_positions), (column, ring_positions) = held(start), held(start + T)
+    kept, new = (column < start)[:, None, None], jnp.clip(column - start, 0, T - 1)
     k, v = k.astype(past[0].dtype), v.astype(past[1].dtype)
     slots = jnp.where(kept, past[0], k[:, new]), jnp.where(kept, past[1], v[:, new])
     if T == 1:  # what falls out of the ring has just left the window

@@ -216,7 +216,7 @@ class Experts(nnx.Module):
     def __init__(self, config: Config, **options):
         self.per_token, E = config.num_experts_per_tok, config.num_local_experts
         self.gate = Linear(config.hidden_size, E, use_bias=False,
-                               kernel_init=normal(config.initializer_range), **options)
+                           kernel_init=normal(config.initializer_range), **options)
         self.experts = nnx.List([MLP(config, ("w1", "w3", "w2"), **options) for _ in range(E)])
 
     @jax.named_scope("block_sparse_moe")
@@ -253,7 +253,7 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
     return out
 
 def run_ragged(experts, rows, token, weight, counts):
-    """The same by `jax.lax.ragged_dot`, in one go; a CPU would do all the work of all experts."""
+    """The same by `ragged_dot` in one go: reads all experts; on a CPU it computes all for all."""
     def weights(name):
         return jnp.stack([getattr(e, name).kernel[...].astype(rows.dtype) for e in experts])
     x = rows[token]  # [N * per_token, D], sorted by expert
@@ -263,7 +263,7 @@ def run_ragged(experts, rows, token, weight, counts):
 
 def balance_loss(cache):
     """The auxiliary loss that keeps routers from choosing the same experts always, from the cache
-    that `hidden` returns: Fedus et al. 2021, equation (4). Even choices: num_experts_per_tok."""
+    of `hidden`: Fedus et al. 2021, eq. (4), of means over layers. Even: num_experts_per_tok."""
     choices, score = jnp.stack([routed for *_, routed in cache.layers]).mean(axis=0)
     return len(score) * jnp.sum(choices * score)
 
@@ -338,7 +338,7 @@ class Model(nnx.Module):
         return self.head(x) if cache is None else (self.head(x), new_cache)
 
 class Cache(NamedTuple):
-    """The keys and values of all tokens so far, so that a new token computes only its own. All rows
+    """The keys and values so far: all, or in a ring those of the last `sliding_window`. All rows
     fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
     layers: tuple  # each (k, v, what Experts says of these tokens); k and v [B, S or ring, K, Dh]
     tokens: jax.Array  # [B, S], for the repetition penalty
@@ -346,7 +346,7 @@ class Cache(NamedTuple):
     filled: jax.Array  # how many slots are written, padding included: where the next go
 
 def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
-    """An empty cache of `length` slots; whole: also where a window needs fewer."""
+    """An empty cache of `length` columns; k and v in a ring of `sliding_window`, unless whole."""
     slots = length if whole else min(length, config.sliding_window or length)
     shape = 2, batch, slots, config.num_key_value_heads, config.head_dim
     routed = jnp.zeros((2, config.num_local_experts)) if config.model_type == "mixtral" else None
@@ -356,16 +356,16 @@ def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> C
 
 def remember(past, k, v, positions, start):
     """Puts the new k and v [B, T, K, Dh] into a layer's slots -> (k, v, k_positions to attend to,
-    what is kept). Slot i of a ring holds the newest of the positions' columns i, i + ring, ..."""
+    what is kept). positions [B, S]: of all columns; a ring's slot i has the newest i + n * ring."""
     T, S, ring = k.shape[1], positions.shape[1], past[0].shape[1]
     if ring == S:
         k, v = write(past[0], k, start), write(past[1], v, start)
         return k, v, positions, (k, v)
     def held(end):  # in each slot once the columns before `end` are in: (its column, its position)
-        number = end - 1 - (end - 1 - jnp.arange(ring)) % ring
-        return number, jnp.where(number >= 0, positions[:, number], -1)
-    (_, old_positions), (number, ring_positions) = held(start), held(start + T)
-    kept, new = (number < start)[:, None, None], jnp.clip(number - start, 0, T - 1)
+        column = end - 1 - (end - 1 - jnp.arange(ring)) % ring
+        return column, jnp.where(column >= 0, positions[:, column], -1)
+    (_, old_positions), (column, ring_positions) = held(start), held(start + T)
+    kept, new = (column < start)[:, None, None], jnp.clip(column - start, 0, T - 1)
     k, v = k.astype(past[0].dtype), v.astype(past[1].dtype)
     slots = jnp.where(kept, past[0], k[:, new]), jnp.where(kept, past[1], v[:, new])
     if T == 1:  # what falls out of the ring has just left the window
