@@ -70,6 +70,11 @@ class Config:
         """n_positions, under the name that other models have for it."""
         return self.n_positions
 
+    @property
+    def num_attention_heads(self) -> int:
+        """n_head, under the name that other models have for it."""
+        return self.n_head
+
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a GPT-2, or an unsupported one."""
@@ -417,7 +422,6 @@ RENAMED = (r"^(?!transformer\.|lm_head\.)", "transformer.")  # bare models lack 
 # Skipped where a file has them: causal masks of old files, and a copy of the token table as head.
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
-
 def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
     if Path(name).is_dir():
@@ -477,7 +481,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
         tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
             raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
-        where = mesh and sharding(mesh, path, param.shape)
+        where = mesh and sharding(mesh, config, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)
 
@@ -501,10 +505,11 @@ SHARDING = [
     (r".+\.c_proj\.kernel", ("tensor", "fsdp")),
     (r".+", ()),
 ]
-
-def sharding(mesh, path: str, shape):
+def sharding(mesh, config: Config, path: str, shape):
     """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
+    heads = getattr(config, "num_key_value_heads", shape[-1])  # of keys and values: they stay whole
+    shape = *shape[:-1], heads if re.search("[kv]_proj", path) else shape[-1]
     axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))

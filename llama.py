@@ -463,7 +463,6 @@ VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # their padded rows a
 RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # bare models lack the prefix
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"  # the token table again; RoPE's frequencies
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
-
 def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
     if Path(name).is_dir():
@@ -548,7 +547,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
         tensor = stored[name]().T if transposed else stored[name]()
         if tensor.shape != param.shape:
             raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
-        where = mesh and sharding(mesh, path, param.shape)
+        where = mesh and sharding(mesh, config, path, param.shape)
         param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
     return nnx.merge(graphdef, state)
 
@@ -571,10 +570,11 @@ SHARDING = [
     (r".+\.(o_proj|down_proj)\.kernel", ("tensor", "fsdp")),
     (r".+", ()),
 ]
-
-def sharding(mesh, path: str, shape):
+def sharding(mesh, config: Config, path: str, shape):
     """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
+    heads = getattr(config, "num_key_value_heads", shape[-1])  # of keys and values: they stay whole
+    shape = *shape[:-1], heads if re.search("[kv]_proj", path) else shape[-1]
     axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))

@@ -13,7 +13,9 @@ import argparse
 import fnmatch
 import importlib
 import json
+import math
 import os
+import re
 import select
 import signal
 import sys
@@ -23,6 +25,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import numpy as np
+from flax import nnx
+
+AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"  # of --parallel
 HERE = Path(__file__).resolve().parent
 # model_type of a config.json -> the model file that reads it
 KINDS = {"gpt2": "gpt2", "opt": "opt", "llama": "llama", "gemma": "gemma", "gemma2": "gemma",
@@ -31,12 +38,10 @@ MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py"
 TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # one of these is needed
 
 # --------------------------------------------------------------------------------- the command line
-
 def fail(message):
     """One line that says what is wrong and what to do; exit code 2."""
     print("sample.py: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
-
 def arguments():
     """The command line, read and checked as far as that needs no model."""
     parser = argparse.ArgumentParser(
@@ -59,18 +64,17 @@ def arguments():
     add("--max-new-tokens", type=int, metavar="N", help="default: 200, or 1000 with --chat")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=0.8, metavar="X",
-        help="0 takes the likeliest token always, 1 samples as trained (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token")
     add("--top-k", type=int, metavar="N", help="only among the N likeliest tokens")
     add("--top-p", type=float, metavar="X", help="only among the likeliest that hold X together")
     add("--min-p", type=float, metavar="X", help="only those X times as likely as the likeliest")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeats less")
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by the device")
     add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
-    add("--parallel", choices=["pmap"], help="spread the texts over all devices of that kind")
+    add("--parallel", default="auto", metavar="MODE", help="over devices: pmap, data, fsdp, tensor,"
+        " data:2,tensor:4 or no (default: data, or tensor where the model does not fit one)")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
     add("--compile-cache", default=cache, metavar="DIR", help="keeps compiled programs; or 'off'")
     add = parser.add_argument_group("output").add_argument
@@ -78,8 +82,7 @@ def arguments():
     add("--json", action="store_true", help="one JSON object a line for each text")
     add("--profile", metavar="DIR", type=Path, help="write a trace of the generation into DIR")
     args = parser.parse_args()
-    folder = (args.profile or HERE).absolute()
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    there = next(x for x in ((args.profile or HERE) / "x").absolute().parents if x.exists())
     for name, fits, rule in [
         ("prompt", all(t.encode(errors="ignore").decode() == t for t in args.prompt), "UTF-8 text"),
         ("num-samples", args.num_samples >= 1, "1 or more"),
@@ -91,12 +94,12 @@ def arguments():
         ("repetition-penalty", args.repetition_penalty > 0, "above 0"),
         ("stop", "" not in args.stop, "a text; leave it out to go on to --max-new-tokens"),
         ("seed", 0 <= args.seed < 2**63, "from 0 to 2^63 - 1"),
+        ("parallel", re.fullmatch(f"no|auto|pmap|{AXIS}(,{AXIS})*", args.parallel),
+         "pmap, or like data, tensor:2 or data:2,tensor:4"),
         ("profile", not args.profile or os.access(f"{there}/.", os.W_OK), "a writable folder"),
     ]:
-        if not fits:
-            fail(f"--{name} must be {rule}")
+        fits or fail(f"--{name} must be {rule}")
     return args
-
 def read_prompts(args) -> list[str] | None:
     """The prompts of --prompt, --prompt-file or standard input; None: ask on the terminal."""
     prompts = list(args.prompt)
@@ -106,9 +109,10 @@ def read_prompts(args) -> list[str] | None:
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--prompt-file {file} cannot be read: {error}")
     if args.chat and not prompts and sys.stdin and sys.stdin.isatty():
-        if args.num_samples > 1 or args.parallel or args.json or args.no_stream or args.profile:
-            fail("a conversation is one text on one device, shown as it is made: leave --parallel, "
-                 "--num-samples, --json, --no-stream and --profile out, or give a --prompt")
+        if any([args.num_samples > 1, args.json, args.no_stream, args.profile,
+                re.match("pmap|data|fsdp", args.parallel)]):
+            fail("a conversation is one text, shown as it is made: leave --num-samples, --json, "
+                 "--no-stream, --profile and all --parallel but tensor out, or give a --prompt")
         return None
     if not prompts and sys.stdin and not os.isatty(0):
         if not select.select([0], [], [], 1)[0]:
@@ -118,12 +122,9 @@ def read_prompts(args) -> list[str] | None:
         except UnicodeDecodeError as error:
             fail(f"standard input is not UTF-8 text: {error}")
         prompts = [text] if text else []
-    if args.chat and not prompts:
-        fail("--chat needs a terminal to converse on, or a --prompt to answer")
-    if not all(prompts):
-        fail("an empty prompt: give at least one character, or leave --prompt out")
+    prompts or not args.chat or fail("--chat needs a terminal to converse on, or a --prompt")
+    all(prompts) or fail("an empty prompt: give at least one character, or leave --prompt out")
     return prompts
-
 def print_presets():
     """A table of the published checkpoints that each model file names."""
     print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
@@ -135,7 +136,6 @@ def print_presets():
         print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
 
 # --------------------------------------------------------------------------- weights and the device
-
 def checkout(model_file, name, revision) -> Path:
     """The folder of a checkpoint: a folder, or a Hub id that is cached or is downloaded now."""
     if Path(name).is_dir():
@@ -170,9 +170,7 @@ def checkout(model_file, name, revision) -> Path:
              "if it is private, set HF_TOKEN")
     except (errors.HTTPError, OSError) as error:
         fail(f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
-             f"({type(error).__name__}: {error}): try again online, take the bundled --weights "
-             "tiny, or name a folder that holds the checkpoint with --weights")
-
+             f"({type(error).__name__}: {error}): try again online, or --weights tiny or a folder")
 def check_files(model_file, folder):
     """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
     from safetensors import SafetensorError, safe_open
@@ -194,45 +192,56 @@ def check_files(model_file, folder):
                 safe_open(file, "np")
         except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
             fail(f"{file} is damaged or cut short ({error}): download it again")
-    if not (folder / "config.json").exists():
-        fail(f"{folder} has no config.json: it is no checkpoint, or an incomplete one")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    file, tokenizers = folder / "config.json", [folder / name for name in TOKENIZERS]
+    file.exists() or fail(f"{folder} has no config.json: it is no checkpoint, or an incomplete one")
+    kind = json.loads(file.read_text()).get("model_type")
     if KINDS.get(kind, model_file.__name__) != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {KINDS[kind]}.py reads: --model {KINDS[kind]}")
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        fail(f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
+    any(file.exists() for file in tokenizers) or fail(
+        f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
     try:
         model_file.stored_tensors(folder)
     except FileNotFoundError as error:
         fail(f"{folder} is not complete: {error}")
-
 def pick_devices(wanted, parallel):
-    """The device of --device, or the first there is; with --parallel pmap all of its kind."""
-    import jax
+    """All devices of --device's kind; a single one if it is numbered, or --parallel is no."""
     kind, _, index = (wanted or "").partition(":")
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")  # leaves a GPU's memory alone
     try:
-        devices = jax.devices(kind or None)
-        device = devices[int(index or 0)]
+        device = (devices := jax.devices(kind or None))[int(index or 0)]
     except (RuntimeError, ValueError, IndexError):
         found = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
         fail(f"there is no device {wanted}; this machine has {found}")
     jax.config.update("jax_default_device", device)
-    return devices if parallel else [device]
+    return [device] if parallel == "no" or index else devices
+def make_mesh(parallel, devices, heads, size, rows):
+    """The devices along the axes of --parallel. An axis without a number takes what is left; auto
+    is data, for so many rows, or tensor where weights of `size` bytes do not fit one device."""
+    if parallel in ("no", "auto"):
+        room = (devices[0].memory_stats() or {}).get("bytes_limit", size)
+        parallel = "tensor" if size > room else f"data:{min(rows, len(devices))}"
+        if len(devices) > 1:
+            why = f"{rows} texts" if size <= room else f"{size / 1e9:.1f} GB do not fit one"
+            print(f"--parallel {parallel} of {len(devices)} devices: {why}", file=sys.stderr)
+    axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
+    left = len(devices) // math.prod(n for n in axes.values() if n)
+    axes = {name: n or left for name, n in axes.items()}
+    if not 0 < (count := math.prod(axes.values())) <= len(devices):
+        fail(f"--parallel {parallel} is too much for {len(devices)} devices: lower its numbers")
+    n, fit = axes.get("tensor", 1), [i for i in range(1, heads + 1) if heads % i == 0]
+    n in fit or fail(f"--parallel: {heads} heads split over tensor: {fit}, not over {n}")
+    return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
 
 # --------------------------------------------------------------------------------------- generation
-
 class Text:
     """One row as it grows: its tokens and their text. Held back are characters of which some bytes
     are missing, and what may become a stop string. prompt: a text, or in a chat its messages."""
-
     def __init__(self, codec, prompt, stops):
         self.codec, self.prompt, self.stops = codec, prompt, stops
         self.prompt_ids, self.ids = codec.encode(prompt), []
         self.completion, self.reason = "", None
         self.begin = len(codec.decode(self.prompt_ids))  # of the completion, in the decoded text
-
     def add(self, ids, stop_ids, limit):
         """Takes new tokens, up to a stop id, a stop string or the limit."""
         for token in ids:
@@ -254,49 +263,49 @@ class Text:
                 text = text[: len(text) - max(held, default=0)]
             if self.reason or text.startswith(self.completion):  # bytes may hide what was shown
                 self.completion = text
-
     def record(self, timing) -> dict:
         """What --json prints of this text."""
         speed = round(timing.steps / timing.decode, 2) if timing.steps else None
-        return {"prompt": self.prompt, "completion": self.completion,
+        return {"prompt": self.prompt, "completion": self.completion, "finish_reason": self.reason,
                 "prompt_ids": self.prompt_ids, "completion_ids": self.ids,
-                "finish_reason": self.reason, "time_to_first_token_s": round(timing.first, 4),
-                "decode_tokens_per_s": speed}
-
+                "time_to_first_token_s": round(timing.first, 4), "decode_tokens_per_s": speed}
 def sampling_of(args) -> dict:
     """The options that the compiled programs take as inputs; what is None is left out of them."""
     return {"temperature": args.temperature or None, "top_p": args.top_p, "min_p": args.min_p,
             "repetition_penalty": None if args.repetition_penalty == 1 else args.repetition_penalty}
-
-def generate(model_file, model, devices, prompts, args, streaming, timing):
+def generate(model_file, model, mesh, prompts, args, streaming, timing):
     """Yields new tokens [B, n] after B prompts (lists of ids) as they are drawn; fills in `timing`,
-    with compiling apart. On several devices the rows are spread by pmap: every array then has a
-    leading axis of devices, and the programs are otherwise those of the model file's generate."""
-    import jax
-    import numpy as np
-    from flax import nnx
-    B, limit, count, sampling = len(prompts), args.max_new_tokens, len(devices), sampling_of(args)
-    prompts = prompts + prompts[-1:] * (-B % count)  # pmap wants as many rows on each device
+    with compiling apart. Rows are split over all axes of the mesh but tensor, heads of the cache
+    over that one; pmap wants a leading axis of devices. Else it is the model file's generate."""
+    B, limit, sampling = len(prompts), args.max_new_tokens, sampling_of(args)
+    pmap, tensor = "pmap" in mesh.shape, mesh.shape.get("tensor", 1)
+    n, axes = mesh.size // tensor, tuple(axis for axis in mesh.shape if axis != "tensor")
+    prompts = prompts + prompts[-1:] * (-B % n)  # as many rows on each device
     tokens, positions, length = model_file.pack(model.config, prompts, limit)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
-    cache = model_file.init_cache(model.config, len(prompts) // count, length, model.dtype)
     graphdef, state = nnx.split(model)
-    if count > 1:
-        each = jax.NamedSharding(jax.sharding.Mesh(devices, "devices"), jax.P("devices"))
-        copy = lambda x: jax.device_put(np.broadcast_to(x, (count, *x.shape)), each)  # noqa: E731
-        split = lambda x: jax.device_put(x.reshape(count, -1, *x.shape[1:]), each)  # noqa: E731
-        state, cache = jax.tree.map(copy, (state, cache))
-        tokens, positions, keys = split(tokens), split(positions), split(keys)
-
+    def empty():
+        rows = len(prompts) // (n if pmap else 1)
+        cache = model_file.init_cache(model.config, rows, length, model.dtype)
+        return jax.tree.map(lambda x: jax.numpy.stack([x] * n), cache) if pmap else cache
+    def where(x):
+        """For an array whose first dimension is rows, and whose third, of four, is heads."""
+        heads = "tensor" if x.ndim == 4 and tensor > 1 and x.shape[2] % tensor == 0 else None
+        rows = axes if x.ndim and x.shape[0] % n == 0 else None
+        return jax.NamedSharding(mesh, jax.P(*[rows, None, heads][: x.ndim]))
+    split = jax.tree.map(where, jax.eval_shape(empty))
+    cache = jax.jit(empty, out_shardings=split)() if mesh.size > 1 else empty()
+    tokens, positions, keys = (jax.device_put(x, where(x)) for x in (
+        x.reshape(n, -1, *x.shape[1:]) if pmap else x for x in (tokens, positions, keys)))
     def compiled(function, *inputs, shared):
         """The program for these inputs; the last `shared` of them are the same on all devices."""
         start, function = time.perf_counter(), partial(function, graphdef, top_k=args.top_k)
-        axes = (0,) * (len(inputs) - shared) + (None,) * shared
-        wrap = jax.jit if count == 1 else partial(jax.pmap, in_axes=axes, devices=devices)
+        axes = (None, *(0,) * (len(inputs) - shared - 1), *(None,) * shared)
+        wrap = (partial(jax.pmap, in_axes=axes, devices=[*mesh.devices.flat]) if pmap else
+                partial(jax.jit, out_shardings=(split, None)))
         program = wrap(function, donate_argnums=1).lower(*inputs).compile()
         timing.compile += time.perf_counter() - start
         return program
-
     compile_decode = lambda token: compiled(  # noqa: E731
         model_file.decode, state, cache, token, keys, sampling, 1, shared=2)
     inputs = (state, cache, tokens, positions, keys, sampling)
@@ -326,32 +335,24 @@ def generate(model_file, model, devices, prompts, args, streaming, timing):
         yield new
 
 # --------------------------------------------------------------------------------------------- chat
-
 def chat_tokenizer(folder):
     """encode(messages) -> ids, up to where the answer begins, and decode(ids) -> text. A message is
     {"role": "user" or "assistant", "content": its text}; a text alone is a first message."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that PyTorch is missing
     from transformers import AutoTokenizer  # half a second, which only chats have to wait
     codec = AutoTokenizer.from_pretrained(folder)
-    if not codec.chat_template:
-        fail(f"{folder} has no chat template, so it was not tuned to answer: leave --chat out, or "
-             "take a checkpoint that was, such as HuggingFaceTB/SmolLM2-135M-Instruct")
-
+    codec.chat_template or fail(f"{folder} has no chat template, so it was not tuned to answer: "
+                                "leave --chat out, or try HuggingFaceTB/SmolLM2-135M-Instruct")
     def encode(messages):
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return codec.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
     decode = partial(codec.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return SimpleNamespace(encode=encode, decode=decode)
-
 def answer(model_file, model, memory, ids, limit, args):
     """Yields up to `limit` tokens after ids, each as an array of one. memory: `cache`, of `length`
     slots, holds the tokens `ids`, so that only new ones are computed; all are where it is too short
     or ids begin in another way, as where a template drops parts of earlier answers."""
-    import jax
-    import numpy as np
-    from flax import nnx
     graphdef, state = nnx.split(model)
     options = {"keys": jax.random.fold_in(jax.random.key(args.seed), 0)[None],  # as a first row's
                "sampling": sampling_of(args), "top_k": args.top_k}
@@ -372,15 +373,14 @@ def answer(model_file, model, memory, ids, limit, args):
         memory.ids += token.tolist()
         memory.cache, token = decode(memory.cache, token, steps=1)
         token = token[:, 0]
-
-def converse(model_file, model, device, codec, stop_ids, args):
+def converse(model_file, model, mesh, codec, stop_ids, args):
     """Reads messages from the terminal and writes the answers, until Ctrl-D."""
     import readline  # noqa: F401  (the arrow keys then work in `input`)
     sys.stdin.reconfigure(errors="replace")
     memory, messages = SimpleNamespace(ids=[], cache=None, length=0), []
     context = model.config.max_position_embeddings
-    print(f"{device.device_kind}, {model.dtype.name}; Ctrl-C stops an answer, Ctrl-D ends the "
-          "conversation", file=sys.stderr)
+    print(f"{mesh.devices.flat[0].device_kind}, {model.dtype.name}; Ctrl-C stops an answer, Ctrl-D "
+          "ends the conversation", file=sys.stderr)
     while True:
         try:
             message = input("> ")
@@ -406,17 +406,17 @@ def converse(model_file, model, device, codec, stop_ids, args):
             memory.length = 0  # the cache may be donated to a step that was not finished
         print()
         messages.append({"role": "assistant", "content": text.completion})
-
-def write_texts(model_file, model, devices, texts, stop_ids, args):
+def write_texts(model_file, model, mesh, texts, stop_ids, args):
     """Writes each text as it grows, one after the other, and in the end how long it took."""
     timing = SimpleNamespace(compile=0.0, first=0.0, decode=0.0, steps=0)
     room = model.config.max_position_embeddings - max(len(text.prompt_ids) for text in texts)
     args.max_new_tokens = args.max_new_tokens or max(1, min(1000 if args.chat else 200, room))
     shown, written = 0, 0  # texts that are out whole, and characters of the one after them
     streaming = not (args.no_stream or args.json)
-    for new in generate(model_file, model, devices, [text.prompt_ids for text in texts],
+    device = mesh.devices.flat[0]
+    for new in generate(model_file, model, mesh, [text.prompt_ids for text in texts],
                         args, streaming, timing):
-        if args.profile and (stats := devices[0].memory_stats()):  # a CPU has none
+        if args.profile and (stats := device.memory_stats()):  # a CPU has none
             used = {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use")}
             with open(args.profile / "memory.jsonl", "a" if timing.steps else "w") as out:
                 print(json.dumps({"seconds": time.perf_counter() - timing.begin, **used}), file=out)
@@ -438,12 +438,11 @@ def write_texts(model_file, model, devices, texts, stop_ids, args):
         if shown == len(texts):
             break
     prompt_tokens = sum(len(text.prompt_ids) for text in texts)
-    print(f"{len(devices)} x {devices[0].device_kind}, {model.dtype.name}: compiled in "
+    print(f"{mesh.size} x {device.device_kind}, {model.dtype.name}: compiled in "
           f"{timing.compile:.1f} s, prefill {prompt_tokens / timing.first:,.0f} tokens/s, decode "
           f"{len(texts) * timing.steps / (timing.decode or 1):,.1f} tokens/s", file=sys.stderr)
 
 # --------------------------------------------------------------------------------------------- main
-
 def main():
     """From the command line to the last line on standard error."""
     args = arguments()
@@ -455,10 +454,8 @@ def main():
         return run(args, model_file, texts)
     except model_file.InputError as error:
         fail(error)
-
 def run(args, model_file, texts):
     """Loads the model, and writes each text as it grows."""
-    import jax
     devices = pick_devices(args.device, args.parallel)
     if args.compile_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(args.compile_cache))
@@ -467,28 +464,31 @@ def run(args, model_file, texts):
     name = args.weights or (default if args.model else "tiny")
     if name == "tiny":
         folder = HERE / "tiny" / model_file.__name__
-        _, size, *_ = model_file.PRESETS[default]
-        print(f"This is the tiny model that comes with the project. The real one, {size} GB from "
+        GB = model_file.PRESETS[default][1]
+        print(f"This is the tiny model that comes with the project. The real one, {GB} GB from "
               f"the Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
     else:
         folder = checkout(model_file, name, args.revision)
     dtype = args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")
     check_files(model_file, folder)
     codec = chat_tokenizer(folder) if args.chat else model_file.tokenizer(folder)
-    model = model_file.load(folder, dtype=jax.numpy.dtype(dtype))
+    config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    rows = 1 if texts is None else max(1, len(texts)) * args.num_samples
+    mesh = make_mesh(args.parallel, devices, config.num_attention_heads, size, rows)
+    model = model_file.load(folder, dtype=jax.numpy.dtype(dtype), mesh=mesh)
     stop_ids, file = model.config.eos_token_id, folder / "generation_config.json"
     if file.exists():
         stop_ids = json.loads(file.read_text()).get("eos_token_id", stop_ids)
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
     if texts is None:
-        return converse(model_file, model, devices[0], codec, stop_ids, args)
+        return converse(model_file, model, mesh, codec, stop_ids, args)
     texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
     texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
-    write_texts(model_file, model, devices, texts, stop_ids, args)
+    write_texts(model_file, model, mesh, texts, stop_ids, args)
     if args.profile:
         jax.profiler.stop_trace()
-        print(f"a trace is in {args.profile}: open its newest .trace.json.gz on ui.perfetto.dev, "
-              f"or run `xprof {args.profile}`", file=sys.stderr)
+        print(f"a trace is in {args.profile}: see it by `xprof {args.profile}`", file=sys.stderr)
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,9 +25,9 @@ import signal
 import sys
 import tempfile
 import timeit
-import urllib.request
 import zlib
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -34,13 +35,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pooch
 import tiktoken
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.multihost_utils import process_allgather
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+AXIS, JOIN = r"(data|fsdp|tensor)(:[1-9]\d*)?", 300  # of --parallel; seconds to wait for hosts
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
 MODELS = [name for name in ("gpt2", "opt", "llama", "gemma", "mistral")
@@ -50,6 +56,7 @@ MODELS = [name for name in ("gpt2", "opt", "llama", "gemma", "mistral")
 FLAGS = {  # name: (default, what it says). A type has no default; of a tuple it is the first.
     "text": {
         "--data": (str, "text, .jsonl, nanoGPT's .bin or shakespeare (default: Python's source)"),
+        "--dataset": (str, "NAME[:SUBSET] on the Hub, its train split; needs the package datasets"),
         "--tokens": (str, "bpe (learned from the text; the default), char, bytes or gpt2"),
         "--vocab-size": (1024, "how many pieces bpe learns, the 256 bytes included")},
     "model": {
@@ -74,7 +81,8 @@ FLAGS = {  # name: (default, what it says). A type has no default; of a tuple it
         "--min-lr": (float, "what it falls to (default: a tenth of the highest)"),
         "--warmup": (int, "steps in which it rises first (default: a twentieth of all)"),
         "--weight-decay": (0.1, "of matrices only"),
-        "--beta2": (0.99, "how long squared gradients are remembered (lion: gradients)"),
+        "--beta1": (0.9, "share of the mean of gradients that each step keeps"),
+        "--beta2": (0.99, "the same of the mean of squared gradients (lion: of gradients)"),
         "--clip": (1.0, "longest gradient, all of it taken as one vector"),
         "--ema": (0.0, "evaluate and write a running mean of the weights that keeps this share"),
         "--seed": (0, "of the first weights, the rows and dropout")},
@@ -85,21 +93,31 @@ FLAGS = {  # name: (default, what it says). A type has no default; of a tuple it
         "--save-every": (500, "steps between checkpoints; 0: only the model at the end"),
         "--keep": (2, "how many of the last checkpoints stay, beside the best"),
         "--save-dtype": (("float32", "bfloat16", "float16"), "of the finished model's weights"),
+        "--prompt": (str, "show at each estimate how the model goes on after this"),
         "--profile": (Path, "folder for a trace of five steps, for Perfetto or xprof")},
     "machine": {
         "--device": (str, "cpu, gpu or tpu; gpu:1 is the second GPU (default: the best there is)"),
-        "--parallel": (("no", "pmap"), "split each batch over all devices of the kind"),
+        "--parallel": ("auto", "over devices: pmap, data, fsdp, tensor, data:2,tensor:4 or no"),
+        "--multihost": (str, "ADDRESS:PORT,HOSTS,HOST: of the first, how many, this one; or auto"),
         "--dtype": (("auto", "float32", "bfloat16", "float16"), "computed in; auto: by the device"),
         "--remat": (False, "save memory: compute each block again for its gradient")}}
-def fail(message):
-    """One line that says what is wrong and what to do; exit code 2."""
-    print("train.py: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+def check(fits, message):
+    """Ends with exit code 2 and a line that says what is wrong and what to do, unless it fits."""
+    if not fits:
+        print("train.py: " + " ".join(str(message).split()), file=sys.stderr)
+        sys.exit(2)
+@contextlib.contextmanager
+def explained(errors, message: str):
+    """Makes such errors that line, with what they say for {}."""
+    try:
+        yield
+    except errors as error:
+        check(False, message.replace("{}", str(error)))
 def arguments():
     """The command line, read and checked as far as that needs neither the text nor a device."""
     parser = argparse.ArgumentParser(
         prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    parser.error = fail
+    parser.error = partial(check, False)
     for title, flags in FLAGS.items():
         add = parser.add_argument_group(title).add_argument
         for flag, (default, about) in flags.items():
@@ -123,49 +141,78 @@ def arguments():
     bins = any(name.endswith(".bin") for name in args.data)
     kinds = ["its own"] if args.weights else ["gpt2"] if bins else ["bpe", "char", "bytes", "gpt2"]
     args.tokens = args.tokens or kinds[0]
-    there = next(x for x in ((args.profile or HERE) / "x").absolute().parents if x.exists())
     stored = any(path.name.isdigit() for path in args.out.glob("checkpoints/*"))
     least = {1: "layers heads width block steps batch accumulate eval_every keep",
              256: "vocab_size", 0: "seed save_every lora weight_decay min_lr warmup"}
+    modes = rf"no|auto|pmap|{AXIS}(,{AXIS})*"
     for fits, rule in [
         (args.model in MODELS, f"no model file for {args.model!r}; there are: {', '.join(MODELS)}"),
         *[(vars(args)[name] >= n, f"--{name.replace('_', '-')} must be {n} or more")
           for n, names in least.items() for name in names.split()],
-        *[(0 <= vars(args)[x] < 1, f"--{x}: 0 to below 1") for x in ("dropout", "beta2", "ema")],
+        *[(0 <= vars(args)[x] < 1, f"--{x}: 0 to below 1") for x in
+          ("dropout", "beta1", "beta2", "ema")],
         (args.tokens in kinds, f"--tokens {args.tokens}: it must be {' or '.join(kinds)} here"),
         (args.width % max(1, args.heads) == 0, "--width must be a multiple of --heads"),
         (not args.dropout or args.model in ("gpt2", "opt"), f"{args.model}.py has no --dropout"),
-        (not args.experts or (args.experts > 1 and args.model == "mistral"),
-         "--experts must be 2 or more, and of --model mistral"),
+        (not args.experts or args.model == "mistral", "--experts are of --model mistral"),
+        (args.experts != 1, "--experts must be 0, or 2 or more"),
         (not args.lora or args.weights, "--lora adds to trained weights: name them with --weights"),
         (not args.merge or args.lora, "--merge is for --lora"),
+        (re.fullmatch(modes, args.parallel), "--parallel: pmap, or like fsdp or data:2,tensor:4"),
+        (args.parallel != "pmap" or not args.multihost, "pmap is for one host: --parallel data"),
+        (re.fullmatch(r"auto|[^,]+:\d+,\d+,\d+", args.multihost or "auto"),
+         "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
+        (not args.dataset or find_spec("datasets"), "--dataset needs: pip install datasets"),
         (args.warmup < args.steps, "--warmup must be below --steps"),
+        (not args.profile or args.steps > 14, "--profile traces step 11 to 15: --steps 15 or more"),
         (args.clip > 0 < args.lr >= args.min_lr, "--lr, --clip: above 0; --min-lr: at most --lr"),
         ((args.dtype, args.model) != ("float16", "gemma"), "gemma.py leaves the range of float16"),
         (not args.out.exists() or args.out.is_dir(), f"--out {args.out} is a file: name a folder"),
-        (not args.profile or os.access(f"{there}/.", os.W_OK),
-         f"--profile {args.profile} cannot be written: name a folder that can"),
         (stored or not args.resume, f"{args.out} has no checkpoints: leave --resume out to begin"),
         (args.resume or not (stored or any(args.out.glob("*.safetensors"))),
          f"{args.out} holds a run already: add --resume to go on, or choose another --out")]:
-        fits or fail(rule)
+        check(fits, rule)
     return args
 
 # ------------------------------------------------------------------------------------------ devices
-def pick_devices(name: str | None, parallel: bool) -> list:
-    """The devices to train on: those that --device and --parallel ask for."""
-    kind, _, index = (name or "").partition(":")
-    if not re.fullmatch(r"((cpu|gpu|tpu)(:\d+)?)?", name or ""):
-        fail(f"--device {name}: it must be cpu, gpu or tpu, or a numbered one such as gpu:1")
+def join_hosts(where: str):
+    """Meets the other hosts of --multihost; only the first goes on to print."""
+    known = [kind(x) for kind, x in zip((str, int, int), where.split(","), strict=False)]
+    with explained((RuntimeError, ValueError), f"--multihost {where}: {{}}"):
+        jax.distributed.initialize(*(known if where != "auto" else ()), initialization_timeout=JOIN)
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+def pick_devices(name: str, parallel: str) -> list:
+    """The devices of --device; a single one if it is numbered, or --parallel is no."""
+    check(re.fullmatch(r"((cpu|gpu|tpu)(:\d+)?)?", name), f"--device {name}: it must be cpu, gpu, "
+          "tpu, or a numbered one such as gpu:1")
+    kind, _, index = name.partition(":")
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")  # or a GPU is started, and its memory taken
-    try:
+    with explained(RuntimeError, f"--device {name}: JAX does not find it; leave it out"):
         devices = jax.devices(kind or None)
-        return devices if parallel and not index else [devices[int(index or 0)]]
-    except RuntimeError:
-        fail(f"--device {name}: JAX finds no {kind} here; it has {jax.default_backend()}")
-    except IndexError:
-        fail(f"--device {name}: there are {len(devices)} of this kind, counted from 0")
+    check(int(index or 0) < (n := len(devices)), f"--device {name}: there are {n}, counted from 0")
+    return [devices[int(index or 0)]] if parallel == "no" or index else devices
+def make_mesh(parallel: str, devices: list, need) -> jax.sharding.Mesh:
+    """The devices along the axes of --parallel. An axis without a number takes what is left; auto
+    is data, or tensor where the training, which takes `need()` bytes, does not fit one device."""
+    if parallel in ("no", "auto"):
+        parallel, room = "data", (devices[0].memory_stats() or {}).get("bytes_limit", np.inf)
+        if len(devices) > 1:
+            parallel, why = ("tensor", "more than") if need() > room else ("data", "less than")
+            print(f"--parallel {parallel}: training takes {why} the memory of one device")
+    axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
+    left = len(devices) // math.prod(n for n in axes.values() if n)
+    axes = {name: n or left for name, n in axes.items()}
+    check(0 < (count := math.prod(axes.values())) <= len(devices), f"--parallel {parallel}: there "
+          f"are {len(devices)} devices; the numbers' product must not be larger")
+    return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
+def place(mesh, parts: int, shape, read):
+    """Rows of that shape on the devices, split in n groups [(parts,) n, rows, T + 1] along all axes
+    but tensor; each host reads those of its own: read(slices) -> their tokens."""
+    axes = tuple(axis for axis in mesh.shape if axis != "tensor")
+    spec = jax.P(*[None] * parts, axes)
+    return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), read)
 def measure_peak(devices: list, dtype) -> float:
     """FLOP/s that the devices reach in the product of two large square matrices."""
     n = 2048 if devices[0].platform == "cpu" else 8192
@@ -177,45 +224,29 @@ def measure_peak(devices: list, dtype) -> float:
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 END, WIDTH = "<|endoftext|>", ["u4", "u2"]  # bytes of a token id: two, as nanoGPT's, if they do
-def shakespeare() -> Path:
-    """Tiny Shakespeare, 1.1 MB: from the cache folder, or downloaded into it; checked."""
-    (url, sha256), file = SHAKESPEARE, CACHE / "tinyshakespeare.txt"
-    try:
-        text = file.read_bytes() if file.exists() else urllib.request.urlopen(url).read(2**24)
-    except OSError as error:
-        fail(f"--data shakespeare: {url} does not answer ({error}): name a file of yours")
-    if hashlib.sha256(text).hexdigest() != sha256:
-        fail(f"--data shakespeare: {file if file.exists() else url} holds another text: remove it")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.exists() or file.write_bytes(text)
-    return file
 def find_files(names: list[str]) -> list[Path]:
     """The files that --data names, in that order; without any, Python's own but for its tests."""
     library, files = Path(os.__file__).parent, []
     for name in names:
-        found = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
-        found = [Path(file) for file in found if Path(file).is_file()]
-        if not found and name != "shakespeare":
-            fail(f"--data {name}: no such file: name text, .jsonl or .bin files, or shakespeare")
-        files += found or [shakespeare()]
+        found = [Path(file) for file in sorted(glob.glob(name, recursive=True)) or [name]]
+        found = [file for file in found if file.is_file()]
+        if not found and name == "shakespeare":
+            with explained((OSError, ValueError), f"--data {name}: {{}}; name a file of yours"):
+                found = [Path(pooch.retrieve(*SHAKESPEARE, "tinyshakespeare.txt", CACHE))]
+        check(found, f"--data {name}: no such file: name text, .jsonl, .bin or shakespeare")
+        files += found
     return files or sorted(file for file in library.rglob("*.py") if not re.search(
         "(site|dist)-packages|/(idle_)?tests?/", str(file.relative_to(library.parent))))
 def texts_in(file: Path) -> list[str]:
     """The texts of a file: all of it, or those in the lines of a .jsonl."""
-    number, texts = 0, []
-    try:
-        text = file.read_bytes().decode()  # as reading text would turn \r\n into \n
-        if file.suffix != ".jsonl":
-            return [text]
-        for number, line in enumerate(text.split("\n"), 1):  # noqa: B007
+    with explained(OSError, f"--data {file}: {{}}: name files that can be read"), explained(
+            UnicodeDecodeError, f"--data {file} is not UTF-8 text: {{}}: convert it first"):
+        text, texts = file.read_bytes().decode(), []  # as reading text would turn \r\n into \n
+    for i, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else [], 1):
+        with explained((ValueError, KeyError, TypeError, AttributeError),
+                       f'--data {file}, line {i}: it must be like {{"text": "..."}}'):
             texts += [json.loads(line)["text"].encode().decode()] if line.strip() else []
-        return texts
-    except OSError as error:
-        fail(f"--data {file}: {error.strerror}: name files that can be read")
-    except UnicodeDecodeError as error:
-        fail(f"--data {file} is not UTF-8 text (byte {error.start}): convert it first")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fail(f'--data {file}, line {number}: it must be like {{"text": "..."}}')
+    return texts if file.suffix == ".jsonl" else [text]
 def pieces(texts):
     """Yields (piece of a text, does the text end with it); no token of ours crosses a cut."""
     for text in texts:
@@ -228,11 +259,9 @@ def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts):
     alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []  # char, bytes: no merges
     if kind == "gpt2":
         from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
-        try:
+        with explained(OSError, "GPT-2's vocabulary cannot be downloaded: run once online, with a "
+                       "folder in TIKTOKEN_CACHE_DIR, or choose other --tokens"):
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # bytes -> id
-        except OSError:
-            fail("tiktoken cannot download GPT-2's vocabulary: run once online, with a folder in "
-                 "TIKTOKEN_CACHE_DIR, or choose other --tokens")
         letters = bytes_to_unicode()
         alphabet = ["".join(map(letters.get, x)) for x in sorted(ranks, key=ranks.get)]
         merges = generate_merges({x: i for i, x in enumerate(alphabet)}, None)
@@ -277,10 +306,16 @@ def write_tokens(part: Path, module, folder: Path, V: int, end: int | None, text
 def prepare(args, module, folder) -> tuple:
     """The text's tokens, encoded once and kept in the cache folder -> (those to train on, those to
     validate on, the folder of their tokenizer)."""
-    files = find_files(args.data)
-    if (binary := [file for file in files if file.suffix == ".bin"]) and len(files) > 1:
-        fail("--data: a .bin stands alone")
+    files = find_files(args.data) if args.data or not args.dataset else []
+    binary = [file for file in files if file.suffix == ".bin"]
+    check(not binary or (binary == files and len(files) < 3 and not args.dataset),
+          "--data: a .bin stands alone, or before the one to validate on")
     texts = [text for file in files if not binary for text in texts_in(file)]
+    if args.dataset:
+        from datasets import load_dataset
+        with explained((ValueError, OSError, KeyError), f"--dataset {args.dataset}: {{}}"):
+            texts += load_dataset(*args.dataset.split(":"), split="train")["text"]
+        check(all(isinstance(x, str) for x in texts), f"--dataset {args.dataset}: not all is text")
     read = [Path(__file__), Path(module.__file__), *(folder.iterdir() if folder else ())]
     about = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in read if
                                                      re.search("(py|json|txt|model)$", file.name))]
@@ -297,28 +332,29 @@ def prepare(args, module, folder) -> tuple:
                     write_tokens(Path(part), module, folder or Path(part), V, end, texts)
                 cached.exists() or Path(part).rename(cached)  # of another run, meanwhile
     V, _ = vocabulary(folder, cached)
-    [file] = binary or [cached / "tokens.bin"]
-    if (size := file.stat().st_size) % np.dtype(WIDTH[V <= 2**16]).itemsize:
-        fail(f"--data {file} ends in the middle of a token")
-    tokens = np.memmap(file, WIDTH[V <= 2**16], "r") if size else np.zeros(0, int)
-    train, val = np.split(tokens, [max(int(0.9 * len(tokens)), len(tokens) - 2**20)])
-    if min(len(train), len(val)) <= args.block:
-        fail(f"--block {args.block} is longer than the text: {len(train)} tokens to train on and "
-             f"{len(val)} to validate on; shorten it, or give more --data")
-    if tokens.max() >= V:
-        fail(f"the text has token {tokens.max()}, the model has {V}: encode it for this model")
+    kind, found = WIDTH[V <= 2**16], []
+    for file in binary or [cached / "tokens.bin"]:
+        size = file.stat().st_size
+        check(size % np.dtype(kind).itemsize == 0, f"--data {file} ends in the middle of a token")
+        found.append(np.memmap(file, kind, "r") if size else np.zeros(0, int))
+    cut = max(int(0.9 * len(found[0])), len(found[0]) - 2**20)
+    train, val = found if len(found) > 1 else np.split(found[0], [cut])
+    check(min(len(train), len(val)) > args.block, f"--block {args.block} is longer than the text: "
+          f"{len(train)} tokens to train on, {len(val)} to validate on; shorten it, or give more")
+    top = max(train.max(), val.max())
+    check(top < V, f"the text has token {top}, the model has {V}: encode it for this model")
     return train, val, folder or cached
 @lru_cache(maxsize=2)
 def shuffled(length: int, block: int, seed: int, epoch: int):
     """Where an epoch's rows begin: the text is cut at another place each time, and shuffled."""
     rng, rows = np.random.default_rng((seed, epoch)), max(1, (length - 1) // block - 1)
     return rng.integers(length - rows * block) + block * rng.permutation(rows)
-def rows_of(tokens, batch: int, block: int, seed: int, step: int):
-    """The rows of one step [B, T + 1]; they follow from seed and step, so nothing is stored."""
+def rows_of(tokens, numbers, block: int, seed: int):
+    """The rows [..., T + 1] of a run that have these numbers [...], counted from its begin."""
     rows = len(shuffled(len(tokens), block, seed, 0))
-    starts = [shuffled(len(tokens), block, seed, i // rows)[i % rows]
-              for i in range(step * batch, (step + 1) * batch)]
-    return np.stack([tokens[start : start + block + 1] for start in starts]).astype(np.int32)
+    starts = [shuffled(len(tokens), block, seed, i // rows)[i % rows] for i in numbers.flat]
+    found = np.stack([tokens[start : start + block + 1] for start in starts]).astype(np.int32)
+    return found.reshape(*numbers.shape, -1)
 def windows(tokens, batch: int, block: int):
     """All tokens as batches [N, B, T + 1]: each but the first is a target once; -1 fills up."""
     rows = batch * -(-(len(tokens) - 1) // (batch * block))
@@ -330,17 +366,19 @@ LOGITS = 2**28  # as many at once, 1 GiB of them; more are made in parts, and ag
 def token_losses(model, tokens, rngs=None):
     """Cross-entropy of each next token: tokens [B, T + 1] -> (float32 [B, T], whether the token was
     the likeliest [B, T], the model's cache). Both are 0 where the target is -1."""
-    def of_token(row):
-        logits, target = model.head(row[0]), row[1]  # [V], an id
+    def of_token(x, target):  # [D], an id
+        logits = model.head(x)  # [V]
         label = logits[jnp.maximum(target, 0)]
         return (jnp.where(target < 0, 0, jax.nn.logsumexp(logits) - label),
                 (target >= 0) & (label >= logits.max()))
     x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
-    rows = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
-    most = max(1, LOGITS // model.config.vocab_size)
-    found = jax.vmap(of_token)(rows) if len(rows[1]) <= most else jax.lax.map(
-        jax.checkpoint(of_token), rows, batch_size=most)
-    return *(each.reshape(len(tokens), -1) for each in found), cache
+    of_column, targets = jax.vmap(of_token), tokens[:, 1:]
+    most = max(1, LOGITS // (len(tokens) * model.config.vocab_size))  # columns [B] at once
+    if targets.shape[1] <= most:
+        return *jax.vmap(of_column)(x, targets), cache
+    found = jax.lax.map(jax.checkpoint(lambda column: of_column(*column)),
+                        (x.swapaxes(0, 1), targets.T), batch_size=most)
+    return *(each.T for each in found), cache
 def make_optimizer(args) -> tuple:
     """(--optimizer behind a clipped gradient, its learning rate by the step); matrices decay."""
     steps, lr, low = args.steps - args.warmup, args.lr, args.min_lr
@@ -354,36 +392,40 @@ def make_optimizer(args) -> tuple:
         optax.contrib.MuonDimensionNumbers() if p.ndim == 2 and "kernel" in str(path) else None))
     plain, factored = {"weight_decay": decay, "mask": mask}, lambda step: decay * rate(step)
     optimizer = {
-        "adamw": partial(optax.adamw, b2=args.beta2, **plain),
-        "lion": partial(optax.lion, b2=args.beta2, **plain),
+        "adamw": partial(optax.adamw, b1=args.beta1, b2=args.beta2, **plain),
+        "lion": partial(optax.lion, b1=args.beta1, b2=args.beta2, **plain),
         "adafactor": partial(optax.adafactor, weight_decay_rate=factored, weight_decay_mask=mask),
-        "muon": partial(optax.contrib.muon, adam_b2=args.beta2, weight_decay=decay,
-                        weight_decay_mask=mask, consistent_rms=0.2,
+        "muon": partial(optax.contrib.muon, beta=args.beta1, adam_b2=args.beta2,
+                        weight_decay=decay, weight_decay_mask=mask, consistent_rms=0.2,
                         muon_weight_dimension_numbers=kernels)}[args.optimizer](rate)
     return optax.chain(optax.clip_by_global_norm(args.clip), optimizer), jax.jit(rate)
-def first_state(args, optimizer, params) -> dict:
+def first_state(args, optimizer, params, mesh) -> dict:
     """All that a step changes. scale: of the loss, or small gradients would be 0 in float16."""
-    return {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params),
-            **({"ema": jax.tree.map(jnp.copy, params)} if args.ema else {}),
-            **({"scale": jnp.array(2.0**15)} if args.dtype == "float16" else {})}
-def train_step(graphdef, optimizer, balance, ema, axis, state, frozen, tokens, key):
-    """Learns from tokens [parts, B, T + 1], part by part -> (state, {mean loss, share of right
-    guesses, norm of the gradient}). balance: what is added to the loss for experts, a function of
-    the cache, or None. axis: pmap's devices, each with its own rows, or None. In float16 a step
-    whose gradient is not finite changes nothing but the scale: Micikevicius et al. 2018."""
+    state = {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params),
+             **({"ema": jax.tree.map(jnp.copy, params)} if args.ema else {}),
+             **({"scale": jnp.array(2.0**15)} if args.dtype == "float16" else {})}
+    on_all = jax.NamedSharding(mesh, jax.P())  # but what is split as its parameter is
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, jax.NamedSharding)
+                        else jax.device_put(x, on_all), state)
+def train_step(merge, again, optimizer, balance, ema, axis, state, frozen, tokens, key):
+    """Learns from tokens [parts, ..., T + 1], part by part -> (state, {mean loss, share of right
+    guesses, norm of the gradient}). merge: (params, frozen) -> model. again: changes what the loss
+    keeps for the gradient. balance: what is added to the loss for experts, a function of the cache,
+    or None. axis: pmap's devices, each with its own rows, or None. In float16 a step whose gradient
+    is not finite changes nothing but the scale: Micikevicius et al. 2018."""
+    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [parts, B, T + 1]
     key = jax.random.fold_in(key, state["step"])  # dropout is another in each step and on each
     key = key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))  # device
     add_up = (lambda x: x) if axis is None else partial(jax.lax.psum, axis_name=axis)
     count, shares = add_up(jnp.sum(tokens[..., 1:] >= 0)), add_up(len(tokens))
     params, scale, keys = state["params"], state.get("scale", 1), jax.random.split(key, len(tokens))
     def mean_loss(params, rows, key):
-        model = nnx.merge(graphdef, params, frozen)
-        losses, right, cache = token_losses(model, rows, nnx.Rngs(dropout=key))
+        losses, right, cache = token_losses(merge(params, frozen), rows, nnx.Rngs(dropout=key))
         loss, more = losses.sum() / count, balance(cache) / shares if balance else 0
         return scale * (loss + more), {"loss": loss, "accuracy": right.sum() / count}
     def add(total, part):
         return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    gradient = jax.value_and_grad(again(mean_loss), has_aux=True)
     total = gradient(params, tokens[0], keys[0])
     total = jax.lax.scan(add, total, (tokens[1:], keys[1:]))[0] if len(tokens) > 1 else total
     (_, found), gradients = add_up(total)
@@ -398,54 +440,73 @@ def train_step(graphdef, optimizer, balance, ema, axis, state, frozen, tokens, k
         new, norm = jax.tree.map(partial(jnp.where, finite), (new, norm), (state, 0.0))
         new["scale"] = scale * jnp.where(finite, 1.0 + later, 0.5)
     return new | {"step": state["step"] + 1}, found | {"norm": norm}
-def eval_step(graphdef, axis, params, frozen, tokens):
-    """The losses of all targets in tokens [B, T + 1] and how many were the likeliest, added up."""
-    losses, right, _ = token_losses(nnx.merge(graphdef, params, frozen), tokens)
+def eval_step(merge, axis, params, frozen, tokens):
+    """The losses of all targets in tokens [..., T + 1], and how many were the likeliest: sums."""
+    losses, right, _ = token_losses(merge(params, frozen), tokens.reshape(-1, tokens.shape[-1]))
     found = losses.sum(), right.sum()
     return found if axis is None else jax.lax.psum(found, axis)
-def compile_steps(graphdef, optimizer, balance, ema, parallel, devices):
-    """(train_step, eval_step) as programs of what is not given; the first overwrites the state.
-    pmap gives each device a copy of the state and its rows, [devices, ..., B / devices, T + 1]."""
-    axis = "devices" if parallel else None
-    train = partial(train_step, graphdef, optimizer, balance, ema, axis)
-    evaluate = partial(eval_step, graphdef, axis)
-    if axis is None:
-        return jax.jit(train, donate_argnums=0), jax.jit(evaluate)
-    options = {"axis_name": axis, "out_axes": None, "devices": devices}
-    train = jax.pmap(train, in_axes=(None, None, 0, None), donate_argnums=0, **options)
-    return train, jax.pmap(evaluate, in_axes=(None, None, 0), **options)
-def mean_eval(evaluate, params, frozen, batches) -> tuple:
+def merge_on(mesh, graphdef, dtype, params, frozen):
+    """The function that makes a model of such params and frozen parts inside of a program. What is
+    split along the axis fsdp is made whole, in `dtype`, on each device, where a block needs it."""
+    spread = jax.tree.map(lambda p: p.sharding, (params, frozen))
+    def gather(p, sharding):
+        if "fsdp" not in sharding.spec:
+            return p
+        spec = jax.P(*(None if axis == "fsdp" else axis for axis in sharding.spec))
+        p = jax.lax.with_sharding_constraint(p.astype(dtype), jax.NamedSharding(mesh, spec))
+        return checkpoint_name(p, "gathered")
+    return lambda *parts: nnx.merge(graphdef, *jax.tree.map(gather, parts, spread))
+def compile_steps(merge, optimizer, balance, ema, mesh, state):
+    """(train_step, eval_step) as programs; the first overwrites the state; tokens as of `place`.
+    pmap runs the program on each device, with sums over all of them where they are written; else
+    one program is for all, and XLA splits it as state and rows are."""
+    axis = "pmap" if "pmap" in mesh.shape else None
+    # What FSDP gathered for the loss is dropped, and gathered again for the gradient.
+    kept = jax.checkpoint_policies.save_anything_except_these_names("gathered")
+    again = partial(jax.checkpoint, policy=kept) if "fsdp" in mesh.shape else lambda f: f
+    train = partial(train_step, merge, again, optimizer, balance, ema, axis)
+    evaluate = partial(eval_step, merge, axis)
+    if axis:
+        how = {"axis_name": axis, "out_axes": None, "devices": [*mesh.devices.flat]}
+        train = jax.pmap(train, in_axes=(None, None, 1, None), donate_argnums=0, **how)
+        return train, jax.pmap(evaluate, in_axes=(None, None, 0), **how)
+    stays = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train, donate_argnums=0, out_shardings=(stays, None)), jax.jit(evaluate)
+def mean_eval(evaluate, mesh, params, frozen, batches) -> tuple:
     """Mean loss and share of right guesses over all targets of the batches of `windows`."""
-    found = [jax.device_get(evaluate(params, frozen, tokens)) for tokens in batches]
+    found = [jax.device_get(evaluate(params, frozen, place(
+        mesh, 0, batch.shape, batch.__getitem__))) for batch in batches]
     return tuple(np.sum(found, axis=0) / np.count_nonzero(batches[..., 1:] >= 0))
 
 # --------------------------------------------------------------------------------------------- LoRA
-def at(path, model):
-    """The module at a path, as nnx.iter_modules gives it."""
-    return reduce(lambda m, x: m[x] if isinstance(x, int) else getattr(m, x), path, model)
+def adapters_in(model) -> dict:
+    """{path: (the module that holds it, its name there, the layer)} of all linear layers."""
+    return {(*path, name): (holder, name, layer) for path, holder in nnx.iter_modules(model)
+            for name, layer in vars(holder).items() if isinstance(layer, nnx.Linear | nnx.LoRA)}
 def add_adapters(module, model, args) -> dict:
     """Puts A B of rank --lora beside each matrix whose path fits, A random and B zero (Hu et al.
     2021), without a change to the model file -> {path: the matrix's name in a checkpoint}."""
     rngs, found = nnx.Rngs(args.seed), {}
     names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
-    for path, linear in list(nnx.iter_modules(model)):
+    for path, (holder, name, layer) in adapters_in(model).items():
         dotted = ".".join(map(str, path))
-        if isinstance(linear, nnx.Linear) and re.fullmatch(args.lora_targets, dotted):
+        if re.fullmatch(args.lora_targets, dotted):
             found[path] = names[f"{dotted}.kernel"].removesuffix(".weight")
-            setattr(at(path[:-1], model), path[-1], nnx.LoRA(
-                linear.in_features, args.lora, linear.out_features, base_module=linear,
-                dtype=linear.dtype, rngs=rngs))
+            setattr(holder, name, nnx.LoRA(layer.in_features, args.lora, layer.out_features,
+                                           base_module=layer, dtype=layer.dtype, rngs=rngs))
     return found
 def merge_adapters(model, paths):
     """Adds each product to its matrix, so that the model is one of its file again."""
-    for path, lora in [(path, at(path, model)) for path in paths]:
+    found = adapters_in(model)
+    for holder, name, lora in map(found.get, paths):
         kernel = lora.base_module.kernel
         kernel.set_value(kernel[...] + lora.lora_a[...] @ lora.lora_b[...])  # float32
-        setattr(at(path[:-1], model), path[-1], lora.base_module)
+        setattr(holder, name, lora.base_module)
 def write_adapters(folder: Path, args, model, names: dict):
     """Writes them as PEFT does; names: as from `add_adapters`."""
-    tensors = {f"base_model.model.{name}.lora_{letter}.weight": np.ascontiguousarray(
-        np.asarray(getattr(at(path, model), f"lora_{letter.lower()}")[...], args.save_dtype).T)
+    found = adapters_in(model)
+    tensors = {f"base_model.model.{name}.lora_{letter}.weight": np.ascontiguousarray(np.asarray(
+        getattr(found[path][-1], f"lora_{letter.lower()}")[...], args.save_dtype).T)
         for path, name in names.items() for letter in "AB"}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps({
@@ -457,13 +518,10 @@ def write_adapters(folder: Path, args, model, names: dict):
 SETTINGS = [  # must be the same when a run goes on
     flag[2:].replace("-", "_") for title in ("text", "model", "training")
     for flag in FLAGS[title] if flag not in ("--data", "--accumulate", "--merge")] + ["dtype"]
-@contextlib.contextmanager
 def writing(out):
-    """Turns an error while `out` is written to into one line for the user."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        fail(f"{out}: {error}: make room or choose another --out; earlier checkpoints remain")
+    """For what is written to `out`, where there may be no room."""
+    return explained((OSError, SafetensorError), f"{out}: {{}}: make room or choose another --out; "
+                     "earlier checkpoints remain")
 def open_checkpoints(out: Path, keep: int) -> ocp.CheckpointManager:
     """The last states of a run and the best one, in out/checkpoints; each whole or not at all."""
     policies, loss = ocp.checkpoint_managers, lambda metrics: metrics["val_loss"]
@@ -486,15 +544,14 @@ def save_checkpoint(checkpoints, state, settings: dict, val_loss: float | None):
 def restore_checkpoint(checkpoints, step: int, state, settings: dict):
     """The state after a step, in the shapes and on the devices of `state`."""
     form, folder = ocp.args.Composite, checkpoints.directory
-    try:
+    with explained((KeyError, ValueError, OSError),
+                   f"{folder / str(step)} is damaged ({{}}): without it, --resume takes another"):
         stored = checkpoints.restore(step, args=form(settings=ocp.args.JsonRestore())).settings
-        if other := [f"--{name.replace('_', '-')} {stored.get(name)}" for name in settings
-                     if stored.get(name) != settings[name]]:
-            fail(f"the run in {folder.parent} has {', '.join(other)}: resume with that, or begin "
-                 "in another --out")
+        other = [f"--{name.replace('_', '-')} {stored.get(name)}" for name in settings
+                 if stored.get(name) != settings[name]]
+        check(not other, f"the run in {folder.parent} has {', '.join(other)}: resume with that, or "
+              "begin in another --out")
         return checkpoints.restore(step, args=form(state=ocp.args.StandardRestore(state))).state
-    except (KeyError, ValueError, OSError) as error:
-        fail(f"{folder / str(step)} is damaged ({error}): without it, --resume takes another")
 TOKENIZER = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json").fullmatch
 def write_model(args, module, model, tokenizer_folder: Path, names: dict):
     """Writes the finished folder, which the model file and transformers read, or LoRA's adapter."""
@@ -514,20 +571,39 @@ def write_model(args, module, model, tokenizer_folder: Path, names: dict):
 
 # ----------------------------------------------------------------------------------------- watching
 class Metrics:
-    """The rows of out/metrics.jsonl up to `step`; later ones, of a run that was cut off, go."""
+    """The rows of out/metrics.jsonl up to `step`; later ones, of a run that was cut off, go. Where
+    there is a tensorboard, out/tensorboard has them too. Of several hosts the first writes."""
     def __init__(self, out: Path, step: int):
-        self.file, self.rows = out / "metrics.jsonl", []
+        self.file, self.rows, self.board = out / "metrics.jsonl", [], None
+        self.write = jax.process_index() == 0
         for line in self.file.read_text().splitlines() if self.file.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):  # the last line may be cut off
                 self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
         with writing(part := out / "metrics.part"):
-            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            part.replace(self.file)  # there is no moment without the rows
+            if self.write:
+                part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+                part.replace(self.file)  # there is no moment without the rows
+        if self.write and find_spec("tensorboard"):
+            self.board = importlib.import_module("tensorboard.summary").Writer(f"{out}/tensorboard")
     def add(self, rows: list):
         """Appends rows, each of which has a step."""
         self.rows += rows
-        with writing(self.file), open(self.file, "a") as file:
+        with writing(self.file), open(self.file if self.write else os.devnull, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows if self.board else []:
+            for name in row.keys() - {"step"}:
+                self.board.add_scalar(name, row[name], row["step"])
+    def draw(self):
+        """Writes out/curves.png: losses, shares of right guesses, rates and norms."""
+        figure, of_all = Figure((10, 6), layout="constrained"), ("lr", "norm", "loss", "accuracy")
+        for axes, name in zip(figure.subplots(2, 2).flat, of_all, strict=True):
+            for column in (name, f"val_{name}"):
+                points = [(row["step"], row[column]) for row in self.rows if column in row]
+                axes.plot(*zip(*points[:: len(points) // 4000 + 1], strict=True), label=column
+                          ) if points else None
+            axes.legend()
+        with writing(self.file):
+            figure.savefig(self.file.with_name("curves.png") if self.write else os.devnull)
     def trouble(self) -> str:
         """What is wrong with the last ten steps: no number, or losses far above those before."""
         last = [(x["step"], x["loss"], x["norm"]) for x in self.rows[-120:] if "loss" in x]
@@ -550,81 +626,105 @@ def sizes(args, V: int, end) -> dict:
             "sliding_window_pattern": min(L, 6), "tie_word_embeddings": True, "bos_token_id": end,
             **({"model_type": "mixtral", "num_local_experts": E} if E else {}),
             "eos_token_id": end, "vocab_size": V, "padded_vocab_size": -(-V // 128) * 128}
-def make_model(args, module, folder, written: Path) -> tuple:
-    """The model of --weights, or one from scratch -> (model, what `add_adapters` says)."""
+def make_model(args, module, folder, written: Path, devices: list) -> tuple:
+    """The model of --weights, or one from scratch -> (model, what `add_adapters` says, mesh)."""
     options, names = {"dtype": args.dtype, "remat": args.remat}, {}
+    config = module.Config.from_hf(json.loads((folder / "config.json").read_text()) if folder else
+                                   sizes(args, *vocabulary(None, written)))
+    heads, context = config.num_attention_heads, config.max_position_embeddings
+    check(args.block <= context, f"--block {args.block}: the context of this model is {context}")
+    def draw():
+        return module.Model(config, rngs=nnx.Rngs(args.seed), **options)
+    def need():  # weights, gradients and two moments; LoRA's are small
+        return sum(p.size for p in jax.tree.leaves(nnx.eval_shape(draw))) * (4 if args.lora else 16)
+    mesh = make_mesh(args.parallel, devices, need)
+    n, fit = mesh.shape.get("tensor", 1), [i for i in range(2, heads + 1) if heads % i == 0]
+    check(n == 1 or n in fit, f"--parallel: {heads} heads split over tensor: {fit}, not over {n}")
     if folder:
         stored = args.dtype if args.lora and not args.merge else "float32"
-        model = module.load(folder, param_dtype=stored, **options)
+        model = module.load(folder, param_dtype=stored, mesh=mesh, **options)
     else:
-        config = module.Config.from_hf(sizes(args, *vocabulary(None, written)))
-        model = module.Model(config, rngs=nnx.Rngs(args.seed), **options)
-    if (context := model.config.max_position_embeddings) < args.block:
-        fail(f"--block {args.block}: the context of {args.weights} is {context}")
+        graphdef, where = nnx.split(nnx.eval_shape(draw))
+        for path, param, *_ in module.named_parameters(where):
+            param.set_value(module.sharding(mesh, config, path, param.shape))
+        model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(draw()), out_shardings=where)())
     for dropout in [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]:
         dropout.rate = args.dropout
-    try:
+    with explained(re.error, "--lora-targets is not a regular expression: {}"):
         names = add_adapters(module, model, args) if args.lora else {}
-    except re.error as error:
-        fail(f"--lora-targets is not a regular expression: {error}")
-    if args.lora and not names:
-        fail(f"--lora-targets {args.lora_targets} is the path of no matrix in {args.model}.py")
-    return model, names
+    check(names or not args.lora, f"--lora-targets {args.lora_targets} is the path of no matrix in "
+          f"{args.model}.py")
+    return model, names, mesh
 def describe(args, module, model, params, train_tokens, val_tokens, devices) -> float:
     """Says what is trained on what -> the share of the devices' peak that one token/s takes."""
-    size = {str(path): p.size for path, p in jax.tree.leaves_with_path(nnx.state(model, nnx.Param))}
     config, peak, each = model.config, measure_peak(devices, args.dtype), 4 if args.lora else 6
     chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
     products = "kernel" if hasattr(model, "lm_head") else "kernel|wte|embed_tokens"
+    size = {str(path): p.size for path, p in jax.tree.leaves_with_path(nnx.state(model, nnx.Param))}
     N = round(sum(n * (chosen if "experts" in path else 1) for path, n in size.items()
                   if re.search(products, path)))
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, 1, jnp.float32)).layers
-    D = layers[0][0].shape[-1] * (getattr(config, "n_head", 0) or config.num_attention_heads)
+    L, D, T = len(layers), layers[0][0].shape[-1] * config.num_attention_heads, args.block
     print(f"model  {args.model}.py, {sum(p.size for p in jax.tree.leaves(params)):,} parameters "
           f"trained, in {args.dtype} on {len(devices)} x {devices[0].device_kind}\n"
           f"text   {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on; "
-          f"{config.vocab_size:,} kinds\nMFU    ({each} N + 12 L D T) x tokens/s / peak: N "
-          f"{N:,}, L {len(layers)}, D {D}, T {args.block}, {peak / 1e9:,.0f} GFLOP/s", flush=True)
-    return (each * N + 12 * len(layers) * D * args.block) / peak
+          f"{config.vocab_size:,} kinds\nMFU    ({each} N + 12 L D T) x tokens/s / peak: N {N:,}, "
+          f"L {L}, D {D}, T {T}, {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    return (each * N + 12 * L * D * T) / peak
+def state_of(device) -> str:
+    """The memory that a device uses at most and how busy it is, as far as it says so."""
+    stats, busy = device.memory_stats() or {}, ""
+    if device.platform == "gpu" and find_spec("pynvml"):
+        pynvml = importlib.import_module("pynvml")
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(device.local_hardware_id)
+        busy = f"  {pynvml.nvmlDeviceGetUtilizationRates(handle).gpu} % busy"
+    return (f"  {stats['peak_bytes_in_use'] / 1e9:.2f} GB" if stats else "") + busy
 def main(args) -> int:
     """Trains as the arguments say -> the exit code."""
-    module, folder, pmap = importlib.import_module(args.model), None, args.parallel == "pmap"
-    devices = pick_devices(args.device, pmap)
-    jax.config.update("jax_default_device", devices[0])
-    if args.batch % (len(devices) * args.accumulate):
-        fail(f"--batch {args.batch} does not split over {len(devices)} devices in "
-             f"--accumulate {args.accumulate} parts: choose a multiple")
-    on_cpu, many = devices[0].platform == "cpu", len(devices)
+    module, folder = importlib.import_module(args.model), None
+    if args.multihost:
+        join_hosts(args.multihost)
+    devices = pick_devices(args.device or "", args.parallel)
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    jax.config.update("jax_default_device", own)
+    on_cpu = own.platform == "cpu"
     args.dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(args.dtype, args.dtype)
-    try:
+    with explained((OSError, module.InputError),  # OSError: of the Hub, or a folder
+                   f"--weights {args.weights}: {{}}" if args.weights else "{}"):
         if args.weights:
             folder = module.fetch(args.weights)
             module.Config.from_hf(json.loads((folder / "config.json").read_text()))
         train_tokens, val_tokens, tokenizer_folder = prepare(args, module, folder)
-        model, names = make_model(args, module, folder, tokenizer_folder)
-    except (OSError, module.InputError) as error:  # OSError: of the Hub, or a folder
-        fail(f"--weights {args.weights}: {error}" if args.weights else error)
+        model, names, mesh = make_model(args, module, folder, tokenizer_folder, devices)
+    devices, n = [*mesh.devices.flat], mesh.size // mesh.shape.get("tensor", 1)
+    least = n * args.accumulate
+    check(args.batch % least == 0, f"--batch {args.batch} does not split over {n} devices in "
+          f"--accumulate {args.accumulate} parts: choose a multiple of {least}")
+    codec = module.tokenizer(tokenizer_folder)
+    ids = codec.encode(args.prompt or "")[: args.block] if args.prompt else []
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if names else nnx.Param, ...)
     load_of_token = describe(args, module, model, params, train_tokens, val_tokens, devices)
     config, (optimizer, rate) = model.config, make_optimizer(args)
     balance = (lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)) if getattr(
         config, "model_type", "") == "mixtral" else None
-    state = first_state(args, optimizer, params)
+    state = first_state(args, optimizer, params, mesh)
+    merge = merge_on(mesh, graphdef, args.dtype, state["params"], frozen)
     del model, params  # the state is a copy, once a step has been taken or a checkpoint read
-    train, evaluate = compile_steps(graphdef, optimizer, balance, args.ema, pmap, devices)
-    shape = (*([many] if pmap else []), args.accumulate, -1, args.block + 1)
+    train, evaluate = compile_steps(merge, optimizer, balance, args.ema, mesh, state)
+    numbers = np.arange(args.batch).reshape(args.accumulate, n, -1)  # of a step's rows
+    shape = *numbers.shape, args.block + 1
     val_batches = windows(val_tokens, args.batch // args.accumulate, args.block)
-    val_batches = val_batches.reshape(len(val_batches), *shape[:-3], -1, args.block + 1)
+    val_batches = val_batches.reshape(-1, *shape[1:])
     some_batches = val_batches[:: -(-len(val_batches) // (20 * args.accumulate))]
     settings = {name: vars(args)[name] for name in SETTINGS}
     settings["data"] = f"with checksum {zlib.crc32(val_tokens, zlib.crc32(train_tokens))}"
+    with explained(OSError, f"--profile {args.profile}: {{}}"):
+        args.profile and args.profile.mkdir(parents=True, exist_ok=True)
     checkpoints, step = open_checkpoints(args.out, args.keep), 0
     if args.resume:
         step = checkpoints.latest_step()
         state = restore_checkpoint(checkpoints, step, state, settings)
-    traced = range(step + 10, step + 15) if args.profile else range(0)
-    if traced and traced[-1] >= args.steps:
-        fail("--profile traces the eleventh to the fifteenth step: there must be as many")
     metrics, key, first = Metrics(args.out, step), jax.random.key(args.seed), step
     stop, waiting, seconds, mark, stopping, trouble = [], [], 0.0, 0.0, False, ""
     def interrupt(*_):
@@ -634,20 +734,24 @@ def main(args) -> int:
         return state.get("ema", state["params"])
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, interrupt)
-    val_loss, _ = mean_eval(evaluate, learned(), frozen, some_batches)
+    val_loss, _ = mean_eval(evaluate, mesh, learned(), frozen, some_batches)
     print(f"validation loss before step {step + 1}: {val_loss:.4f}", flush=True)
     while step < args.steps and not stopping:
-        if step in traced[:1]:
+        if args.profile and step == first + 10:
             jax.profiler.start_trace(args.profile)
-        tokens = rows_of(train_tokens, args.batch, args.block, args.seed, step).reshape(shape)
+        tokens = place(mesh, 1, shape, lambda at: rows_of(
+            train_tokens, step * args.batch + numbers[at[:3]], args.block, args.seed))  # noqa: B023
         state, found = train(state, frozen, tokens, key)
         waiting.append(found)
-        if (on_cpu and many > 1) or step in traced[-1:]:  # CPU devices share cores, and lock up
-            jax.block_until_ready(found)                  # with several steps in flight
-        if step in traced[-1:]:
+        if on_cpu and mesh.size > 1:  # they share cores, and lock up with several steps in flight
+            jax.block_until_ready(found)
+        if args.profile and step == first + 14:
+            jax.block_until_ready(found)
             jax.profiler.stop_trace()
             print(f"five steps are traced: run `xprof {args.profile}`", file=sys.stderr)
         step, stopping = step + 1, bool(stop)
+        if args.multihost:  # all hosts stop, or none
+            stopping = step % 10 == 0 and bool(process_allgather(np.array(stopping)).any())
         eval_due = step % args.eval_every == 0 or step == args.steps
         save_due = args.save_every and (step % args.save_every == 0 or step == args.steps)
         if not (eval_due or save_due or stopping or step % 10 == 0 or step == first + 1):
@@ -659,18 +763,23 @@ def main(args) -> int:
         if trouble := metrics.trouble():
             break
         if eval_due or save_due:
-            val_loss, right = mean_eval(evaluate, learned(), frozen, some_batches)
+            val_loss, right = mean_eval(evaluate, mesh, learned(), frozen, some_batches)
             metrics.add([{"step": step, "val_loss": val_loss, "val_accuracy": right,
-                          **(devices[0].memory_stats() or {})}])  # a CPU counts none
-        if eval_due or sys.stderr.isatty():
+                          **(own.memory_stats() or {})}])  # a CPU counts none
+            metrics.draw()
+        if (eval_due or sys.stderr.isatty()) and jax.process_index() == 0:
             since = [x["loss"] for x in metrics.rows[-2 * args.eval_every :] if "loss" in x]
             since = since[-1 - (step - 1) % args.eval_every :]
             speed = (step - first - 1) / seconds if seconds else 0.0  # steps a second
             tokens_s, left = speed * args.batch * args.block, (args.steps - step) / (speed or 1e9)
             print(f"step {step:>6}/{args.steps}  train {np.mean(since):.4f}  val {val_loss:.4f}  "
                   f"lr {rate(step - 1):.2e}  {tokens_s:>9,.0f} tokens/s  MFU "
-                  f"{load_of_token * tokens_s:5.1%}  {left // 60:3.0f}:{left % 60:02.0f} left",
-                  end="\n" if eval_due else "\r", file=sys.stderr, flush=True)
+                  f"{load_of_token * tokens_s:5.1%}{state_of(own)}  {left // 60:3.0f}:"
+                  f"{left % 60:02.0f} left", end="\n" if eval_due else "\r", file=sys.stderr,
+                  flush=True)
+        if eval_due and ids:
+            [new] = module.generate(nnx.merge(graphdef, learned(), frozen), [ids], 60, key=key)
+            print(args.prompt + codec.decode(ids + new)[len(codec.decode(ids)) :])
         if save_due or stopping:
             save_checkpoint(checkpoints, state, settings, val_loss if save_due else None)
         mark = timeit.default_timer()
@@ -688,8 +797,11 @@ def main(args) -> int:
         state = restore_checkpoint(checkpoints, best, state, settings)
         print(f"the validation loss was lowest at step {best}: its weights are written")
     params = jax.tree.map(lambda p: p.astype(args.save_dtype).astype(p.dtype), learned())
-    loss, right = mean_eval(evaluate, params, frozen, val_batches)
-    write_model(args, module, nnx.merge(graphdef, params, frozen), tokenizer_folder, names)
+    loss, right = mean_eval(evaluate, mesh, params, frozen, val_batches)
+    if args.multihost:  # to the memory of each host
+        params, frozen = process_allgather((params, frozen), tiled=True)
+    if jax.process_index() == 0:
+        write_model(args, module, nnx.merge(graphdef, params, frozen), tokenizer_folder, names)
     print(f"finished: {args.out}, in {args.save_dtype}\nvalidation loss: {loss:.4f} a token over "
           f"all of the text; perplexity {np.exp(loss):.2f}, {right:.1%} of the tokens guessed")
     return 0

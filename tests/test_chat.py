@@ -242,7 +242,7 @@ def test_what_a_chat_lacks_is_said_in_one_line(tmp_path, refused, template, opti
 @pytest.mark.parametrize("options", [["--num-samples", "2"], ["--profile", "/tmp"]])
 def test_a_conversation_is_one_text_and_has_no_profile(folder, options):
     terminal = Terminal(folder, *options)
-    assert "leave --parallel, --num-samples" in terminal.read(until="give a --prompt\n")
+    assert "leave --num-samples, --json" in terminal.read(until="give a --prompt\n")
     assert terminal.process.wait(20) == 2
 
 

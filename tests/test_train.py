@@ -73,7 +73,7 @@ def some_tokens():
     return np.random.default_rng(1).integers(50, size=(3, 17)).astype(np.int32)
 
 def some_settings(**options):
-    return Namespace(**{"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "steps": 100, "beta2": 0.99,
+    return Namespace(**{"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "steps": 100, "beta1": 0.9, "beta2": 0.99,
                         "weight_decay": 0.1, "clip": 1.0, "optimizer": "adamw", "ema": 0.0,
                         "schedule": "cosine", "dtype": "float32"} | options)
 
@@ -82,11 +82,12 @@ def some_step(model=None, balance=None, parts=1, **options):
     settings = some_settings(**options)
     graphdef, params = nnx.split(model or small_model())
     optimizer, _ = train.make_optimizer(settings)
-    step, _ = train.compile_steps(
-        graphdef, optimizer, balance, settings.ema, None, jax.devices()[:1])
-    state = jax.tree.map(jnp.copy, train.first_state(settings, optimizer, params))
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
+    state = jax.tree.map(jnp.copy, train.first_state(settings, optimizer, params, mesh))
+    merge = train.merge_on(mesh, graphdef, jnp.float32, state["params"], nnx.State({}))
+    step, _ = train.compile_steps(merge, optimizer, balance, settings.ema, mesh, state)
     def take(state, tokens=some_tokens()):  # noqa: B008
-        tokens = tokens.reshape(parts, -1, 17)
+        tokens = tokens.reshape(parts, 1, -1, 17)
         return step(jax.tree.map(jnp.copy, state), nnx.State({}), tokens, jax.random.key(0))
     return take, state
 
@@ -188,7 +189,8 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     assert step(state)[1]["loss"] == step(state)[1]["loss"] != step(later)[1]["loss"]
     graphdef, params = nnx.split(small_model(embd_pdrop=0.5))
     plain = train.token_losses(small_model(), some_tokens())[0].sum()
-    found, _ = train.eval_step(graphdef, None, params, nnx.State({}), some_tokens())
+    merge = partial(nnx.merge, graphdef)
+    found, _ = train.eval_step(merge, None, params, nnx.State({}), some_tokens())
     assert float(found) == pytest.approx(float(plain))
 
 def assert_same(ours, expected, rtol=1e-4, atol=1e-7):
@@ -487,9 +489,9 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ("--model bert", "no model file for 'bert'"),
     ("--data missing.txt", "missing.txt: no such file: name text, .jsonl"),
-    ("--data empty.txt", "--block 16 is longer than the text: 0 tokens to train on and 0"),
+    ("--data empty.txt", "--block 16 is longer than the text: 0 tokens to train on, 0 to"),
     ("--data short.txt", "--block 16 is longer than the text"),
-    ("--data latin.txt", "latin.txt is not UTF-8 text (byte 2)"),
+    ("--data latin.txt", "latin.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xf6 in position 2"),
     ("--width 30 --heads 4", "--width must be a multiple of --heads"),
     ("--steps -5", "--steps must be 1 or more"),
     ("--block 0", "--block must be 1 or more"),
@@ -504,20 +506,21 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
     ("--tokens char --weights tiny", "--tokens char: it must be its own here"),
     ("--weights nowhere/here", "--weights nowhere/here:"),
     ("--weights tiny --model llama --data short.txt", "--block 16 is longer than the text"),
-    ("--weights tiny --block 300", "tiny/gpt2 is 256"),
+    ("--weights tiny --block 300", "the context of this model is 256"),
     ("--dtype float16 --model gemma", "gemma.py leaves the range of float16"),
     ("--data bare.jsonl", 'bare.jsonl, line 1: it must be like {"text": "..."}'),
     ("--optimizer sgd", "invalid choice: 'sgd'"),
     ("--lr 0", "--lr, --clip: above 0"),
     ("--block 100000", "--block 100000 is longer than the text"),
-    ("--device tpu", "JAX finds no tpu here"),
-    ("--device cpu:99", "there are 1 of this kind"),
-    ("--device abacus", "it must be cpu, gpu or tpu"),
+    ("--device tpu", "--device tpu: JAX does not find it"),
+    ("--device cpu:99", "--device cpu:99: there are 1, counted from 0"),
+    ("--device abacus", "it must be cpu, gpu, tpu, or"),
     ("--out short.txt", "--out short.txt is a file"),
-    ("--profile short.txt", "--profile short.txt cannot be written"),
-    ("--profile short.txt/in", "--profile short.txt/in cannot be written"),
+    ("--profile some", "--profile traces step 11 to 15: --steps 15 or more"),
+    ("--profile short.txt --steps 15", "--profile short.txt:"),
+    ("--profile short.txt/in --steps 15", "--profile short.txt/in:"),
     ("--resume", "no checkpoints: leave --resume out"),
-    ("--tokens gpt2", "tiktoken cannot download"),
+    ("--tokens gpt2", "GPT-2's vocabulary cannot be downloaded"),
 ])
 def test_bad_input_is_one_line_that_says_what_to_do(
         flags, message, text_file, monkeypatch, capsys):
@@ -561,8 +564,9 @@ def test_the_tiny_checkpoint_has_the_loss_of_its_model_card(model):
     [text] = train.texts_in(SHAKESPEARE)
     ids = module.tokenizer(folder).encode(text[int(0.9 * len(text)) :])
     graphdef, params = nnx.split(module.load(folder, dtype=jnp.float32))
-    _, evaluate = train.compile_steps(graphdef, None, None, 0.0, None, jax.devices()[:1])
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
+    evaluate = jax.jit(partial(train.eval_step, partial(nnx.merge, graphdef), None))
     windows = train.windows(np.array(ids), batch=8, block=256)
-    loss, _ = train.mean_eval(evaluate, params, nnx.State({}), windows)
+    loss, _ = train.mean_eval(evaluate, mesh, params, nnx.State({}), windows[:, None])
     stated = re.search(r"([\d.]+) nats a token", (folder / "README.md").read_text())[1]
     assert loss == pytest.approx(float(stated), abs=1e-3)

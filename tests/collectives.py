@@ -1,0 +1,66 @@
+"""Run by test_parallel.py, in a process that has 4 devices: python collectives.py MODEL. For each way
+to split a model it prints the largest error of the loss and its gradients against one device, and
+the collective operations that the compiled gradient has for each layer."""
+
+import importlib
+import json
+import re
+import sys
+from argparse import Namespace
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
+
+MESHES = {"data": {"data": 4}, "fsdp": {"fsdp": 4}, "tensor": {"tensor": 4},
+          "data,tensor": {"data": 2, "tensor": 2}, "fsdp,tensor": {"fsdp": 2, "tensor": 2}}
+COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+def collectives(compiled) -> Counter:
+    """How often each kind occurs; XLA merges several into one, so the arrays are what is counted."""
+    found = Counter()
+    for line in compiled.as_text().splitlines():
+        if match := COLLECTIVE.search(line):
+            result = line[: match.start()].split(" = ", 1)[1]
+            found[match[1]] += len(re.findall(r"\w+\[", result))
+    return found
+
+def main(name):
+    module, found = importlib.import_module(name), {mode: {} for mode in MESHES}
+    tokens = np.random.default_rng(0).integers(384, size=(8, 33))
+    def mean_loss(merge, params, tokens):
+        return train.token_losses(merge(params, nnx.State({})), tokens)[0].mean()
+    for layers in (1, 2):
+        sizes = Namespace(layers=layers, heads=4, width=64, block=32, experts=0, model=name)
+        config = module.Config.from_hf(train.sizes(sizes, 384, None))
+        graphdef, params = nnx.split(module.Model(config, rngs=nnx.Rngs(0)))
+        plain = jax.device_get(jax.jit(jax.value_and_grad(partial(
+            mean_loss, lambda params, _: nnx.merge(graphdef, params))))(params, tokens))
+        for mode, axes in MESHES.items():
+            mesh = jax.sharding.Mesh(np.reshape(jax.devices(), [*axes.values()]), [*axes])
+            where = nnx.state(nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0))))
+            for path, param, *_ in module.named_parameters(where):
+                param.set_value(module.sharding(mesh, config, path, param.shape))
+            split = jax.device_put(params, where)
+            merge = train.merge_on(mesh, graphdef, jnp.float32, split, nnx.State({}))
+            rows = tuple(axis for axis in axes if axis != "tensor")
+            own = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(rows)))
+            program = jax.jit(jax.value_and_grad(partial(mean_loss, merge)),
+                              out_shardings=(None, where)).lower(split, own).compile()
+            errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max()),
+                                  jax.device_get(program(split, own)), plain)
+            before, count = found[mode].get("all", Counter()), collectives(program)
+            found[mode] = {"error": max(jax.tree.leaves(errors)), "all": count, "layer": {
+                kind: n - before[kind] for kind, n in count.items() if n != before[kind]}}
+    print(json.dumps(found))
+
+if __name__ == "__main__":
+    main(sys.argv[1])
