@@ -22,8 +22,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import time
 import timeit
 import zlib
 from functools import lru_cache, partial
@@ -159,7 +161,8 @@ def arguments():
         (not args.lora or args.weights, "--lora adds to trained weights: name them with --weights"),
         (not args.merge or args.lora, "--merge is for --lora"),
         (re.fullmatch(modes, args.parallel), "--parallel: pmap, or like fsdp or data:2,tensor:4"),
-        (args.parallel != "pmap" or not args.multihost, "pmap is for one host: --parallel data"),
+        (not args.multihost or not (args.parallel == "pmap" or args.prompt),
+         "--parallel pmap and --prompt are for one host"),
         (re.fullmatch(r"auto|[^,]+:\d+,\d+,\d+", args.multihost or "auto"),
          "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
         (not args.dataset or find_spec("datasets"), "--dataset needs: pip install datasets"),
@@ -175,11 +178,32 @@ def arguments():
     return args
 
 # ------------------------------------------------------------------------------------------ devices
+def meet(address: str, hosts: int, host: int):
+    """Waits for all hosts at the address of the first, which tells the others who is missing. JAX
+    would end the process without a word about it."""
+    (name, port), end, came, missing = address.rsplit(":", 1), time.monotonic() + JOIN, {}, [0]
+    if host == 0:
+        with socket.create_server(("", int(port))) as server, contextlib.suppress(TimeoutError):
+            while len(came) < hosts - 1:
+                server.settimeout(max(0.01, end - time.monotonic()))
+                link, _ = server.accept()
+                came[int(link.recv(99))] = link
+        missing = [i for i in range(1, hosts) if i not in came]
+        for link in came.values():
+            link.sendall(json.dumps(missing).encode())
+    while host and missing == [0] and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((name, port), 1) as link:
+            link.settimeout(JOIN)
+            link.sendall(str(host).encode())
+            missing = json.loads(link.recv(9999))
+    check(not missing, f"--multihost {address}: {missing} of {hosts} did not come in {JOIN} s")
 def join_hosts(where: str):
-    """Meets the other hosts of --multihost; only the first goes on to print."""
-    known = [kind(x) for kind, x in zip((str, int, int), where.split(","), strict=False)]
-    with explained((RuntimeError, ValueError), f"--multihost {where}: {{}}"):
-        jax.distributed.initialize(*(known if where != "auto" else ()), initialization_timeout=JOIN)
+    """Joins the other hosts of --multihost; only the first goes on to print."""
+    known = ([kind(x) for kind, x in zip((str, int, int), where.split(","), strict=True)]
+             if where != "auto" else [])
+    known and meet(*known)
+    with explained(ValueError, "--multihost auto: no cluster is found: {}"):
+        jax.distributed.initialize(*known)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 def pick_devices(name: str, parallel: str) -> list:
@@ -702,7 +726,7 @@ def main(args) -> int:
     check(args.batch % least == 0, f"--batch {args.batch} does not split over {n} devices in "
           f"--accumulate {args.accumulate} parts: choose a multiple of {least}")
     codec = module.tokenizer(tokenizer_folder)
-    ids = codec.encode(args.prompt or "")[: args.block] if args.prompt else []
+    ids = codec.encode(args.prompt)[: args.block // 2] if args.prompt else []
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if names else nnx.Param, ...)
     load_of_token = describe(args, module, model, params, train_tokens, val_tokens, devices)
     config, (optimizer, rate) = model.config, make_optimizer(args)
@@ -778,8 +802,9 @@ def main(args) -> int:
                   f"{left % 60:02.0f} left", end="\n" if eval_due else "\r", file=sys.stderr,
                   flush=True)
         if eval_due and ids:
-            [new] = module.generate(nnx.merge(graphdef, learned(), frozen), [ids], 60, key=key)
-            print(args.prompt + codec.decode(ids + new)[len(codec.decode(ids)) :])
+            [new] = module.generate(nnx.merge(graphdef, learned(), frozen), [ids],
+                                    min(100, config.max_position_embeddings - len(ids)), key=key)
+            print(f"--- step {step}: {codec.decode(ids + new)}", flush=True)
         if save_due or stopping:
             save_checkpoint(checkpoints, state, settings, val_loss if save_due else None)
         mark = timeit.default_timer()

@@ -1,6 +1,7 @@
-"""Run by test_parallel.py, in a process that has 4 devices: python collectives.py MODEL. For each way
-to split a model it prints the largest error of the loss and its gradients against one device, and
-the collective operations that the compiled gradient has for each layer."""
+"""Run by test_parallel.py, in a process that has 4 devices, with the name of a model. For each way
+to split it this prints the largest error of the loss and its gradients against one device, and
+the arrays that each layer makes travel in the compiled program.
+"""
 
 import importlib
 import json
@@ -25,7 +26,7 @@ COLLECTIVE = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 def collectives(compiled) -> Counter:
-    """How often each kind occurs; XLA merges several into one, so the arrays are what is counted."""
+    """How many arrays travel by each kind of operation; XLA may merge several into one."""
     found = Counter()
     for line in compiled.as_text().splitlines():
         if match := COLLECTIVE.search(line):
@@ -33,6 +34,7 @@ def collectives(compiled) -> Counter:
             found[match[1]] += len(re.findall(r"\w+\[", result))
     return found
 
+# ruff: noqa: B023  (the functions in the loops are used there)
 def main(name):
     module, found = importlib.import_module(name), {mode: {} for mode in MESHES}
     tokens = np.random.default_rng(0).integers(384, size=(8, 33))

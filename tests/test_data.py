@@ -9,6 +9,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -134,7 +135,7 @@ def test_a_line_of_jsonl_without_a_text_is_named(refused, lines, number):
     ("--data empty.bin", "--block 4 is longer than the text"),
     ("--data odd.bin", "odd.bin"),
     ("--data a.txt x.bin", "a .bin stands alone"),
-    ("--data x.bin x.bin", "a .bin stands alone"),
+    ("--data x.bin x.bin x.bin", "a .bin stands alone"),
 ])
 def test_data_that_is_none_is_one_line(refused, flags, message):
     Path("empty.txt").write_text("")
@@ -374,3 +375,52 @@ def test_without_an_answer_shakespeare_is_one_line(refused, cache, monkeypatch):
     error = refused("--data", "shakespeare")
     assert "--data shakespeare" in error and "name a file of yours" in error
     assert not files_in(cache)
+
+# ------------------------------------------------------------------------ .bin pairs and datasets
+
+def test_a_second_bin_is_what_is_validated_on(prepare):
+    for name, ids in [("train.bin", range(100)), ("val.bin", range(100, 130))]:
+        np.array(ids, np.uint16).tofile(name)
+    train_tokens, val_tokens, _ = prepare("--data", "train.bin", "val.bin")
+    assert train_tokens.tolist() == [*range(100)] and val_tokens.tolist() == [*range(100, 130)]
+
+@pytest.fixture
+def offer_dataset(monkeypatch):
+    """(rows, or an error) -> the list of what is asked of datasets, which gives or raises them."""
+    def call(found):
+        asked = []
+        def load_dataset(*names, split):
+            asked.append((*names, split))
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(train, "find_spec", lambda name: True)
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        return asked
+
+    return call
+
+def test_the_texts_of_a_dataset_are_parted_by_the_token_that_ends_one(prepare, offer_dataset):
+    asked = offer_dataset({"text": ["one and more words", "two\n", ""]})
+    expected = "one and more words<|endoftext|>two\n<|endoftext|><|endoftext|>"
+    flags = ["--block", 1, "--tokens", "char"]
+    assert text_of(*prepare("--dataset", "some/name", *flags)) == expected
+    assert text_of(*prepare("--dataset", "some/name:part", *flags)) == expected
+    assert asked == [("some/name", "train"), ("some/name", "part", "train")]
+    Path("mine.txt").write_text("mine")  # and both together
+    found = prepare("--data", "mine.txt", "--dataset", "some/name", *flags)
+    assert text_of(*found) == "mine<|endoftext|>" + expected
+
+@pytest.mark.parametrize("found", [
+    ValueError("Config name is missing.\nPlease pick one of ['a', 'b']"),
+    ConnectionError("Couldn't reach the Hub"), {"content": ["of another name"]},
+    {"text": [TEXT, None]}, {"text": [1, 2]},
+], ids=["no such part", "no network", "no text", "a row without a text", "numbers"])
+def test_a_dataset_that_cannot_be_read_is_one_line(refused, offer_dataset, found):
+    offer_dataset(found)
+    assert "--dataset some/name" in refused("--dataset", "some/name")
+
+def test_without_the_package_a_dataset_says_what_to_install(refused, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert "pip install datasets" in refused("--dataset", "some/name")

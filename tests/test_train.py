@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import pytest
 import tiktoken
@@ -73,9 +74,9 @@ def some_tokens():
     return np.random.default_rng(1).integers(50, size=(3, 17)).astype(np.int32)
 
 def some_settings(**options):
-    return Namespace(**{"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "steps": 100, "beta1": 0.9, "beta2": 0.99,
-                        "weight_decay": 0.1, "clip": 1.0, "optimizer": "adamw", "ema": 0.0,
-                        "schedule": "cosine", "dtype": "float32"} | options)
+    return Namespace(**{"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "steps": 100, "beta1": 0.9,
+                        "beta2": 0.99, "weight_decay": 0.1, "clip": 1.0, "optimizer": "adamw",
+                        "ema": 0.0, "schedule": "cosine", "dtype": "float32"} | options)
 
 def some_step(model=None, balance=None, parts=1, **options):
     """(a function that takes a step, the state before it) on `some_tokens` or others."""
@@ -324,9 +325,9 @@ def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
     assert f"finished: {out}, in {dtype}\n" in done.stdout
     [perplexity] = re.findall(r"perplexity ([\d.]+)", done.stdout)
     assert float(perplexity) == pytest.approx(np.exp(stated), rel=1e-3)
-    assert sorted(file.name for file in out.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json"]
+    assert {file.name for file in out.iterdir()} - {"tensorboard"} == {
+        "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json"}
 
     ours, theirs = gpt2.tokenizer(out), AutoTokenizer.from_pretrained(out)
     ids = ours.encode(TEXT)
@@ -484,6 +485,48 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
     rows = map(json.loads, (tmp_path / "traced/metrics.jsonl").read_text().splitlines())
     assert [row["peak_bytes_in_use"] for row in rows if "val_loss" in row] == [3] * 4
 
+# ----------------------------------------------------------------------------------------- watching
+
+def test_curves_and_tensorboard_show_the_rows_of_the_metrics(tmp_path, monkeypatch):
+    shown = []
+    writer = Namespace(add_scalar=lambda *point: shown.append(point))
+    monkeypatch.setattr(train, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", Namespace(Writer=lambda folder: writer))
+    metrics = train.Metrics(tmp_path, 0)
+    metrics.add([{"step": n, "loss": 4 / n, "norm": 1.0, "lr": 0.1, "accuracy": 0.5}
+                 for n in range(1, 10_001)])
+    metrics.add([{"step": 10_000, "val_loss": 2.0, "val_accuracy": 0.4}])
+    assert len(shown) == 4 * 10_000 + 2 and ("val_loss", 2.0, 10_000) in shown
+
+    drawn = []
+    monkeypatch.setattr(train, "Figure", lambda *args, **options: drawn.append(
+        matplotlib.figure.Figure(*args, **options)) or drawn[-1])
+    metrics.draw()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    lines = {line.get_label(): line for axes in drawn[0].axes for line in axes.lines}
+    assert set(lines) == {"loss", "val_loss", "accuracy", "val_accuracy", "lr", "norm"}
+    assert 3000 < len(lines["loss"].get_xdata()) <= 4000 and lines["val_loss"].get_ydata() == [2.0]
+
+def test_a_prompt_is_continued_at_each_estimate_and_changes_no_bit(text_file, tmp_path):
+    flags = ["--data", text_file, "--tokens", "bytes", "--save-every", 0]
+    shown = run(*flags, "--out", tmp_path / "shown", "--prompt", "The 3")
+    plain = run(*flags, "--out", tmp_path / "plain")
+    assert shown.returncode == plain.returncode == 0, shown.stderr
+    estimates = len(curve(shown.stderr))
+    assert estimates == 2 and shown.stdout.count(": The 3") == estimates
+    assert "The 3" not in plain.stdout and curve(shown.stderr) == curve(plain.stderr)
+
+def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them(monkeypatch):
+    """As for an NVIDIA GPU with pynvml; here the numbers are made up."""
+    gpu = Namespace(platform="gpu", local_hardware_id=1,
+                    memory_stats=lambda: {"peak_bytes_in_use": 3 * 10**9})
+    pynvml = Namespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda i: [40, 93][i],
+                       nvmlDeviceGetUtilizationRates=lambda handle: Namespace(gpu=handle))
+    monkeypatch.setattr(train, "find_spec", lambda name: name == "pynvml")
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    assert train.state_of(gpu) == "  3.00 GB  93 % busy"
+    assert train.state_of(jax.devices("cpu")[0]) == ""
+
 # ---------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, message", [
@@ -491,7 +534,7 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
     ("--data missing.txt", "missing.txt: no such file: name text, .jsonl"),
     ("--data empty.txt", "--block 16 is longer than the text: 0 tokens to train on, 0 to"),
     ("--data short.txt", "--block 16 is longer than the text"),
-    ("--data latin.txt", "latin.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xf6 in position 2"),
+    ("--data latin.txt", "latin.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xf6"),
     ("--width 30 --heads 4", "--width must be a multiple of --heads"),
     ("--steps -5", "--steps must be 1 or more"),
     ("--block 0", "--block must be 1 or more"),
