@@ -5,14 +5,15 @@
     python bench.py --model llama --preset meta-llama/Llama-2-7b-hf  # random weights of that size
     python bench.py --model opt --weights FOLDER --task validate     # the same as transformers?
 
-Each task runs in a process of its own. Those of speed measure in turn with it what the machine can
-do: large matrix products, and reading a large array. A figure is the median of --runs runs, beside
-the lowest and the highest. --out FOLDER keeps them as JSON lines, with a picture of the roofline.
+Each task has a process of its own. Those of speed measure in turn with it what the machine can do:
+large products, and reads. A figure is the median of --runs runs, beside the lowest and the highest.
+--out FOLDER keeps them as JSON lines, with a picture of the roofline.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -33,6 +34,7 @@ import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
+MODES = r"pmap|data|fsdp|tensor|(data|fsdp|tensor):[1-9]\d*(,(data|fsdp|tensor):[1-9]\d*)*"
 HERE = Path(__file__).resolve().parent
 MODELS = [n for n in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{n}.py").exists()]
 
@@ -41,7 +43,6 @@ def fail(message):
     """One line that says what is wrong and what to do; exit code 2."""
     print("bench.py: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
-
 def in_turn(calls: dict, runs: int, warm=1) -> dict:
     """Seconds that each call takes, `runs` times after `warm` ones. One run of each, then the next:
     a machine that becomes slower does so for all. A call must wait for its result."""
@@ -53,7 +54,6 @@ def in_turn(calls: dict, runs: int, warm=1) -> dict:
             if i >= warm:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
 def limits_of(dtype) -> tuple:
     """({unit: (how much a call does, the call)}, the bytes they hold) for what a device reaches:
     FLOP/s in products of two square matrices, B/s in sums over an array that fits no cache."""
@@ -61,16 +61,13 @@ def limits_of(dtype) -> tuple:
     matrix, numbers = jnp.ones((n, n), dtype), jnp.ones(size // 4, jnp.float32)
     return {"FLOP/s": (2 * n**3, lambda: jnp.matmul(matrix, matrix).block_until_ready()),
             "B/s": (size, lambda: jnp.sum(numbers).block_until_ready())}, matrix.nbytes + size
-
 def resident_memory() -> int:
     """The bytes of this process that were in the machine's memory at most."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
 def peak_memory() -> int:
     """The bytes that the device held at most; a CPU holds what the process does."""
     stats = jax.config.jax_default_device.memory_stats()
     return stats["peak_bytes_in_use"] if stats else resident_memory()
-
 def record(args, metric, who, values, unit, **more):
     """Writes a figure as a line of JSON, for the process that started this one."""
     with open(Path(args.scratch, "records"), "a") as file:
@@ -79,17 +76,14 @@ def record(args, metric, who, values, unit, **more):
             "high": max(values), "runs": len(values), "unit": unit, "model": args.model,
             "weights": args.preset if args.weights == "random" else args.weights,
             "device": jax.config.jax_default_device.device_kind, **more}), file=file)
-
 def skeleton(module, config, **options):
     """(graphdef, state) of a model of which only the shapes are there."""
     rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # nothing is drawn
     return nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=rngs, **options)))
-
 def costs(module, config, B: int, T: int, dtype):
-    """What theory says of B rows of T tokens, from the shapes alone: operations and bytes. For each
-    token a weight of a matrix takes part in 2 operations, and attention adds 2 products of H * Dh
-    for each token that is seen, in each layer; a look-up of a vector is none. Of E experts, of
-    which a token takes k, N tokens read E (1 - (1 - k / E)^N) on average, if choices are even."""
+    """Operations and bytes of B rows of T tokens, from the shapes alone. For each token a weight of
+    a matrix takes part in 2 operations, and attention adds 2 products of H * Dh in each layer for
+    each token seen. Of E experts, k of them a token's, N tokens read E (1 - (1 - k / E)^N)."""
     E, chosen = (getattr(config, f"num_{name}", 1) for name in ("local_experts", "experts_per_tok"))
     size, head, kernels = 0, 0, [0, 0]  # kernels: those of all tokens, those of experts
     for path, p in nnx.to_flat_state(skeleton(module, config)[1]):
@@ -99,8 +93,7 @@ def costs(module, config, B: int, T: int, dtype):
         elif path[0] in ("wte", "embed_tokens", "lm_head"):  # in this order: an own head replaces
             head = p.size  # the table as what makes the logits
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
-    heads = getattr(config, "n_head", 0) or config.num_attention_heads
-    look = 4 * len(layers) * heads * layers[0][0].shape[-1]  # for each token that is seen
+    look = 4 * len(layers) * config.num_attention_heads * layers[0][0].shape[-1]  # a token seen
     shared, experts = kernels
     used = shared + experts * chosen / E
     def read(N):  # bytes of weights, for N tokens
@@ -113,34 +106,43 @@ def costs(module, config, B: int, T: int, dtype):
         train=3 * B * T * (2 * (used + head) + look * T), train_bytes=3 * read(B * T))
 
 # ----------------------------------------------------------------------------------------- subjects
-def random_model(module, config, dtype, param_dtype, **options):
+def random_model(module, config, dtype, param_dtype, mesh=None, **options):
     """A model with normal(0.02) weights, drawn on the device, each in the type it is stored in."""
     graphdef, state = skeleton(module, config, dtype=dtype, param_dtype=param_dtype, **options)
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    for i, (path, param) in enumerate(nnx.to_flat_state(state)):
-        param.set_value(jnp.ones(param.shape, param.dtype) if path[-1] == "scale"
-                        else 0.02 * draw(jax.random.key(i), param.shape, param.dtype))
+    for i, (path, param, *_) in enumerate(module.named_parameters(state)):
+        drawn = (jnp.ones(param.shape, param.dtype) if path.endswith("scale") else
+                 0.02 * draw(jax.random.key(i), param.shape, param.dtype))
+        where = mesh and module.sharding(mesh, config, path, param.shape)
+        param.set_value(jax.device_put(drawn, where))
     return nnx.merge(graphdef, state)
-
+def make_meshes(parallel) -> list:
+    """Of 1, 2 and 4 devices, if there are so many; or of one and what data:2,tensor:4 asks for."""
+    axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
+    shapes = [(1,) * len(axes), (*axes.values(),)] if all(axes.values()) else [(1,), (2,), (4,)]
+    return [jax.sharding.Mesh(np.reshape(jax.devices()[: math.prod(shape)], shape), [*axes])
+            for shape in shapes if math.prod(shape) <= jax.device_count()]
 class Ours:
-    """This project's side of a comparison; given devices, by pmap, with as many rows on each."""
-    def __init__(self, args, dtype, devices=()):
+    """This project's side of a comparison; devices along a mesh's axis tensor share their rows."""
+    def __init__(self, args, dtype, mesh=None):
         self.args, self.dtype, self.module = args, dtype, import_module(args.model)
-        self.devices, self.count = devices, max(1, len(devices))
-        self.name = f"pmap on {self.count}" if devices else "ours"
+        self.mesh, self.axes = mesh, mesh.shape if mesh else {}
+        self.count = math.prod(n for axis, n in self.axes.items() if axis != "tensor")
+        self.name = f"{args.parallel} on {mesh.size}" if mesh else "ours"
         self.module.LONG = 1 if args.chunked else self.module.LONG
         self.config = find_config(args)
     model = cached_property(lambda self: self.read(self.dtype))
     def read(self, param_dtype):
         """The model of --weights, with its parameters in that type."""
-        how = {"dtype": self.dtype, "param_dtype": param_dtype, "remat": self.args.remat}
+        how = {"dtype": self.dtype, "param_dtype": param_dtype, "remat": self.args.remat,
+               "mesh": self.mesh}
         if self.args.weights == "random":
             return random_model(self.module, find_config(self.args), **how)
         return self.module.load(folder_of(self.args), **how)
     def generate(self, prompts, n):
         """n tokens after each prompt."""
         module, model, args, key = self.module, self.model, self.args, jax.random.key(0)
-        if not self.devices:
+        if not self.mesh:
             return partial(module.generate, model, prompts, n, key=key, top_k=args.top_k or None,
                            temperature=args.temperature or 0, top_p=args.top_p)
         tokens, positions, S = module.pack(self.config, prompts, n)
@@ -157,40 +159,50 @@ class Ours:
                 cache, more = decode(state, cache, new[:, -1], keys, steps=steps)
                 new = jnp.concatenate([new, more[:, :steps]], axis=1)
             return new
-        state = jax.device_put(state, jax.sharding.NamedSharding(
-            jax.sharding.Mesh(self.devices, "devices"), jax.sharding.PartitionSpec()))
-        rows = tokens, positions, jax.random.split(key, len(prompts))
-        rows = [x.reshape(self.count, -1, *x.shape[1:]) for x in rows]
-        run = jax.pmap(run, devices=self.devices, in_axes=(None, 0, 0, 0))
+        rows = self.place(tokens, positions, jax.random.split(key, len(prompts)))
+        run = (jax.pmap(run, devices=[*self.mesh.devices.flat], in_axes=(None, 0, 0, 0))
+               if "pmap" in self.axes else jax.jit(run))
         return lambda: np.asarray(run(state, *rows)).reshape(-1, n).tolist()
+    def place(self, *rows):
+        """Arrays of rows, split over all axes but tensor; pmap wants a leading axis of devices."""
+        if "pmap" in self.axes:
+            rows = [x.reshape(self.count, -1, *x.shape[1:]) for x in rows]
+        spec = jax.P(tuple(axis for axis in self.axes if axis != "tensor"))
+        return [jax.device_put(x, self.mesh and jax.NamedSharding(self.mesh, spec)) for x in rows]
     prefill = partialmethod(generate, n=1)
     def train(self, rows):
         """A step of AdamW on rows of T + 1 tokens; weights and optimizer in float32."""
         graphdef, params = nnx.split(self.read("float32"))
-        tokens = np.array(rows).reshape(self.count, self.args.accumulate, -1, len(rows[0]))
+        [tokens], pmap = self.place(np.array(rows)), "pmap" in self.axes
+        spread = jax.tree.map(lambda p: p.sharding, params)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+        def whole(p, where):  # what FSDP split is gathered where it is used
+            spec = jax.P(*(axis if axis == "tensor" else None for axis in where.spec))
+            return jax.lax.with_sharding_constraint(p, jax.NamedSharding(self.mesh, spec))
         def mean_loss(params, tokens):
+            params = jax.tree.map(whole, params, spread) if "fsdp" in self.axes else params
             logits = nnx.merge(graphdef, params)(tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-        def step(params, opt_state, tokens):  # [parts, rows, T + 1]: gradients are accumulated
+        def step(params, opt_state, tokens):  # in parts, of which the gradients are added up
             def add(total, part):
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, part)), 0
-            total = jax.value_and_grad(mean_loss)(params, tokens[0])
-            total = jax.lax.scan(add, total, tokens[1:])[0] if len(tokens) > 1 else total
-            loss, gradients = jax.tree.map(lambda x: x / len(tokens), total)
-            if self.devices:
-                loss, gradients = jax.lax.pmean((loss, gradients), "devices")
+            parts = tokens.reshape(self.args.accumulate, -1, tokens.shape[-1])
+            total = jax.value_and_grad(mean_loss)(params, parts[0])
+            total = jax.lax.scan(add, total, parts[1:])[0] if len(parts) > 1 else total
+            loss, gradients = jax.tree.map(lambda x: x / len(parts), total)
+            if pmap:
+                loss, gradients = jax.lax.pmean((loss, gradients), "pmap")
             updates, opt_state = optimizer.update(gradients, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, loss
-        held = [params, optimizer.init(params)]
-        step = jax.pmap(step, "devices", in_axes=(None, None, 0), out_axes=None,
-                        devices=self.devices, donate_argnums=(0, 1)
-                        ) if self.devices else jax.jit(step, donate_argnums=(0, 1))
+            params = optax.apply_updates(params, updates)
+            stay = jax.lax.with_sharding_constraint if self.mesh and not pmap else lambda p, _: p
+            return stay(params, spread), opt_state, loss
+        held, how = [params, optimizer.init(params)], {"donate_argnums": (0, 1)}
+        step = jax.pmap(step, "pmap", in_axes=(None, None, 0), out_axes=None, **how, devices=[
+            *self.mesh.devices.flat]) if pmap else jax.jit(step, **how)
         def run():
-            held[0], held[1], loss = step(*held, tokens if self.devices else tokens[0])
+            held[0], held[1], loss = step(*held, tokens)
             return loss.item()
         return run
-
 class Transformers:
     """Hugging Face's transformers on PyTorch, on the same weights; eager, or compiled."""
     def __init__(self, args, dtype, folder, compiled=False):
@@ -234,7 +246,6 @@ class Transformers:
             optimizer.zero_grad()
             return loss.item()
         return run
-
 class CTranslate2:
     """OpenNMT's CTranslate2, on the same weights, which its own converter writes."""
     name = "ctranslate2"
@@ -257,7 +268,6 @@ class CTranslate2:
                "sampling_topp": args.top_p or 1, "sampling_temperature": args.temperature or 1}
         return partial(self.generator.generate_batch, words, **how)
     prefill = partialmethod(generate, n=1)
-
 PEERS = {"transformers": Transformers, "ctranslate2": CTranslate2,
          "transformers-compile": partial(Transformers, compiled=True)}
 
@@ -267,7 +277,6 @@ def some_prompts(args, config, B, T):
     rng = np.random.default_rng(0)
     lengths = [max(1, T - (i % 8) * T // 8) if args.ragged else T for i in range(B)]
     return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
-
 def compare(args, metric, values: dict, unit, shape, **theory):
     """Records what each subject reached, and of each pair of runs how ours compares."""
     for who, found in values.items():
@@ -276,16 +285,15 @@ def compare(args, metric, values: dict, unit, shape, **theory):
     for who in [*values][1:] if "ours" in values else []:
         ratios = [a / b for a, b in zip(values["ours"], values[who], strict=True)]
         record(args, metric, f"ours / {who}", ratios, "times", **shape)
-
 FORMULAS = {
     "prefill": "share = (2 N T + 4 L H Dh T^2 + 2 V D) B operations / time / limit",
     "train": "share = 3 (2 (N + V D) + 4 L H Dh T) B T operations / time / limit",
     "decode": "share = bytes of weights and of the cache as it is on average / time / limit"}
 def measure_speed(args, dtype, task):
     """Tokens/s of prompts (up to the first new token), of new tokens, or of training steps. n new
-    tokens take the time of n + 1 less the least of one. Each of several devices has B rows."""
-    everyone = [Ours(args, dtype, jax.devices()[:n]) for n in (1, 2, 4)
-                if args.parallel and n <= jax.device_count()] or [Ours(args, dtype)]
+    tokens take the time of n + 1 less the least of one."""
+    everyone = ([Ours(args, dtype, mesh) for mesh in make_meshes(args.parallel)] if args.parallel
+                else [Ours(args, dtype)])
     everyone += [PEERS[name](args, dtype, folder_of(args, dtype)) for name in args.vs]
     n, ours, decode = args.new_tokens, everyone[0], task == "decode"
     how = {"dtype": dtype, "how": " + ".join(args.techniques)}
@@ -317,8 +325,9 @@ def measure_speed(args, dtype, task):
                 share=theory["decode_bytes" if decode else task] / middle / reached[limit],
                 of=f"{reached[limit] / 1e9:,.1f} G{limit} of {of}", flops=theory[task] / middle,
                 intensity=theory[task] / theory[task + "_bytes"])
-        for one in everyone[1:] if args.parallel else []:  # B rows on each, so the same time
-            ratios = [a / b for a, b in zip(seconds[ours.name], seconds[one.name], strict=True)]
+        for one in everyone[1:] if args.parallel else []:
+            both = zip(seconds[ours.name], seconds[one.name], strict=True)
+            ratios = [one.count / one.mesh.size * a / b for a, b in both]
             record(args, f"{task}, scaling", one.name, ratios, "of linear", **shape)
         if task == "prefill" and B == 1:
             record(args, "first token", ours.name, seconds[ours.name], "s", **shape)
@@ -327,7 +336,6 @@ def measure_speed(args, dtype, task):
     if len(everyone) == 1:
         memory = (peak_memory() - held) / 1e9
         record(args, f"memory of {task}", ours.name, [memory], "GB at most", **how)
-
 def bench_compile(args, dtype):
     """Seconds that a first run takes longer than a second: both programs are compiled or read."""
     ours, [B, *_], [T, *_] = Ours(args, dtype), args.batch, args.length
@@ -343,7 +351,6 @@ def bench_compile(args, dtype):
                 seconds.append(np.subtract(*in_turn({"": run}, 2, warm=0)[""]))  # first - second
     for metric, seconds in found.items():
         record(args, metric, "ours", seconds, "s", batch=B, length=T, dtype=dtype)
-
 STARTING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 codec = AutoTokenizer.from_pretrained({folder!r})
@@ -358,7 +365,6 @@ def run_apart(*program) -> str:
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout
-
 def bench_load(args, dtype):
     """Seconds from a folder to a token, without imports, with a warm compile cache; and memory."""
     if args.once:  # in one of the processes that the lines below start
@@ -378,7 +384,6 @@ def bench_load(args, dtype):
     for i, (metric, unit) in enumerate([("load", "s"), ("resident memory of load", "GB at most")]):
         compare(args, metric, {name: [run[i] for run in runs[1:]] for name, runs in found.items()},
                 unit, {"dtype": dtype})
-
 def bench_start(args, dtype):
     """Seconds of the whole process that writes 32 tokens, with a warm compile cache."""
     words = {"folder": str(folder_of(args)), "prompt": "ROMEO:", "dtype": dtype,
@@ -392,7 +397,6 @@ def bench_start(args, dtype):
             calls["transformers"] = partial(run_apart, "-c", STARTING.format(**words))
         seconds = in_turn(calls, args.runs)
     compare(args, "start", seconds, "s", {"dtype": dtype})
-
 def both_models(args, dtype):
     """(ours, transformers', our tokenizer, the text of --text) of a checkpoint."""
     ours, text = Ours(args, dtype), Path(args.text).read_text() if args.text else __doc__
@@ -401,13 +405,11 @@ def both_models(args, dtype):
         text = "\n\n".join(load_dataset(*args.dataset.split(":"), split="test")["text"])
     theirs = Transformers(args, dtype, folder_of(args))
     return ours, theirs, ours.module.tokenizer(folder_of(args)), text
-
 def continuations(ours, theirs, prompt, n, temperature):
     """n tokens after a prompt, as each of the two draws them."""
     ours.args.temperature = theirs.args.temperature = temperature
     theirs.torch.manual_seed(0)
     return {one.name: one.generate([prompt], n)()[0][-n:] for one in (ours, theirs)}
-
 def bench_validate(args, dtype):
     """Ours against transformers: tokens, the stream after each block, logits, greedy tokens."""
     from transformers import AutoTokenizer
@@ -436,7 +438,6 @@ def bench_validate(args, dtype):
     pairs = enumerate(zip(*new.values(), strict=True))
     agreed = next((i for i, (a, b) in pairs if a != b), args.new_tokens)
     record(args, "greedy tokens", "same until", [agreed], f"of {args.new_tokens}", dtype=dtype)
-
 def bench_eval(args, dtype):
     """Mean loss and perplexity of a text: in windows of up to 1,024 tokens, each of which begins
     half a window before the end of the last and counts the tokens that the last did not have."""
@@ -464,7 +465,6 @@ def bench_eval(args, dtype):
         loss /= len(ids) - 1
         record(args, "loss", who, [loss], "nats a token", dtype=dtype)
         record(args, "perplexity", who, [np.exp(loss)], f"of {len(ids) - 1} tokens", dtype=dtype)
-
 def bench_compare(args, dtype):
     """Greedy and sampled texts of both side by side, and how much each repeats itself."""
     ours, theirs, codec, text = both_models(args, dtype)
@@ -479,20 +479,19 @@ def bench_compare(args, dtype):
                        f"of runs of {n}")
             repeated = sum(token in new[max(0, i - 16) : i] for i, token in enumerate(new))
             record(args, f"{how}: repetition", who, [repeated / len(new)], "seen in the 16 before")
-
 CHIPS = {  # data sheets: bfloat16 FLOP/s, memory bytes/s, bytes of memory, bytes/s to other chips
     "a100": (312e12, 2.039e12, 80e9, 300e9), "h100": (989e12, 3.35e12, 80e9, 450e9),
     "h200": (989e12, 4.8e12, 141e9, 450e9), "v5e": (197e12, 0.819e12, 16e9, 200e9),
     "v5p": (459e12, 2.765e12, 95e9, 600e9), "v6e": (918e12, 1.64e12, 32e9, 448e9)}
 def bench_plan(args, dtype):
     """What a preset needs at least on N chips, from its config alone. Training is split as by FSDP:
-    bfloat16 weights are gathered twice and gradients scattered once; float32 weights, gradients and
-    AdamW's moments stay split; of blocks the input is kept, the rest computed again. Decoding
-    splits weights and cache by tensor parallelism."""
-    module, config, N = import_module(args.model), find_config(args), args.chips
+    bfloat16 weights are gathered twice, gradients scattered once; float32 weights, gradients and
+    moments stay split; of blocks the input is kept. Decoding is tensor parallel. Scaling is that of
+    data parallelism: float32 gradients are summed over all chips, while nothing is computed."""
+    module, config = import_module(args.model), find_config(args)
     flops, bandwidth, memory, link = CHIPS[args.kind]
     width = getattr(config, "n_embd", 0) or config.hidden_size
-    for B, T in itertools.product(args.batch, args.length):
+    for B, T, N in itertools.product(args.batch, args.length, args.chips):
         c = costs(module, config, B, T, "bfloat16")
         times = {"products": 4 / 3 * c.train / N / flops, "links": 6 * c.size * (N - 1) / N / link,
                  "memory": 28 * c.size / N / bandwidth}
@@ -501,12 +500,14 @@ def bench_plan(args, dtype):
             ("train", (16 * c.size + 2 * c.depth * width * T * B) / N, max(times.values()), B * T,
              max(times, key=times.get)),
             ("decode", (2 * c.size + c.cache) / N, c.decode_bytes / N / bandwidth, B, "memory")]:
-            record(args, f"{what}: memory", "plan", [held / 1e9], "GB a chip", **shape,
+            record(args, f"{what}: memory", args.preset, [held / 1e9], "GB a chip", **shape,
                    of="does not fit" if held > memory else f"fits {memory / 1e9:.0f} GB")
-            record(args, f"{what}: step", "plan", [1e3 * seconds], "ms", **shape,
+            record(args, f"{what}: step", args.preset, [1e3 * seconds], "ms", **shape,
                    of=f"held by the {of}")
-            record(args, f"{what}: speed", "plan", [tokens / seconds], "tokens/s", **shape)
-
+            record(args, f"{what}: speed", args.preset, [tokens / seconds], "tokens/s", **shape)
+        work, sums = c.train / N / flops, 8 * c.size * (N - 1) / N / link
+        record(args, "train: scaling", args.preset, [work / (work + sums)], "of linear", **shape,
+               of=f"{1e3 * work:.3g} ms of products, {1e3 * sums:.3g} of sums")
 TASKS = {task: partial(measure_speed, task=task) for task in FORMULAS} | {
     name[6:]: task for name, task in globals().items() if name.startswith("bench_")}
 
@@ -525,11 +526,9 @@ def write_table(records: list[dict]):
                 found["runs"] > 1), found["unit"], share + found.get("of", "")])
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
     rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print(f"| {' | '.join(map(str.ljust, row, widths))} |")
+    print("\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows))
     for metric, formula in {r["metric"]: r["formula"] for r in records if "formula" in r}.items():
         print(f"{metric}: {formula}")
-
 def draw(records: list[dict], file: Path):
     """The roofline, operations/s over operations a byte, with a point for each of our figures."""
     from matplotlib.figure import Figure
@@ -556,7 +555,6 @@ def folder_of(args, dtype="float32") -> Path:
     if not folder.exists():
         module.save(random_model(module, find_config(args), dtype, dtype), folder)
     return folder
-
 def find_config(args):
     """The config of --weights, or of --preset where they are random."""
     module, random = import_module(args.model), args.weights == "random"
@@ -565,11 +563,9 @@ def find_config(args):
         return module.PRESETS[name][-1]
     file = (Path(name) if random else folder_of(args)) / "config.json"
     return module.Config.from_hf(json.loads(file.read_text()))
-
 def torch_device() -> str:
     """PyTorch's name for the device that JAX computes on."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
-
 def arguments():
     """The command line, read and checked."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__,
@@ -586,7 +582,7 @@ def arguments():
     add("--length", type=numbers, default=[32], metavar="N,...", help="tokens (default: 32)")
     for name, default, about in [
         ("--new-tokens", 64, "after a prompt"), ("--runs", 5, "of which the median counts"),
-        ("--accumulate", 1, "parts of a batch in training"), ("--chips", 1, "for plan"),
+        ("--accumulate", 1, "parts of a batch in training"),
         ("--limit", 600, "seconds that a task may take")]:
         add(name, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
     add("--ragged", action="store_true", help="prompts of different lengths, for decode")
@@ -597,15 +593,18 @@ def arguments():
     add("--vs", type=words, default=[], metavar="NAME,...", help=f"of {', '.join(PEERS)}")
     add("--text", metavar="FILE", help="for validate, eval and compare")
     add("--dataset", metavar="NAME[:SUBSET]", help="its test split, through the package datasets")
+    add("--chips", type=numbers, default=[8, 64, 512], metavar="N,...", help="for plan (8,64,512)")
     add("--kind", choices=CHIPS, default="h100", help="for plan (default: h100)")
     add("--dtype", type=words, default=[""], metavar="DTYPE,...", help="default: as in sample.py")
     add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
-    add("--parallel", choices=["pmap"], help="on 1, 2 and 4 devices, with --batch rows on each")
+    add("--parallel", metavar="MODE", help="pmap, data, fsdp or tensor, on 1, 2 and 4 devices, or "
+        "data:2,tensor:2 beside one; --batch rows on each (for tensor, on all)")
     add("--profile", metavar="DIR", help="trace a run of each of our figures for xprof or Perfetto")
     add("--out", type=Path, metavar="FOLDER", help="for results.jsonl and roofline.png")
     add("--scratch", help=argparse.SUPPRESS)  # in the process of a task: for its records
     add("--once", help=argparse.SUPPRESS)  # in the process of a single load: of whom
     args = parser.parse_args()
+    args.every = args.task == ["plan"] and not (args.model or args.preset)
     presets = import_module(args.model or "gpt2").PRESETS
     args.given = args.weights or ("random" if args.preset else "")
     args.weights = args.given or (next(iter(presets)) if args.model else "tiny")
@@ -620,10 +619,11 @@ def arguments():
          f"--preset must be of {', '.join(presets)}, or a folder with a config.json"),
         (not args.text or (Path(args.text).is_file() and Path(args.text).stat().st_size > 9),
          f"--text {args.text}: there is no such file, or next to nothing in it"),
-        (min(*args.batch, *args.length, args.new_tokens, args.runs, args.chips, args.accumulate,
+        (min(*args.batch, *args.length, *args.chips, args.new_tokens, args.runs, args.accumulate,
              args.top_k or 1) >= 1, "batches, lengths and numbers must be 1 or more"),
         (not args.ragged or args.task == ["decode"], "--ragged is for --task decode"),
         (not args.vs or not args.parallel, "--vs compares on one device: leave --parallel out"),
+        (re.fullmatch(MODES, args.parallel or "data"), "--parallel must be one of those in --help"),
         (not any(B % max(1, args.accumulate) for B in args.batch),
          "--accumulate must divide --batch"),
         ({*args.techniques} <= {"ragged"} or (args.task == ["train"] and not args.vs),
@@ -635,10 +635,8 @@ def arguments():
             ("torch", {"transformers", "transformers-compile", "validate", "eval", "compare"}
              & {*args.task, *args.vs}), ("datasets", args.dataset),
             ("ctranslate2", "ctranslate2" in args.vs)] if used]]:
-        if not fits:
-            fail(rule)
+        fits or fail(rule)
     return args
-
 def measure(args):
     """A single task, in a process of its own."""
     kind, _, index = (args.device or "").partition(":")
@@ -657,10 +655,12 @@ def measure(args):
         TASKS[task](args, dtype)
     except (OSError, UnicodeDecodeError, import_module(args.model).InputError) as error:
         fail(error)  # of the Hub, of a file, or of a text that is too long
-
 def main(args) -> int:
     """Starts a process for each task, collects what they print -> the exit code."""
     parts = [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
+    if args.every:  # the largest model of each file
+        parts = [["--model", name, "--preset", max(import_module(name).PRESETS.items(),
+                                                   key=lambda x: x[1][0])[0]] for name in MODELS]
     if args.suite:
         lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
         parts = [["--weights", args.given or "random", "--dtype", dtype, *shlex.split(line)]
