@@ -22,10 +22,9 @@ MODES = ["no", "pmap", "data", "fsdp", "tensor", "data:2,tensor:2", "fsdp:2,tens
 TRAIN = ["--layers", "1", "--heads", "4", "--width", "32", "--block", "16", "--batch", "8",
          "--steps", "20", "--eval-every", "10", "--lr", "1e-3", "--warmup", "10", "--device", "cpu",
          "--tokens", "char"]
-FAMILIES = [pytest.param(name, marks=pytest.mark.wide if name != "gpt2" else ())
-            for name in train.MODELS]
 def wide(*case):
     return pytest.param(*case, marks=pytest.mark.wide)
+FAMILIES = ["gpt2", *map(wide, train.MODELS[1:])]
 
 def on_devices(n=4):
     """The environment of a process that has n devices."""
@@ -80,17 +79,19 @@ def assert_same_curve(one, other):
 
 # ----------------------------------------------------------------------------------------- training
 
-@pytest.mark.parametrize("model", FAMILIES)
-def test_every_mode_learns_what_one_device_learns(model, text, tmp_path):
+@pytest.mark.parametrize("model, modes", [
+    ("gpt2", MODES), *[wide(name, ["no", "data", "fsdp:2,tensor"]) for name in train.MODELS[1:]],
+    *[pytest.param(name, MODES, marks=pytest.mark.slow) for name in train.MODELS[1:]]])
+def test_every_mode_learns_what_one_device_learns(model, modes, text, tmp_path):
     more = ["--experts", "4"] if model == "mistral" else []
     printed = train_several(*[
         [*TRAIN, "--data", text, "--model", model, "--save-every", 0, "--parallel", mode, *more,
-         "--out", tmp_path / mode] for mode in MODES]).stdout
+         "--out", tmp_path / mode] for mode in modes]).stdout
     steps, val = curve(tmp_path / "no")
     assert len(steps) == 20 and val[-1] < val[0]
-    for mode in MODES[1:]:
+    for mode in modes[1:]:
         assert_same_curve(tmp_path / mode, tmp_path / "no")
-    assert printed.count("on 1 x cpu") == 1 and printed.count("on 4 x cpu") == len(MODES) - 1
+    assert printed.count("on 1 x cpu") == 1 and printed.count("on 4 x cpu") == len(modes) - 1
 
 # What a layer needs: (parameters, those that FSDP splits, sums over tensor). Sums are one for each
 # product behind a split one, and backward one for each before it, as XLA leaves them; GPT-2's fused
