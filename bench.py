@@ -186,7 +186,7 @@ class Ours:
         def step(params, opt_state, tokens):  # in parts, of which the gradients are added up
             def add(total, part):
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, part)), 0
-            parts = tokens.reshape(self.args.accumulate, -1, tokens.shape[-1])
+            parts = tokens.reshape(-1, self.args.accumulate, tokens.shape[-1]).swapaxes(0, 1)
             total = jax.value_and_grad(mean_loss)(params, parts[0])
             total = jax.lax.scan(add, total, parts[1:])[0] if len(parts) > 1 else total
             loss, gradients = jax.tree.map(lambda x: x / len(parts), total)

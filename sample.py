@@ -220,7 +220,8 @@ def make_mesh(parallel, devices, heads, size, rows):
     is data, for so many rows, or tensor where weights of `size` bytes do not fit one device."""
     if parallel in ("no", "auto"):
         room = (devices[0].memory_stats() or {}).get("bytes_limit", size)
-        parallel = "tensor" if size > room else f"data:{min(rows, len(devices))}"
+        most = max(n for n, _ in enumerate(devices, 1) if heads % n == 0)
+        parallel = f"tensor:{most}" if size > room else f"data:{min(rows, len(devices))}"
         if len(devices) > 1:
             why = f"{rows} texts" if size <= room else f"{size / 1e9:.1f} GB do not fit one"
             print(f"--parallel {parallel} of {len(devices)} devices: {why}", file=sys.stderr)
@@ -328,8 +329,7 @@ def generate(model_file, model, mesh, prompts, args, streaming, timing):
         new = np.asarray(new)
         token, new = new[..., steps - 1], new.reshape(-1, model_file.STEPS)[:B, :steps]
         elapsed = time.perf_counter() - start
-        timing.decode += elapsed
-        timing.steps += steps
+        timing.decode, timing.steps = timing.decode + elapsed, timing.steps + steps
         if streaming:  # as many steps as take a tenth of a second, so that the text flows
             steps = max(1, min(model_file.STEPS, int(0.1 * steps / elapsed)))
         yield new

@@ -5,9 +5,10 @@
     python train.py --model llama --weights HuggingFaceTB/SmolLM2-135M --lora 8 --data 'my/*.txt'
     python sample.py --model gpt2 --weights runs/mine        # what has it learned?
 
-The last tenth of the text is not trained on: the loss on it, the validation loss, tells how well
-the model predicts what it has not seen. Ctrl-C stops a run, and the same command with --resume goes
-on from there, on a CPU bit for bit. The finished folder is a checkpoint in Hugging Face's format.
+The end of the text, a tenth at most, is not trained on: the loss on it, the validation loss, tells
+how well the model predicts what it has not seen. Ctrl-C stops a run, and the same command with
+--resume goes on from there, on a CPU bit for bit. The finished folder is a checkpoint as Hugging
+Face has them, or an adapter as PEFT has.
 """
 
 import argparse
@@ -140,13 +141,13 @@ def arguments():
     args.lr = rate if args.lr is None else args.lr
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
-    bins = any(name.endswith(".bin") for name in args.data)
+    bins = any(file.endswith(".bin") for x in args.data for file in (glob.glob(x) or [x]))
     kinds = ["its own"] if args.weights else ["gpt2"] if bins else ["bpe", "char", "bytes", "gpt2"]
     args.tokens = args.tokens or kinds[0]
     stored = any(path.name.isdigit() for path in args.out.glob("checkpoints/*"))
     least = {1: "layers heads width block steps batch accumulate eval_every keep",
              256: "vocab_size", 0: "seed save_every lora weight_decay min_lr warmup"}
-    modes = rf"no|auto|pmap|{AXIS}(,{AXIS})*"
+    modes, axes = rf"no|auto|pmap|{AXIS}(,{AXIS})*", re.findall("[a-z]+", args.parallel)
     for fits, rule in [
         (args.model in MODELS, f"no model file for {args.model!r}; there are: {', '.join(MODELS)}"),
         *[(vars(args)[name] >= n, f"--{name.replace('_', '-')} must be {n} or more")
@@ -160,14 +161,16 @@ def arguments():
         (args.experts != 1, "--experts must be 0, or 2 or more"),
         (not args.lora or args.weights, "--lora adds to trained weights: name them with --weights"),
         (not args.merge or args.lora, "--merge is for --lora"),
-        (re.fullmatch(modes, args.parallel), "--parallel: pmap, or like fsdp or data:2,tensor:4"),
+        (re.fullmatch(modes, args.parallel) and len(set(axes)) == len(axes),
+         "--parallel: pmap, or like fsdp or data:2,tensor:4"),
+        (not args.multihost or (args.parallel != "no" and ":" not in (args.device or "")),
+         "--multihost takes all devices: leave --parallel no and the number of --device out"),
         (not args.multihost or not (args.parallel == "pmap" or args.prompt),
          "--parallel pmap and --prompt are for one host"),
         (re.fullmatch(r"auto|[^,]+:\d+,\d+,\d+", args.multihost or "auto"),
          "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
         (not args.dataset or find_spec("datasets"), "--dataset needs: pip install datasets"),
         (args.warmup < args.steps, "--warmup must be below --steps"),
-        (not args.profile or args.steps > 14, "--profile traces step 11 to 15: --steps 15 or more"),
         (args.clip > 0 < args.lr >= args.min_lr, "--lr, --clip: above 0; --min-lr: at most --lr"),
         ((args.dtype, args.model) != ("float16", "gemma"), "gemma.py leaves the range of float16"),
         (not args.out.exists() or args.out.is_dir(), f"--out {args.out} is a file: name a folder"),
@@ -182,6 +185,7 @@ def meet(address: str, hosts: int, host: int):
     """Waits for all hosts at the address of the first, which tells the others who is missing. JAX
     would end the process without a word about it."""
     (name, port), end, came, missing = address.rsplit(":", 1), time.monotonic() + JOIN, {}, [0]
+    check(host < hosts, f"--multihost: there is no host {host} of {hosts}, counted from 0")
     if host == 0:
         with socket.create_server(("", int(port))) as server, contextlib.suppress(TimeoutError):
             while len(came) < hosts - 1:
@@ -191,18 +195,20 @@ def meet(address: str, hosts: int, host: int):
         missing = [i for i in range(1, hosts) if i not in came]
         for link in came.values():
             link.sendall(json.dumps(missing).encode())
-    while host and missing == [0] and time.monotonic() < end:
-        with contextlib.suppress(OSError), socket.create_connection((name, port), 1) as link:
+    while host and missing == [0] and time.monotonic() < end:  # the first is, until it has answered
+        with contextlib.suppress(OSError, ValueError), socket.create_connection(
+                (name, port), 1) as link:
             link.settimeout(JOIN)
             link.sendall(str(host).encode())
             missing = json.loads(link.recv(9999))
+        time.sleep(0.2)
     check(not missing, f"--multihost {address}: {missing} of {hosts} did not come in {JOIN} s")
 def join_hosts(where: str):
     """Joins the other hosts of --multihost; only the first goes on to print."""
     known = ([kind(x) for kind, x in zip((str, int, int), where.split(","), strict=True)]
              if where != "auto" else [])
     known and meet(*known)
-    with explained(ValueError, "--multihost auto: no cluster is found: {}"):
+    with explained(ValueError, f"--multihost {where}: {{}}"):
         jax.distributed.initialize(*known)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -217,23 +223,29 @@ def pick_devices(name: str, parallel: str) -> list:
         devices = jax.devices(kind or None)
     check(int(index or 0) < (n := len(devices)), f"--device {name}: there are {n}, counted from 0")
     return [devices[int(index or 0)]] if parallel == "no" or index else devices
-def make_mesh(parallel: str, devices: list, need) -> jax.sharding.Mesh:
+def make_mesh(parallel: str, devices: list, heads: int, need) -> jax.sharding.Mesh:
     """The devices along the axes of --parallel. An axis without a number takes what is left; auto
-    is data, or tensor where the training, which takes `need()` bytes, does not fit one device."""
+    is data, or tensor where the `need()` bytes of the training state do not fit one device."""
     if parallel in ("no", "auto"):
-        parallel, room = "data", (devices[0].memory_stats() or {}).get("bytes_limit", np.inf)
+        own = next(device for device in devices if device.process_index == jax.process_index())
+        parallel, room = "data", (own.memory_stats() or {}).get("bytes_limit", np.inf)
         if len(devices) > 1:
-            parallel, why = ("tensor", "more than") if need() > room else ("data", "less than")
-            print(f"--parallel {parallel}: training takes {why} the memory of one device")
+            most = max(n for n in range(1, len(devices) + 1) if heads % n == 0)
+            parallel, why = (f"tensor:{most}", "more") if need() > room else ("data", "less")
+            print(f"--parallel {parallel}: the state takes {why} than the memory of one device")
     axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
     left = len(devices) // math.prod(n for n in axes.values() if n)
     axes = {name: n or left for name, n in axes.items()}
     check(0 < (count := math.prod(axes.values())) <= len(devices), f"--parallel {parallel}: there "
-          f"are {len(devices)} devices; the numbers' product must not be larger")
+          f"are {len(devices)} devices; say how many along all axes but one, and no more")
+    check(count == len(devices) or jax.process_count() == 1,
+          f"--parallel {parallel} leaves devices out: of several hosts all must take part")
+    n, fit = axes.get("tensor", 1), [n for n in range(2, heads + 1) if heads % n == 0]
+    check(n == 1 or n in fit, f"--parallel: {heads} heads split over tensor: {fit}, not over {n}")
     return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
 def place(mesh, parts: int, shape, read):
-    """Rows of that shape on the devices, split in n groups [(parts,) n, rows, T + 1] along all axes
-    but tensor; each host reads those of its own: read(slices) -> their tokens."""
+    """Rows [(parts,) n, rows, T + 1] on the devices: a group for each, or for each set of them that
+    shares a model by tensor. Each host reads those of its own: read(slices) -> their tokens."""
     axes = tuple(axis for axis in mesh.shape if axis != "tensor")
     spec = jax.P(*[None] * parts, axes)
     return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), read)
@@ -308,6 +320,7 @@ def vocabulary(folder, written: Path) -> tuple:
     """(size, token that ends a text or None) of the checkpoint in a folder, or what was written."""
     if folder:
         config = json.loads((folder / "config.json").read_text())
+        config |= config.get("text_config", {})  # of Gemma 3 with pictures
         return config["vocab_size"], next(iter(np.ravel(config.get("eos_token_id"))), None)
     codec = Tokenizer.from_file(f"{written}/tokenizer.json")
     return codec.get_vocab_size(), codec.token_to_id(END)
@@ -337,7 +350,8 @@ def prepare(args, module, folder) -> tuple:
     texts = [text for file in files if not binary for text in texts_in(file)]
     if args.dataset:
         from datasets import load_dataset
-        with explained((ValueError, OSError, KeyError), f"--dataset {args.dataset}: {{}}"):
+        errors = ValueError, OSError, KeyError, RuntimeError
+        with explained(errors, f"--dataset {args.dataset}: {{}}"):
             texts += load_dataset(*args.dataset.split(":"), split="train")["text"]
         check(all(isinstance(x, str) for x in texts), f"--dataset {args.dataset}: not all is text")
     read = [Path(__file__), Path(module.__file__), *(folder.iterdir() if folder else ())]
@@ -440,6 +454,7 @@ def train_step(merge, again, optimizer, balance, ema, axis, state, frozen, token
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [parts, B, T + 1]
     key = jax.random.fold_in(key, state["step"])  # dropout is another in each step and on each
     key = key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))  # device
+    # pmap's devices add up here; without an axis the program is for all rows, and XLA does so.
     add_up = (lambda x: x) if axis is None else partial(jax.lax.psum, axis_name=axis)
     count, shares = add_up(jnp.sum(tokens[..., 1:] >= 0)), add_up(len(tokens))
     params, scale, keys = state["params"], state.get("scale", 1), jax.random.split(key, len(tokens))
@@ -514,7 +529,8 @@ def add_adapters(module, model, args) -> dict:
     names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
     for path, (holder, name, layer) in adapters_in(model).items():
         dotted = ".".join(map(str, path))
-        if re.fullmatch(args.lora_targets, dotted):
+        as_array = name in ("lm_head", "w1", "w2", "w3")  # their files read these without a call
+        if re.fullmatch(args.lora_targets, dotted) and not as_array:
             found[path] = names[f"{dotted}.kernel"].removesuffix(".weight")
             setattr(holder, name, nnx.LoRA(layer.in_features, args.lora, layer.out_features,
                                            base_module=layer, dtype=layer.dtype, rngs=rngs))
@@ -596,7 +612,7 @@ def write_model(args, module, model, tokenizer_folder: Path, names: dict):
 # ----------------------------------------------------------------------------------------- watching
 class Metrics:
     """The rows of out/metrics.jsonl up to `step`; later ones, of a run that was cut off, go. Where
-    there is a tensorboard, out/tensorboard has them too. Of several hosts the first writes."""
+    there is a tensorboard, out/tensorboard gets them too. Of several hosts the first writes."""
     def __init__(self, out: Path, step: int):
         self.file, self.rows, self.board = out / "metrics.jsonl", [], None
         self.write = jax.process_index() == 0
@@ -619,6 +635,8 @@ class Metrics:
                 self.board.add_scalar(name, row[name], row["step"])
     def draw(self):
         """Writes out/curves.png: losses, shares of right guesses, rates and norms."""
+        if not self.write:
+            return
         figure, of_all = Figure((10, 6), layout="constrained"), ("lr", "norm", "loss", "accuracy")
         for axes, name in zip(figure.subplots(2, 2).flat, of_all, strict=True):
             for column in (name, f"val_{name}"):
@@ -627,7 +645,7 @@ class Metrics:
                           ) if points else None
             axes.legend()
         with writing(self.file):
-            figure.savefig(self.file.with_name("curves.png") if self.write else os.devnull)
+            figure.savefig(self.file.with_name("curves.png"))
     def trouble(self) -> str:
         """What is wrong with the last ten steps: no number, or losses far above those before."""
         last = [(x["step"], x["loss"], x["norm"]) for x in self.rows[-120:] if "loss" in x]
@@ -655,15 +673,13 @@ def make_model(args, module, folder, written: Path, devices: list) -> tuple:
     options, names = {"dtype": args.dtype, "remat": args.remat}, {}
     config = module.Config.from_hf(json.loads((folder / "config.json").read_text()) if folder else
                                    sizes(args, *vocabulary(None, written)))
-    heads, context = config.num_attention_heads, config.max_position_embeddings
+    context = config.max_position_embeddings
     check(args.block <= context, f"--block {args.block}: the context of this model is {context}")
     def draw():
         return module.Model(config, rngs=nnx.Rngs(args.seed), **options)
-    def need():  # weights, gradients and two moments; LoRA's are small
+    def need():  # float32: a weight, its gradient, two moments; or a frozen weight and LoRA's few
         return sum(p.size for p in jax.tree.leaves(nnx.eval_shape(draw))) * (4 if args.lora else 16)
-    mesh = make_mesh(args.parallel, devices, need)
-    n, fit = mesh.shape.get("tensor", 1), [i for i in range(2, heads + 1) if heads % i == 0]
-    check(n == 1 or n in fit, f"--parallel: {heads} heads split over tensor: {fit}, not over {n}")
+    mesh = make_mesh(args.parallel, devices, config.num_attention_heads, need)
     if folder:
         stored = args.dtype if args.lora and not args.merge else "float32"
         model = module.load(folder, param_dtype=stored, mesh=mesh, **options)
@@ -723,8 +739,8 @@ def main(args) -> int:
         model, names, mesh = make_model(args, module, folder, tokenizer_folder, devices)
     devices, n = [*mesh.devices.flat], mesh.size // mesh.shape.get("tensor", 1)
     least = n * args.accumulate
-    check(args.batch % least == 0, f"--batch {args.batch} does not split over {n} devices in "
-          f"--accumulate {args.accumulate} parts: choose a multiple of {least}")
+    check(args.batch % least == 0, f"--batch {args.batch} does not split over {n} devices (or "
+          f"groups of them) in --accumulate {args.accumulate} parts: choose a multiple of {least}")
     codec = module.tokenizer(tokenizer_folder)
     ids = codec.encode(args.prompt)[: args.block // 2] if args.prompt else []
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if names else nnx.Param, ...)
@@ -734,7 +750,7 @@ def main(args) -> int:
         config, "model_type", "") == "mixtral" else None
     state = first_state(args, optimizer, params, mesh)
     merge = merge_on(mesh, graphdef, args.dtype, state["params"], frozen)
-    del model, params  # the state is a copy, once a step has been taken or a checkpoint read
+    del model, params  # whose memory the first step takes for the new state
     train, evaluate = compile_steps(merge, optimizer, balance, args.ema, mesh, state)
     numbers = np.arange(args.batch).reshape(args.accumulate, n, -1)  # of a step's rows
     shape = *numbers.shape, args.block + 1
@@ -749,6 +765,8 @@ def main(args) -> int:
     if args.resume:
         step = checkpoints.latest_step()
         state = restore_checkpoint(checkpoints, step, state, settings)
+    check(not args.profile or args.steps - step >= 15, "--profile traces five steps after ten: "
+          "there must be as many, so raise --steps")
     metrics, key, first = Metrics(args.out, step), jax.random.key(args.seed), step
     stop, waiting, seconds, mark, stopping, trouble = [], [], 0.0, 0.0, False, ""
     def interrupt(*_):
@@ -808,6 +826,9 @@ def main(args) -> int:
         if save_due or stopping:
             save_checkpoint(checkpoints, state, settings, val_loss if save_due else None)
         mark = timeit.default_timer()
+    with contextlib.suppress(RuntimeError):  # of none: it is for Ctrl-C in the middle of a trace
+        args.profile and jax.profiler.stop_trace()
+    metrics.board and metrics.board.close()
     with writing(args.out):
         checkpoints.wait_until_finished()
     if trouble:

@@ -80,7 +80,8 @@ def assert_same_curve(one, other):
 # ----------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("model, modes", [
-    ("gpt2", MODES), *[wide(name, ["no", "data", "fsdp:2,tensor"]) for name in train.MODELS[1:]],
+    ("gpt2", ["no", "pmap", "fsdp:2,tensor"]), wide("gpt2", MODES),
+    *[wide(name, ["no", "data", "fsdp:2,tensor"]) for name in train.MODELS[1:]],
     *[pytest.param(name, MODES, marks=pytest.mark.slow) for name in train.MODELS[1:]]])
 def test_every_mode_learns_what_one_device_learns(model, modes, text, tmp_path):
     more = ["--experts", "4"] if model == "mistral" else []
@@ -127,7 +128,7 @@ def test_a_checkpoint_of_one_mode_is_resumed_under_another(first, then, text, tm
     assert_same_curve(tmp_path / "then", tmp_path / "first")
 
 @pytest.mark.parametrize("flags", [
-    "--lora 4 --weights tiny", wide("--accumulate 2 --ema 0.9"),
+    wide("--lora 4 --weights tiny"), wide("--accumulate 2 --ema 0.9"),
     wide("--optimizer adafactor --remat"), wide("--optimizer lion --lr 1e-4 --dropout 0.1")])
 def test_what_else_training_does_is_the_same_when_it_is_split(flags, text, tmp_path):
     flags = [*TRAIN, "--data", text, "--save-every", 0, *flags.split()]
@@ -202,28 +203,32 @@ sys.argv = ["{program}.py", *sys.argv[1:]]
 sys.exit({program}.main({arguments}))
 """
 
-@pytest.mark.parametrize("room, picked", [(10**9, "data"), (10**5, "tensor")])
+@pytest.mark.parametrize("room, picked", [wide(10**9, "data"), (10**5, "tensor")])
 def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
         room, picked, text, tmp_path):
     program = AUTO.format(program="train", room=room, arguments="train.arguments()")
     printed = run(["-c", program], *TRAIN, "--steps", 2, "--warmup", 0, "--data", text, "--out",
                   tmp_path / "out").stdout
-    than = "less than" if picked == "data" else "more than"
-    assert f"--parallel {picked}: training takes {than} the memory of one device" in printed
+    than, axis = ("less", "data") if picked == "data" else ("more", "tensor:4")
+    assert f"--parallel {axis}: the state takes {than} than the memory of one device" in printed
     program = AUTO.format(program="sample", room=room, arguments="")
     error = run(["-c", program], "--prompt", "a", "--prompt", "b", "--max-new-tokens", 3).stderr
     assert {"data": "--parallel data:2 of 4 devices: 2 texts", "tensor":
-            "--parallel tensor of 4 devices: 0.0 GB do not fit one"}[picked] in error
+            "--parallel tensor:4 of 4 devices: 0.0 GB do not fit one"}[picked] in error
 
 @pytest.mark.parametrize("program, flags, message", [
-    ("train.py", "--parallel data:8", "there are 4 devices; the numbers' product must not be"),
+    ("train.py", "--parallel data:8", "there are 4 devices; say how many along"),
+    ("train.py", "--parallel data,tensor", "say how many along all axes but one"),
+    ("train.py", "--parallel data:2,data:2", "--parallel: pmap, or like fsdp or data:2,tensor:4"),
+    ("train.py", "--multihost auto --parallel no", "--multihost takes all devices"),
+    ("train.py", "--multihost 127.0.0.1:9,2,2", "there is no host 2 of 2, counted from 0"),
     ("train.py", "--parallel tensor:3", "4 heads split over tensor: [2, 4], not over 3"),
-    ("train.py", "--parallel data --batch 6", "--batch 6 does not split over 4 devices in "
-     "--accumulate 1 parts: choose a multiple of 4"),
+    ("train.py", "--parallel data --batch 6", "--batch 6 does not split over 4 devices (or groups "
+     "of them) in --accumulate 1 parts: choose a multiple of 4"),
     ("train.py", "--parallel rows", "--parallel: pmap, or like fsdp or data:2,tensor:4"),
     ("train.py", "--parallel pmap --multihost auto", "--prompt are for one host"),
     ("train.py", "--multihost here", "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
-    ("train.py", "--multihost auto", "--multihost auto: no cluster is found"),
+    ("train.py", "--multihost auto", "--multihost auto: coordinator_address should be defined"),
     ("sample.py", "--parallel tensor:8", "--parallel tensor:8 is too much for 4 devices"),
     ("sample.py", "--parallel tensor:3", "4 heads split over tensor: [1, 2, 4], not over 3"),
     ("sample.py", "--parallel rows", "--parallel must be pmap, or like data, tensor:2"),
@@ -239,11 +244,12 @@ def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
-def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(text, tmp_path):
+@pytest.mark.parametrize("again", [0, wide(1)])
+def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(again, text, tmp_path):
     """Two processes with two devices each, checkpoints and all; then both go on from those."""
     flags = [*TRAIN, "--data", text, "--save-every", 10, "--parallel", "fsdp:2,tensor:2", "--out"]
     run(["train.py"], *flags, tmp_path / "one")
-    for resume in ([], ["--resume"]):
+    for resume in [[], ["--resume"]][: 1 + again]:
         port = free_port()
         hosts = [subprocess.Popen(
             [sys.executable, "train.py", *map(str, flags), str(tmp_path / "two"), *resume,
@@ -258,8 +264,8 @@ def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(text, tmp_pat
         assert_same_curve(tmp_path / "two", tmp_path / "one")
         shutil.rmtree(tmp_path / "two/checkpoints/20")
         (tmp_path / "two/model.safetensors").rename(tmp_path / f"{len(resume)}.safetensors")
-    whole = (tmp_path / f"{i}.safetensors" for i in range(2))
-    assert len({file.read_bytes() for file in whole}) == 1  # resuming is exact here, too
+    whole = {(tmp_path / f"{i}.safetensors").read_bytes() for i in range(1 + again)}
+    assert len(whole) == 1  # resuming is exact here, too
 
 MEET = """
 import sys, train
