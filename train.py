@@ -171,6 +171,7 @@ def arguments():
          "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
         (not args.dataset or find_spec("datasets"), "--dataset needs: pip install datasets"),
         (args.warmup < args.steps, "--warmup must be below --steps"),
+        (not args.profile or args.steps > 14, "--profile traces five steps after ten: more --steps"),
         (args.clip > 0 < args.lr >= args.min_lr, "--lr, --clip: above 0; --min-lr: at most --lr"),
         ((args.dtype, args.model) != ("float16", "gemma"), "gemma.py leaves the range of float16"),
         (not args.out.exists() or args.out.is_dir(), f"--out {args.out} is a file: name a folder"),
@@ -765,8 +766,8 @@ def main(args) -> int:
     if args.resume:
         step = checkpoints.latest_step()
         state = restore_checkpoint(checkpoints, step, state, settings)
-    check(not args.profile or args.steps - step >= 15, "--profile traces five steps after ten: "
-          "there must be as many, so raise --steps")
+    check(not args.profile or args.steps - step >= 15, "--profile traces five steps after ten, "
+          f"and from step {step} on there are fewer: raise --steps")
     metrics, key, first = Metrics(args.out, step), jax.random.key(args.seed), step
     stop, waiting, seconds, mark, stopping, trouble = [], [], 0.0, 0.0, False, ""
     def interrupt(*_):
