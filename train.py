@@ -171,7 +171,7 @@ def arguments():
          "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
         (not args.dataset or find_spec("datasets"), "--dataset needs: pip install datasets"),
         (args.warmup < args.steps, "--warmup must be below --steps"),
-        (not args.profile or args.steps > 14, "--profile traces five steps after ten: more --steps"),
+        (not args.profile or args.steps > 14, "--profile traces five steps after ten: --steps 15"),
         (args.clip > 0 < args.lr >= args.min_lr, "--lr, --clip: above 0; --min-lr: at most --lr"),
         ((args.dtype, args.model) != ("float16", "gemma"), "gemma.py leaves the range of float16"),
         (not args.out.exists() or args.out.is_dir(), f"--out {args.out} is a file: name a folder"),
