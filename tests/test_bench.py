@@ -227,6 +227,7 @@ def test_a_plan_needs_no_weights(tmp_path):
     assert 0 < found["train: memory"] - 16 * parameters / 8e9 < 0.1
     assert 0.97 < found["decode: step"] / (2e3 * parameters / 8 / 3.35e12) < 1.02
 
+@pytest.mark.wide
 def test_a_plan_without_a_model_is_for_the_largest_of_each_on_8_64_and_512_chips(tmp_path):
     run("--task", "plan", "--length", 1024, "--batch", 512, "--out", tmp_path)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()[1:]

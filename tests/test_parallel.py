@@ -117,7 +117,7 @@ def test_gradients_are_those_of_one_device_and_arrays_travel_as_they_must(model)
         assert result["error"] < 2e-6, mode
 
 @pytest.mark.parametrize("first, then", [
-    ("fsdp", "tensor"), wide("no", "fsdp:2,tensor"), wide("pmap", "data"), wide("tensor", "no")])
+    wide("fsdp", "tensor"), ("no", "fsdp:2,tensor"), wide("pmap", "data"), wide("tensor", "no")])
 def test_a_checkpoint_of_one_mode_is_resumed_under_another(first, then, text, tmp_path):
     flags = [*TRAIN, "--data", text, "--save-every", 10, "--optimizer", "muon"]
     train_several([*flags, "--parallel", first, "--out", tmp_path / "first"])

@@ -412,18 +412,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         stderr = capsys.readouterr().err
         assert message in stderr and len(stderr.splitlines()) == 1
 
-def test_pmap_learns_what_one_device_learns(text_file, tmp_path):
-    flags = ["--data", text_file, "--tokens", "char", "--save-every", 0, "--steps", 20]
-    # On few cores the devices' threads would wait for one another for ever without NPROC.
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
-    many = run(*flags, "--parallel", "pmap", "--out", tmp_path / "many", env=env)
-    one = run(*flags, "--out", tmp_path / "one")
-    assert many.returncode == one.returncode == 0, many.stderr + one.stderr
-    assert "4 x cpu" in many.stdout and "1 x cpu" in one.stdout
-    # Means of means add up in another order, and Adam turns that into a little more; printed are
-    # four decimals.
-    np.testing.assert_allclose(curve(many.stderr), curve(one.stderr), atol=3e-4)
-
 def test_pmap_wants_rows_for_each_device(text_file, monkeypatch, capsys):
     monkeypatch.setattr(train, "pick_devices", lambda *_: jax.devices()[:1] * 4)
     monkeypatch.setattr(sys, "argv", command("--data", text_file, "--batch", 6)[1:])
@@ -459,6 +447,7 @@ type(jax.devices("cpu")[0]).memory_stats = lambda device: stats
 sys.exit(train.main(train.arguments()))
 """
 
+@pytest.mark.wide
 def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
     """What the device counts of its memory is in metrics.jsonl; here the numbers are made up."""
     folder = tmp_path / "profile"
@@ -507,6 +496,7 @@ def test_curves_and_tensorboard_show_the_rows_of_the_metrics(tmp_path, monkeypat
     assert set(lines) == {"loss", "val_loss", "accuracy", "val_accuracy", "lr", "norm"}
     assert 3000 < len(lines["loss"].get_xdata()) <= 4000 and lines["val_loss"].get_ydata() == [2.0]
 
+@pytest.mark.wide
 def test_a_prompt_is_continued_at_each_estimate_and_changes_no_bit(text_file, tmp_path):
     flags = ["--data", text_file, "--tokens", "bytes", "--save-every", 0]
     shown = run(*flags, "--out", tmp_path / "shown", "--prompt", "The 3")
