@@ -144,7 +144,7 @@ def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks)
 @pytest.mark.wide
 @pytest.mark.parametrize("mode, names", [
     ("pmap", ["pmap on 1", "pmap on 2", "pmap on 4"]),
-    ("fsdp", ["fsdp on 1", "fsdp on 2", "fsdp on 4"]),
+    pytest.param("fsdp", ["fsdp on 1", "fsdp on 2", "fsdp on 4"], marks=pytest.mark.slow),
     ("data:2,tensor:2", ["data:2,tensor:2 on 1", "data:2,tensor:2 on 4"])])
 def test_scaling_is_measured_on_several_devices_and_all_of_it_traced(
         mode, names, tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ TRAIN = ["--layers", "1", "--heads", "4", "--width", "32", "--block", "16", "--b
          "--tokens", "char"]
 def wide(*case):
     return pytest.param(*case, marks=pytest.mark.wide)
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
 FAMILIES = ["gpt2", *map(wide, train.MODELS[1:])]
 
 def on_devices(n=4):
@@ -80,9 +82,8 @@ def assert_same_curve(one, other):
 # ----------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("model, modes", [
-    ("gpt2", ["no", "pmap", "fsdp:2,tensor"]), wide("gpt2", MODES),
-    *[wide(name, ["no", "data", "fsdp:2,tensor"]) for name in train.MODELS[1:]],
-    *[pytest.param(name, MODES, marks=pytest.mark.slow) for name in train.MODELS[1:]]])
+    ("gpt2", ["no", "pmap", "fsdp:2,tensor"]), *[slow(name, MODES) for name in train.MODELS],
+    *[wide(name, ["no", "data", "fsdp:2,tensor"]) for name in train.MODELS[1:]]])
 def test_every_mode_learns_what_one_device_learns(model, modes, text, tmp_path):
     more = ["--experts", "4"] if model == "mistral" else []
     printed = train_several(*[
@@ -244,7 +245,7 @@ def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
-@pytest.mark.parametrize("again", [0, wide(1)])
+@pytest.mark.parametrize("again", [0, slow(1)])
 def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(again, text, tmp_path):
     """Two processes with two devices each, checkpoints and all; then both go on from those."""
     flags = [*TRAIN, "--data", text, "--save-every", 10, "--parallel", "fsdp:2,tensor:2", "--out"]
