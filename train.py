@@ -461,6 +461,8 @@ def train_step(merge, again, optimizer, balance, ema, axis, state, frozen, token
     params, scale, keys = state["params"], state.get("scale", 1), jax.random.split(key, len(tokens))
     def mean_loss(params, rows, key):
         losses, right, cache = token_losses(merge(params, frozen), rows, nnx.Rngs(dropout=key))
+        if balance and axis:  # of the choices on all devices, as it is no sum of theirs
+            cache = cache._replace(layers=jax.lax.pmean(cache.layers, axis))
         loss, more = losses.sum() / count, balance(cache) / shares if balance else 0
         return scale * (loss + more), {"loss": loss, "accuracy": right.sum() / count}
     def add(total, part):
