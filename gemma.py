@@ -304,7 +304,7 @@ class Model(nnx.Module):
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
         positions [B, T]: -1 is padding, in front; default: after the cache's. rngs: unused."""
-        B, T = tokens.shape
+        (B, T), layers = tokens.shape, []
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
         # XLA on a CPU computes half precision in float32, and would convert the weights of all
@@ -316,7 +316,7 @@ class Model(nnx.Module):
         start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
         x = self.embed_tokens(tokens)  # [B, T, D]
         x = x * jnp.array(self.config.hidden_size**0.5, x.dtype)  # in bfloat16 rounded
-        call, layers = nnx.remat(Block.__call__) if self.remat else Block.__call__, []
+        call = nnx.remat(Block.__call__) if self.remat and not fenced else Block.__call__
         for block, past in zip(self.layers, cache.layers, strict=True):
             run = partial(call, block, x, positions, k_positions, past, start)
             run = jax.named_scope(f"layers.{len(layers)}")(run)  # its name in a profile
@@ -385,8 +385,8 @@ def write(slots, new, start):
 def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
            repetition_penalty=None):
     """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
-    is left out; temperature None takes the likeliest. The order is that of transformers: penalty
-    (Keskar 2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
+    is left out, but temperature None takes the likeliest. In transformers' order: penalty (Keskar
+    2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
     if repetition_penalty is not None:
         factor = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
         logits = jnp.where(occurred, logits * factor, logits)
@@ -397,11 +397,11 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
     probs, best = jax.nn.softmax(logits, axis=-1), logits.max(axis=-1, keepdims=True)
     if top_p is not None:  # keep a token if likelier ones sum to less than top_p
-        def halve(_, bounds):  # of the least logit that is kept: far faster than sorting them
+        def bisect(_, bounds):  # for the least logit that is kept: far faster than to sort them
             middle = (bounds[0] + bounds[1]) / 2
             more = jnp.where(logits > middle, probs, 0).sum(axis=-1, keepdims=True) >= top_p
             return jnp.where(more, middle, bounds[0]), jnp.where(more, bounds[1], middle)
-        below, _ = jax.lax.fori_loop(0, 40, halve, (best - 104, best))  # exp(-104) is 0
+        below, _ = jax.lax.fori_loop(0, 40, bisect, (best - 104, best))  # exp(-104) is 0
         logits = jnp.where((logits > below) | (logits == best), logits, -jnp.inf)
     if min_p is not None:
         logits = jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)
@@ -435,7 +435,7 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], each by a `prefill` of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
@@ -446,7 +446,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
-    context), so that few programs are compiled. InputError: no tokens, foreign ids, or too many."""
+    context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -463,7 +463,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
     """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
     ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
-    key: one for each row, or one to be folded with their indices. temperature 0: the likeliest."""
+    key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
     tokens, positions, S = pack(model.config, prompts, max_new_tokens)
@@ -528,7 +528,7 @@ def named_parameters(state):
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
     """The model in a folder or under a Hub id, read a tensor at a time.
     dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
-    mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
+    mesh: as jax.sharding.Mesh makes it, not jax.make_mesh; each tensor goes straight to its parts.
     InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
@@ -552,7 +552,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     return nnx.merge(graphdef, state)
 
 def save(model: Model, folder) -> None:
-    """Writes config.json and model.safetensors as transformers and `load` read them."""
+    """Writes config.json and model.safetensors, which transformers and `load` read."""
     tensors, V = {}, model.config.vocab_size
     for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...]).T if transposed else np.asarray(param[...])
@@ -570,9 +570,9 @@ SHARDING = [
     (r".+", ()),
 ]
 def sharding(mesh, config: Config, path: str, shape):
-    """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
+    """Where the parts of the parameter at `path` go: a dimension that its axis divides is split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    heads = getattr(config, "num_key_value_heads", shape[-1])  # of keys and values: they stay whole
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)  # never cut in two
     shape = *shape[:-1], heads if re.search("[kv]_proj", path) else shape[-1]
     axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]

@@ -77,8 +77,7 @@ class Config:
         for name, value, supported in [
             ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
             ("model_type", values.get("model_type", cls.model_type), tuple(KINDS)),
-            ("hidden_act", values.get("hidden_act", "silu"), ("silu",)),
-        ]:
+            ("hidden_act", values.get("hidden_act", "silu"), ("silu",))]:
             if value not in supported:
                 raise InputError(f"config.json: {name} {value!r}: mistral.py reads {supported}")
         return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
@@ -141,12 +140,10 @@ def attend(q, k, v, q_positions, k_positions, **options):
 
 def masked_scores(q, k, q_positions, k_positions, scale, window=None):
     """How well each key fits each query, in float32: [B, H, T, Dh], [B, H, S, Dh] -> [B, H, T, S].
-    A key is visible where 0 <= its position <= the query's, and among the last `window` up to it;
-    padding and empty slots are at -1."""
+    Visible are those of the last `window` positions up to the query's; padding, empty slots: -1."""
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * scale
     q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
-    visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    visible = visible if window is None else visible & (q_pos - k_pos < window)
+    visible = (k_pos >= 0) & (k_pos <= q_pos) & (q_pos - k_pos < (window or jnp.inf))
     # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
@@ -178,12 +175,11 @@ class Attention(nnx.Module):
     """Causal self-attention with H heads of queries and K heads of keys and values."""
     def __init__(self, config: Config, **options):
         self.config, D, Dh = config, config.hidden_size, config.head_dim
-        H = config.num_attention_heads
         linear = {"use_bias": False, "kernel_init": normal(config.initializer_range), **options}
-        self.q_proj = Linear(D, H * Dh, **linear)
+        self.q_proj = Linear(D, config.num_attention_heads * Dh, **linear)
         self.k_proj = Linear(D, config.num_key_value_heads * Dh, **linear)
         self.v_proj = Linear(D, config.num_key_value_heads * Dh, **linear)
-        self.o_proj = Linear(H * Dh, D, **linear)
+        self.o_proj = Linear(config.num_attention_heads * Dh, D, **linear)
 
     @jax.named_scope("self_attn")
     def __call__(self, x, positions, k_positions, past, start):
@@ -287,7 +283,7 @@ class Block(nnx.Module):
         return x + y, (*kv, routed)
 
 class Model(nnx.Module):
-    """Mistral: tokens [B, T] -> logits [B, T, V]. From scratch as the reference: normal(0.02).
+    """Mistral or Mixtral: tokens [B, T] -> logits [B, T, V]. From scratch: normal(0.02).
     `dtype` is what is computed in, `param_dtype` what is stored; norms, RoPE, attention scores,
     softmax and logits are float32. `remat` recomputes a block's activations for its gradient."""
     def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
@@ -305,7 +301,7 @@ class Model(nnx.Module):
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed stream, which `head` reads.
         positions [B, T]: -1 is padding, in front; default: after the cache's. rngs: unused."""
-        B, T = tokens.shape
+        (B, T), layers = tokens.shape, []
         if cache is None and (context := self.config.max_position_embeddings) < T:
             raise InputError(f"{T} tokens, but the context is {context}")
         # XLA on a CPU computes half precision in float32, and would convert the weights of all
@@ -316,7 +312,7 @@ class Model(nnx.Module):
             positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
         start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
         x = self.embed_tokens(tokens)  # [B, T, D]
-        call, layers = nnx.remat(Block.__call__) if self.remat else Block.__call__, []
+        call = nnx.remat(Block.__call__) if self.remat and not fenced else Block.__call__
         for block, past in zip(self.layers, cache.layers, strict=True):
             run = partial(call, block, x, positions, k_positions, past, start)
             run = jax.named_scope(f"layers.{len(layers)}")(run)  # its name in a profile
@@ -340,7 +336,7 @@ class Model(nnx.Module):
 class Cache(NamedTuple):
     """The keys and values so far: all, or in a ring those of the last `sliding_window`. All rows
     fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
-    layers: tuple  # each (k, v, what Experts says of these tokens); k and v [B, S or ring, K, Dh]
+    layers: tuple  # each (k, v, what Experts said last, or None); k and v [B, S or ring, K, Dh]
     tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many slots are written, padding included: where the next go
@@ -349,8 +345,9 @@ def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> C
     """An empty cache of `length` columns; k and v in a ring of `sliding_window`, unless whole."""
     slots = length if whole else min(length, config.sliding_window or length)
     shape = 2, batch, slots, config.num_key_value_heads, config.head_dim
-    routed = jnp.zeros((2, config.num_local_experts)) if config.model_type == "mixtral" else None
-    layers = [(*jnp.zeros(shape, dtype), routed) for _ in range(config.num_hidden_layers)]
+    E = config.num_local_experts if config.model_type == "mixtral" else 0
+    layers = [(*jnp.zeros(shape, dtype), jnp.zeros((2, E)) if E else None)
+              for _ in range(config.num_hidden_layers)]
     tokens, positions = jnp.zeros((batch, length), int), jnp.full((batch, length), -1)
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
@@ -383,8 +380,8 @@ def write(slots, new, start):
 def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
            repetition_penalty=None):
     """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
-    is left out; temperature None takes the likeliest. The order is that of transformers: penalty
-    (Keskar 2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
+    is left out, but temperature None takes the likeliest. In transformers' order: penalty (Keskar
+    2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
     if repetition_penalty is not None:
         factor = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
         logits = jnp.where(occurred, logits * factor, logits)
@@ -395,11 +392,11 @@ def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
     probs, best = jax.nn.softmax(logits, axis=-1), logits.max(axis=-1, keepdims=True)
     if top_p is not None:  # keep a token if likelier ones sum to less than top_p
-        def halve(_, bounds):  # of the least logit that is kept: far faster than sorting them
+        def bisect(_, bounds):  # for the least logit that is kept: far faster than to sort them
             middle = (bounds[0] + bounds[1]) / 2
             more = jnp.where(logits > middle, probs, 0).sum(axis=-1, keepdims=True) >= top_p
             return jnp.where(more, middle, bounds[0]), jnp.where(more, bounds[1], middle)
-        below, _ = jax.lax.fori_loop(0, 40, halve, (best - 104, best))  # exp(-104) is 0
+        below, _ = jax.lax.fori_loop(0, 40, bisect, (best - 104, best))  # exp(-104) is 0
         logits = jnp.where((logits > below) | (logits == best), logits, -jnp.inf)
     if min_p is not None:
         logits = jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)
@@ -433,7 +430,7 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
 STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """`steps` tokens after token [B], by a prefill of one each -> (cache, tokens [B, STEPS])."""
+    """`steps` tokens after token [B], each by a `prefill` of one -> (cache, tokens [B, STEPS])."""
     def step(i, carry):
         cache, token, new = carry
         cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
@@ -444,7 +441,7 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
 def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
-    context), so that few programs are compiled. InputError: no tokens, foreign ids, or too many."""
+    context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
     longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
     if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -461,7 +458,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
     """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
     ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
-    key: one for each row, or one to be folded with their indices. temperature 0: the likeliest."""
+    key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
     tokens, positions, S = pack(model.config, prompts, max_new_tokens)
@@ -527,7 +524,7 @@ def named_parameters(state):
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
     """The model in a folder or under a Hub id, read a tensor at a time.
     dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
-    mesh: a jax.sharding.Mesh; each tensor goes straight to where SHARDING puts its parts.
+    mesh: as jax.sharding.Mesh makes it, not jax.make_mesh; each tensor goes straight to its parts.
     InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
@@ -551,7 +548,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     return nnx.merge(graphdef, state)
 
 def save(model: Model, folder) -> None:
-    """Writes config.json and model.safetensors as transformers and `load` read them."""
+    """Writes config.json and model.safetensors, which transformers and `load` read."""
     tensors, V = {}, model.config.vocab_size
     for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...]).T if transposed else np.asarray(param[...])
@@ -564,15 +561,14 @@ def save(model: Model, folder) -> None:
 # Which dimensions of a parameter are split over a mesh that has axes "fsdp" and "tensor".
 SHARDING = [
     (r"embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj|w1|w3)\.kernel", ("fsdp", "tensor")),
-    (r"lm_head\.kernel", ("fsdp", "tensor")),
+    (r"(.+\.(q_proj|k_proj|v_proj|gate_proj|up_proj|w1|w3)|lm_head)\.kernel", ("fsdp", "tensor")),
     (r".+\.(o_proj|down_proj|w2)\.kernel", ("tensor", "fsdp")),
     (r".+", ()),
 ]
 def sharding(mesh, config: Config, path: str, shape):
-    """Where the parts of the parameter at `path` go; what does not split evenly is not split."""
+    """Where the parts of the parameter at `path` go: a dimension that its axis divides is split."""
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    heads = getattr(config, "num_key_value_heads", shape[-1])  # of keys and values: they stay whole
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)  # never cut in two
     shape = *shape[:-1], heads if re.search("[kv]_proj", path) else shape[-1]
     axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=False)]

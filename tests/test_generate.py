@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, GPT2, once
+from families import EVERY_CONFIG, FAMILIES, GPT2, MISTRAL, once
 from flax import nnx
 from reference import Case, sampling, write_random
 
@@ -30,6 +30,10 @@ every_filter = pytest.mark.parametrize(
     [pytest.param(family, options, id=f"{family.name}: {name}") for family in FAMILIES
      for name, options in FILTERS.items() if family is GPT2 or name in ("greedy", "all")],
     indirect=["family"])
+# One config of each family, of which the other three are much alike here.
+HALF = [pytest.param(config.values[0], id=config.id, marks=[] if config.values[0][0] in
+                     (GPT2, MISTRAL) else pytest.mark.wide)
+        for config in EVERY_CONFIG if not config.marks]
 PROMPTS = [[5, 7, 11], [2] * 30, [9], list(range(20, 32))]
 KEY = jax.random.key(7)
 
@@ -57,6 +61,20 @@ def test_rows_of_every_config_are_those_of_the_naive_loop(case):
     module, model, prompts = case.family.module, case.model, [[5, 7, 11], list(range(20, 27))]
     rows = module.generate(model, prompts, 8, key=KEY, temperature=0)
     assert rows == [naive(module, model, prompt, 8, temperature=0) for prompt in prompts]
+
+
+@pytest.mark.parametrize("case", HALF, indirect=True)
+def test_in_half_precision_the_tokens_are_drawn_from_the_same_logits_with_remat_or_without(case):
+    """On a CPU the blocks stand in branches then, with the cache as their other way out. Likeliest
+    tokens are those of the naive loop until two logits are as close as rounding."""
+    module, results = case.family.module, []
+    for remat in (False, True):
+        model = module.load(case.folder, dtype="bfloat16", remat=remat)
+        results.append(module.generate(model, [[5, 7, 11], list(range(20, 27))], 12, key=KEY))
+    assert results[0] == results[1]
+    [new] = module.generate(model, [[5, 7, 11]], 12, key=KEY, temperature=0)
+    logits = np.asarray(model(np.array([[5, 7, 11, *new]])))[0, 2:-1]
+    assert (logits.max(axis=-1) - logits[np.arange(12), new] < 0.05 * logits.std()).all()
 
 
 @pytest.mark.dear
