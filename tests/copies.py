@@ -9,6 +9,7 @@ to what they have in common is made in one of them, and spread by this command.
 
 import ast
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,9 +32,10 @@ COPIES = {
 }
 
 
-def definitions(name: str) -> dict[str, tuple[int, int]]:
+@lru_cache
+def definitions(source: str) -> dict[str, tuple[int, int]]:
     """Where each top-level name and each method of a model file stands: (first line, last line)."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    tree = ast.parse(source)
     found = {}
 
     def add(node, prefix=""):
@@ -53,10 +55,11 @@ def definitions(name: str) -> dict[str, tuple[int, int]]:
 
 def text_of(name: str, what: str) -> str | None:
     """The lines of a definition, or None where the file has none of that name."""
-    if what not in (places := definitions(name)):
+    source = (ROOT / f"{name}.py").read_text()
+    if what not in (places := definitions(source)):
         return None
     first, last = places[what]
-    return "\n".join((ROOT / f"{name}.py").read_text().splitlines()[first - 1 : last])
+    return "\n".join(source.splitlines()[first - 1 : last])
 
 
 def differing() -> list[tuple[str, str, str]]:
@@ -78,7 +81,7 @@ def spread(source: str) -> None:
             if source not in names or name == source or not path.exists():
                 continue
             if text_of(name, what) not in (None, text_of(source, what)):
-                first, last = definitions(name)[what]
+                first, last = definitions(path.read_text())[what]
                 lines = path.read_text().splitlines()
                 lines[first - 1 : last] = text_of(source, what).splitlines()
                 path.write_text("\n".join(lines) + "\n")
