@@ -5,9 +5,8 @@
     python bench.py --model llama --preset meta-llama/Llama-2-7b-hf  # random weights of that size
     python bench.py --model opt --weights FOLDER --task validate     # the same as transformers?
 
-Each task has a process of its own. Those of speed measure in turn with it what the machine can do:
-large products, and reads. A figure is the median of --runs runs, beside the lowest and the highest.
---out FOLDER keeps them as JSON lines, with a picture of the roofline.
+Each task has a process of its own; speed is measured in turn with what the machine can do: products
+and reads. A figure is the median of --runs runs, with the lowest and the highest; --out keeps all.
 """
 
 import argparse
@@ -17,11 +16,10 @@ import math
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from functools import cached_property, partial, partialmethod
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -34,7 +32,7 @@ import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-MODES = r"pmap|data|fsdp|tensor|(data|fsdp|tensor):[1-9]\d*(,(data|fsdp|tensor):[1-9]\d*)*"
+MODES = r"auto|pmap|data|fsdp|tensor|(data|fsdp|tensor):[1-9]\d*(,(data|fsdp|tensor):[1-9]\d*)*"
 HERE = Path(__file__).resolve().parent
 MODELS = [n for n in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{n}.py").exists()]
 
@@ -47,13 +45,9 @@ def in_turn(calls: dict, runs: int, warm=1) -> dict:
     """Seconds that each call takes, `runs` times after `warm` ones. One run of each, then the next:
     a machine that becomes slower does so for all. A call must wait for its result."""
     seconds = {name: [] for name in calls}
-    for i in range(warm + runs):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= warm:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    for name, call in [*calls.items()] * (warm + runs):
+        seconds[name].append(timeit.timeit(call, number=1))
+    return {name: found[warm:] for name, found in seconds.items()}
 def limits_of(dtype) -> tuple:
     """({unit: (how much a call does, the call)}, the bytes they hold) for what a device reaches:
     FLOP/s in products of two square matrices, B/s in sums over an array that fits no cache."""
@@ -72,7 +66,7 @@ def record(args, metric, who, values, unit, **more):
     """Writes a figure as a line of JSON, for the process that started this one."""
     with open(Path(args.scratch, "records"), "a") as file:
         print(json.dumps({
-            "metric": metric, "who": who, "value": statistics.median(values), "low": min(values),
+            "metric": metric, "who": who, "value": np.median(values), "low": min(values),
             "high": max(values), "runs": len(values), "unit": unit, "model": args.model,
             "weights": args.preset if args.weights == "random" else args.weights,
             "device": jax.config.jax_default_device.device_kind, **more}), file=file)
@@ -94,8 +88,7 @@ def costs(module, config, B: int, T: int, dtype):
             head = p.size  # the table as what makes the logits
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
     look = 4 * len(layers) * config.num_attention_heads * layers[0][0].shape[-1]  # a token seen
-    shared, experts = kernels
-    used = shared + experts * chosen / E
+    shared, experts, used = *kernels, kernels[0] + kernels[1] * chosen / E
     def read(N):  # bytes of weights, for N tokens
         return jnp.dtype(dtype).itemsize * (shared + head + experts * (1 - (1 - chosen / E) ** N))
     cache = B * sum(2 * k.size * k.dtype.itemsize for k, *_ in layers)
@@ -116,19 +109,24 @@ def random_model(module, config, dtype, param_dtype, mesh=None, **options):
         where = mesh and module.sharding(mesh, config, path, param.shape)
         param.set_value(jax.device_put(drawn, where))
     return nnx.merge(graphdef, state)
-def make_meshes(parallel) -> list:
-    """Of 1, 2 and 4 devices, if there are so many; or of one and what data:2,tensor:4 asks for."""
+def make_meshes(parallel, need) -> list:
+    """Of 1, 2 and 4 devices, if there are so many; or of one and what data:2,tensor:4 asks for.
+    auto is data, or where `need` bytes fit no single device, which is then left out, tensor."""
+    room = (jax.config.jax_default_device.memory_stats() or {}).get("bytes_limit", np.inf)
+    if parallel == "auto":
+        parallel, why = ("tensor", "more") if need > room else ("data", "less")
+        print(f"--parallel {parallel}: the state takes {why} than the memory of one device")
     axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
     shapes = [(1,) * len(axes), (*axes.values(),)] if all(axes.values()) else [(1,), (2,), (4,)]
     return [jax.sharding.Mesh(np.reshape(jax.devices()[: math.prod(shape)], shape), [*axes])
-            for shape in shapes if math.prod(shape) <= jax.device_count()]
+            for shape in shapes[need > room :] if math.prod(shape) <= jax.device_count()]
 class Ours:
     """This project's side of a comparison; devices along a mesh's axis tensor share their rows."""
     def __init__(self, args, dtype, mesh=None):
         self.args, self.dtype, self.module = args, dtype, import_module(args.model)
-        self.mesh, self.axes = mesh, mesh.shape if mesh else {}
+        self.mesh, (self.axes, self.size) = mesh, (mesh.shape, mesh.size) if mesh else ({}, 1)
         self.count = math.prod(n for axis, n in self.axes.items() if axis != "tensor")
-        self.name = f"{args.parallel} on {mesh.size}" if mesh else "ours"
+        self.name = ",".join(f"{axis}:{n}" for axis, n in self.axes.items()) or "ours"
         self.module.LONG = 1 if args.chunked else self.module.LONG
         self.config = find_config(args)
     model = cached_property(lambda self: self.read(self.dtype))
@@ -160,9 +158,14 @@ class Ours:
                 new = jnp.concatenate([new, more[:, :steps]], axis=1)
             return new
         rows = self.place(tokens, positions, jax.random.split(key, len(prompts)))
-        run = (jax.pmap(run, devices=[*self.mesh.devices.flat], in_axes=(None, 0, 0, 0))
-               if "pmap" in self.axes else jax.jit(run))
+        run = self.compiled(run, (state, *rows), (None, 0, 0, 0), 0)
         return lambda: np.asarray(run(state, *rows)).reshape(-1, n).tolist()
+    def compiled(self, function, inputs, axes, out, donate=()):
+        """A function's program for such inputs, under the mesh; axes, out: of devices, for pmap."""
+        wrap = partial(jax.pmap, axis_name="pmap", in_axes=axes, out_axes=out, devices=[
+            *self.mesh.devices.flat]) if "pmap" in self.axes else jax.jit
+        with jax.set_mesh(None if "pmap" in self.axes else self.mesh):
+            return wrap(function, donate_argnums=donate).lower(*inputs).compile()
     def place(self, *rows):
         """Arrays of rows, split over all axes but tensor; pmap wants a leading axis of devices."""
         if "pmap" in self.axes:
@@ -181,8 +184,12 @@ class Ours:
             return jax.lax.with_sharding_constraint(p, jax.NamedSharding(self.mesh, spec))
         def mean_loss(params, tokens):
             params = jax.tree.map(whole, params, spread) if "fsdp" in self.axes else params
-            logits = nnx.merge(graphdef, params)(tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            model, parts = nnx.merge(graphdef, params), self.args.loss_parts
+            rows = model.hidden(tokens[:, :-1])[0], tokens[:, 1:]  # [B, T, D], [B, T]
+            def losses(of):
+                return optax.softmax_cross_entropy_with_integer_labels(model.head(of[0]), of[1])
+            return (losses(rows) if parts == 1 else jax.lax.map(jax.checkpoint(losses), [
+                x.swapaxes(0, 1) for x in rows], batch_size=-(-rows[1].shape[1] // parts))).mean()
         def step(params, opt_state, tokens):  # in parts, of which the gradients are added up
             def add(total, part):
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, part)), 0
@@ -196,9 +203,8 @@ class Ours:
             params = optax.apply_updates(params, updates)
             stay = jax.lax.with_sharding_constraint if self.mesh and not pmap else lambda p, _: p
             return stay(params, spread), opt_state, loss
-        held, how = [params, optimizer.init(params)], {"donate_argnums": (0, 1)}
-        step = jax.pmap(step, "pmap", in_axes=(None, None, 0), out_axes=None, **how, devices=[
-            *self.mesh.devices.flat]) if pmap else jax.jit(step, **how)
+        held = [params, optimizer.init(params)]
+        step = self.compiled(step, (*held, tokens), (None, None, 0), None, donate=(0, 1))
         def run():
             held[0], held[1], loss = step(*held, tokens)
             return loss.item()
@@ -209,18 +215,16 @@ class Transformers:
         import torch
         from transformers import AutoModelForCausalLM
         self.args, self.compiled, self.torch = args, compiled, torch
-        if torch_device() == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as JAX does
-        self.name, self.device = "transformers" + "-compile" * compiled, torch_device()
+        torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does
+        self.name, self.device = "transformers" + "-compile" * compiled, args.torch
         self.dtype = getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
-        self.model = model.to(self.device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device)
+        self.forward = torch.compile(self.model) if compiled else self.model
         self.model.generation_config.eos_token_id = None  # nothing ends a text before n tokens
     def prefill(self, prompts):
         """The likeliest token after each prompt, and a cache for what would follow."""
         ids = self.torch.tensor(prompts, device=self.device)
-        forward = self.torch.compile(self.model) if self.compiled else self.model
-        call = partial(forward, ids, use_cache=True, logits_to_keep=1)
+        call = partial(self.forward, ids, use_cache=True, logits_to_keep=1)
         return self.torch.no_grad()(lambda: call().logits.argmax(-1).tolist())
     def generate(self, prompts, n):
         """n tokens after each prompt; shorter ones are padded on the left."""
@@ -234,11 +238,10 @@ class Transformers:
     def train(self, rows):
         """A step of AdamW, as ours: without dropout, in half precision with float32 weights."""
         torch, model, ids = self.torch, self.model.float(), self.torch.tensor(rows).to(self.device)
-        forward = torch.compile(model) if self.compiled else model
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
         def run():
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-                logits = forward(ids[:, :-1], use_cache=False).logits.float()
+                logits = self.forward(ids[:, :-1], use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -258,7 +261,7 @@ class CTranslate2:
         config = Path(self.kept.name, "config.json")  # has null for tokens that a model has not
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.vocabulary[0])
         config.write_text(json.dumps(json.loads(config.read_text()) | names))
-        self.generator = ctranslate2.Generator(self.kept.name, torch_device(), compute_type=dtype,
+        self.generator = ctranslate2.Generator(self.kept.name, args.torch, compute_type=dtype,
                                                intra_threads=os.cpu_count())
     def generate(self, prompts, n):
         """n tokens after each prompt."""
@@ -290,13 +293,14 @@ FORMULAS = {
     "train": "share = 3 (2 (N + V D) + 4 L H Dh T) B T operations / time / limit",
     "decode": "share = bytes of weights and of the cache as it is on average / time / limit"}
 def measure_speed(args, dtype, task):
-    """Tokens/s of prompts (up to the first new token), of new tokens, or of training steps. n new
-    tokens take the time of n + 1 less the least of one."""
-    everyone = ([Ours(args, dtype, mesh) for mesh in make_meshes(args.parallel)] if args.parallel
-                else [Ours(args, dtype)])
+    """Tokens/s of prompts, new tokens (n take the time of n + 1 less the least of 1) or steps."""
+    ours, n, decode = Ours(args, dtype), args.new_tokens, task == "decode"
+    a_weight = 16 if task == "train" else jnp.dtype(dtype).itemsize  # with its gradient and moments
+    need = a_weight * costs(ours.module, ours.config, 1, 1, dtype).size
+    meshes = make_meshes(args.parallel, need) if args.parallel else []
+    everyone = [Ours(args, dtype, mesh) for mesh in meshes] or [ours]
     everyone += [PEERS[name](args, dtype, folder_of(args, dtype)) for name in args.vs]
-    n, ours, decode = args.new_tokens, everyone[0], task == "decode"
-    how = {"dtype": dtype, "how": " + ".join(args.techniques)}
+    ours, how = everyone[0], {"dtype": dtype, "how": " + ".join(args.techniques)}
     limits, held = limits_of(dtype)
     for B, T in itertools.product(args.batch, args.length):
         prompts = {one.name: some_prompts(args, ours.config, B * getattr(one, "count", 1),
@@ -308,7 +312,7 @@ def measure_speed(args, dtype, task):
             calls = {one.name: getattr(one, task)(prompts[one.name]) for one in everyone
                      if hasattr(one, task)}
         seconds = in_turn(calls | {unit: call for unit, (_, call) in limits.items()}, args.runs)
-        reached = {unit: amount / statistics.median(seconds.pop(unit))
+        reached = {unit: amount / np.median(seconds.pop(unit))
                    for unit, (amount, _) in limits.items()}
         if args.profile:
             with jax.profiler.trace(args.profile):
@@ -316,9 +320,10 @@ def measure_speed(args, dtype, task):
         if decode:
             seconds = {one.name: [(s - min(seconds[one.name, 1])) / n
                                   for s in seconds[one.name, n + 1]] for one in everyone}
-        theory = vars(costs(ours.module, ours.config, B, T + n // 2 if decode else T, dtype))
+        theory = vars(costs(ours.module, ours.config, B * ours.count, T + n // 2 * decode, dtype))
         limit, of = ("B/s", "the sum") if decode else ("FLOP/s", "the product")
-        middle, shape = statistics.median(seconds[ours.name]), {"batch": B, "length": T, **how}
+        middle = ours.size * np.median(seconds[ours.name])
+        shape = {"batch": B, "length": T, **how}
         tokens = {who: [len(prompts[who]) * (1 if decode else T) / s for s in times]
                   for who, times in seconds.items()}
         compare(args, task, tokens, "tokens/s", shape, formula=FORMULAS[task], limits=reached,
@@ -326,13 +331,13 @@ def measure_speed(args, dtype, task):
                 of=f"{reached[limit] / 1e9:,.1f} G{limit} of {of}", flops=theory[task] / middle,
                 intensity=theory[task] / theory[task + "_bytes"])
         for one in everyone[1:] if args.parallel else []:
-            both = zip(seconds[ours.name], seconds[one.name], strict=True)
-            ratios = [one.count / one.mesh.size * a / b for a, b in both]
+            both = zip(tokens[one.name], tokens[ours.name], strict=True)
+            ratios = [x / y * ours.size / one.size for x, y in both]
             record(args, f"{task}, scaling", one.name, ratios, "of linear", **shape)
         if task == "prefill" and B == 1:
             record(args, "first token", ours.name, seconds[ours.name], "s", **shape)
         if task == "train":
-            record(args, "rows", ours.name, [B / s for s in seconds[ours.name]], "rows/s", **shape)
+            record(args, "rows", ours.name, [x / T for x in tokens[ours.name]], "rows/s", **shape)
     if len(everyone) == 1:
         memory = (peak_memory() - held) / 1e9
         record(args, f"memory of {task}", ours.name, [memory], "GB at most", **how)
@@ -373,9 +378,9 @@ def bench_load(args, dtype):
         kind = {"ours": Ours}.get(args.once) or partial(PEERS[args.once], folder=folder_of(args))
         if args.once != "ours":
             from transformers import AutoModelForCausalLM  # noqa: F401  (not to be timed)
-        start = time.perf_counter()
+        start = timeit.default_timer()
         kind(args, dtype).prefill([[1] * 8])()
-        return print(time.perf_counter() - start, resident_memory() / 1e9)
+        return print(timeit.default_timer() - start, resident_memory() / 1e9)
     folder, who = folder_of(args), ["ours", *set(args.vs) & {"transformers"}]
     found = {name: [] for name in who}
     for name in (args.runs + 1) * who:
@@ -387,15 +392,14 @@ def bench_load(args, dtype):
 def bench_start(args, dtype):
     """Seconds of the whole process that writes 32 tokens, with a warm compile cache."""
     words = {"folder": str(folder_of(args)), "prompt": "ROMEO:", "dtype": dtype,
-             "device": torch_device()}
-    with tempfile.TemporaryDirectory() as cache:
-        calls = {"ours": partial(
-            run_apart, HERE / "sample.py", "--model", args.model, "--weights", words["folder"],
-            "--prompt", words["prompt"], "--max-new-tokens", 32, "--temperature", 0, "--dtype",
-            dtype, "--compile-cache", cache, *(["--device", args.device] if args.device else []))}
-        if "transformers" in args.vs:
-            calls["transformers"] = partial(run_apart, "-c", STARTING.format(**words))
-        seconds = in_turn(calls, args.runs)
+             "device": args.torch}
+    calls = {"ours": partial(
+        run_apart, HERE / "sample.py", "--model", args.model, "--weights", words["folder"],
+        "--prompt", words["prompt"], "--max-new-tokens", 32, "--temperature", 0, "--dtype",
+        dtype, "--compile-cache", args.scratch, *["--device", args.device] * bool(args.device))}
+    if "transformers" in args.vs:
+        calls["transformers"] = partial(run_apart, "-c", STARTING.format(**words))
+    seconds = in_turn(calls, args.runs)
     compare(args, "start", seconds, "s", {"dtype": dtype})
 def both_models(args, dtype):
     """(ours, transformers', our tokenizer, the text of --text) of a checkpoint."""
@@ -444,17 +448,16 @@ def bench_eval(args, dtype):
     ours, theirs, codec, text = both_models(args, dtype)
     ids, C = codec.encode(text), min(1024, ours.config.max_position_embeddings)
     graphdef, state = nnx.split(ours.model)
-    @jax.jit
-    def losses_of(state, tokens):  # [1, T] -> [T - 1]
-        logits = nnx.merge(graphdef, state)(tokens)[0, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[0, 1:])
+    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens)[0, :-1])
+    losses_of = optax.softmax_cross_entropy_with_integer_labels
     total, counted = {"ours": 0.0, "transformers": 0.0}, 1
     while counted < len(ids):
         start = max(0, counted - C // 2)
         window = ids[start : start + C]
         fresh = slice(counted - start - 1, len(window) - 1)
         padded = np.array([window + [0] * (C - len(window))])  # one length for all: one program
-        total["ours"] += float(losses_of(state, padded)[fresh].sum())
+        losses = losses_of(forward(state, padded), padded[0, 1:])
+        total["ours"] += losses[fresh].sum().item()
         with theirs.torch.no_grad():
             tokens = theirs.torch.tensor(window, device=theirs.device)
             logits = theirs.model(tokens[None]).logits[0, :-1].float()
@@ -484,10 +487,10 @@ CHIPS = {  # data sheets: bfloat16 FLOP/s, memory bytes/s, bytes of memory, byte
     "h200": (989e12, 4.8e12, 141e9, 450e9), "v5e": (197e12, 0.819e12, 16e9, 200e9),
     "v5p": (459e12, 2.765e12, 95e9, 600e9), "v6e": (918e12, 1.64e12, 32e9, 448e9)}
 def bench_plan(args, dtype):
-    """What a preset needs at least on N chips, from its config alone. Training is split as by FSDP:
-    bfloat16 weights are gathered twice, gradients scattered once; float32 weights, gradients and
-    moments stay split; of blocks the input is kept. Decoding is tensor parallel. Scaling is that of
-    data parallelism: float32 gradients are summed over all chips, while nothing is computed."""
+    """What a preset needs at least on N chips, from its config alone. Training is FSDP: bfloat16
+    weights are gathered twice, gradients scattered once, float32 state stays split, of blocks the
+    input is kept. Decoding is tensor parallel. Scaling is of data parallelism, whose float32 sums
+    of gradients wait for the products."""
     module, config = import_module(args.model), find_config(args)
     flops, bandwidth, memory, link = CHIPS[args.kind]
     width = getattr(config, "n_embd", 0) or config.hidden_size
@@ -510,8 +513,6 @@ def bench_plan(args, dtype):
                of=f"{1e3 * work:.3g} ms of products, {1e3 * sums:.3g} of sums")
 TASKS = {task: partial(measure_speed, task=task) for task in FORMULAS} | {
     name[6:]: task for name, task in globals().items() if name.startswith("bench_")}
-
-# ------------------------------------------------------------------------------------------- output
 def write_table(records: list[dict]):
     """The records as a Markdown table, and the formulas behind the shares of the limits."""
     number = lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"  # noqa: E731
@@ -563,9 +564,6 @@ def find_config(args):
         return module.PRESETS[name][-1]
     file = (Path(name) if random else folder_of(args)) / "config.json"
     return module.Config.from_hf(json.loads(file.read_text()))
-def torch_device() -> str:
-    """PyTorch's name for the device that JAX computes on."""
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
 def arguments():
     """The command line, read and checked."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__,
@@ -583,6 +581,7 @@ def arguments():
     for name, default, about in [
         ("--new-tokens", 64, "after a prompt"), ("--runs", 5, "of which the median counts"),
         ("--accumulate", 1, "parts of a batch in training"),
+        ("--loss-parts", 1, "parts in which training makes the logits"),
         ("--limit", 600, "seconds that a task may take")]:
         add(name, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
     add("--ragged", action="store_true", help="prompts of different lengths, for decode")
@@ -597,8 +596,8 @@ def arguments():
     add("--kind", choices=CHIPS, default="h100", help="for plan (default: h100)")
     add("--dtype", type=words, default=[""], metavar="DTYPE,...", help="default: as in sample.py")
     add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
-    add("--parallel", metavar="MODE", help="pmap, data, fsdp or tensor, on 1, 2 and 4 devices, or "
-        "data:2,tensor:2 beside one; --batch rows on each (for tensor, on all)")
+    add("--parallel", metavar="MODE", help="pmap, data, fsdp, tensor or auto: on 1, 2, 4 devices; "
+        "or data:2,tensor:2 beside one; --batch rows on each (for tensor, on all)")
     add("--profile", metavar="DIR", help="trace a run of each of our figures for xprof or Perfetto")
     add("--out", type=Path, metavar="FOLDER", help="for results.jsonl and roofline.png")
     add("--scratch", help=argparse.SUPPRESS)  # in the process of a task: for its records
@@ -610,7 +609,8 @@ def arguments():
     args.weights = args.given or (next(iter(presets)) if args.model else "tiny")
     args.model, args.preset = args.model or "gpt2", args.preset or next(iter(presets))
     args.techniques = [name for name in ("ragged", "remat", "chunked") if vars(args)[name]]
-    args.techniques += [f"{args.accumulate} parts"] * (args.accumulate > 1)
+    args.techniques += [f"{name} {n}" for name in ("accumulate", "loss_parts")
+                        if (n := vars(args)[name]) > 1]
     for fits, rule in [
         ({*args.task} <= TASKS.keys(), f"--task must be of {', '.join(TASKS)}"),
         ({*args.vs} <= PEERS.keys(), f"--vs must be of {', '.join(PEERS)}"),
@@ -620,14 +620,13 @@ def arguments():
         (not args.text or (Path(args.text).is_file() and Path(args.text).stat().st_size > 9),
          f"--text {args.text}: there is no such file, or next to nothing in it"),
         (min(*args.batch, *args.length, *args.chips, args.new_tokens, args.runs, args.accumulate,
-             args.top_k or 1) >= 1, "batches, lengths and numbers must be 1 or more"),
+             args.loss_parts, args.top_k or 1) >= 1, "numbers of all kinds must be 1 or more"),
         (not args.ragged or args.task == ["decode"], "--ragged is for --task decode"),
         (not args.vs or not args.parallel, "--vs compares on one device: leave --parallel out"),
         (re.fullmatch(MODES, args.parallel or "data"), "--parallel must be one of those in --help"),
-        (not any(B % max(1, args.accumulate) for B in args.batch),
-         "--accumulate must divide --batch"),
+        (not np.mod(args.batch, max(1, args.accumulate)).any(), "--accumulate must divide --batch"),
         ({*args.techniques} <= {"ragged"} or (args.task == ["train"] and not args.vs),
-         "--remat, --chunked and --accumulate are for --task train, without --vs"),
+         "--remat, --chunked, --accumulate, --loss-parts: for --task train, without --vs"),
         (not args.out or not args.out.is_file(), f"--out {args.out} is a file: name a folder"),
         (args.weights != "random" or {"validate", "eval", "compare", "start", "ctranslate2"}
          .isdisjoint({*args.task, *args.vs}), "random weights have no tokenizer: name --weights"),
@@ -646,6 +645,7 @@ def measure(args):
         jax.config.update("jax_default_device", jax.devices(kind or None)[int(index or 0)])
     except (RuntimeError, ValueError, IndexError):
         fail(f"there is no device {args.device}; JAX finds {', '.join(map(str, jax.devices()))}")
+    args.torch = "cuda" if jax.default_backend() == "gpu" else "cpu"  # PyTorch's name of it
     [task], [dtype] = args.task, args.dtype
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     more = {"prefill": 1, "compile": 2, "decode": args.new_tokens + 1}.get(task, 0)
@@ -685,10 +685,10 @@ def main(args) -> int:
                 records += map(json.loads, file.read_text().splitlines())
     write_table(records)
     if args.out and records:
-        known = [n for n in ("jax", "torch", "transformers", "ctranslate2") if util.find_spec(n)]
         cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text() + "model name: ?")
-        about = {"command": shlex.join(["bench.py", *sys.argv[1:]]), **{
-            name: metadata.version(name) for name in known}, "cpu": f"{os.cpu_count()} x {cpu[1]}"}
+        about = {name: metadata.version(name) for name in ("jax", "torch", *PEERS)
+                 if util.find_spec(name)} | {"cpu": f"{os.cpu_count()} x {cpu[1]}"}
+        about |= {"command": shlex.join(["bench.py", *sys.argv[1:]])}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "results.jsonl").write_text("\n".join(map(json.dumps, [about, *records])))
         if points := [found for found in records if "intensity" in found]:

@@ -70,6 +70,13 @@ def case(request, make_case):
     return make_case(*request.param)
 
 
+@pytest.fixture(autouse=True)
+def no_mesh():
+    """The programs set a mesh for the rest of their process, which here runs other tests, too."""
+    yield
+    jax.set_mesh(None)
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """Runs sample.py in this process, for speed; its one line on standard error."""

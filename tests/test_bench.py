@@ -91,7 +91,8 @@ def test_random_weights_have_the_shapes_and_types_that_were_asked_for():
 def ours_with(axes=None, **options):
     """bench.py's side of a comparison, with the tiny GPT-2 in float32."""
     options = {"model": "gpt2", "weights": "tiny", "task": [], "temperature": None, "top_k": None,
-               "top_p": None, "remat": False, "chunked": False, "accumulate": 1, **options}
+               "top_p": None, "remat": False, "chunked": False, "accumulate": 1, "loss_parts": 1,
+               **options}
     mesh = axes and jax.sharding.Mesh(np.reshape(jax.devices()[:1], (1,) * len(axes)), axes)
     return bench.Ours(SimpleNamespace(parallel="", **options), "float32", mesh)
 
@@ -100,9 +101,11 @@ ROWS = np.random.default_rng(0).integers(0, 512, (4, 33)).tolist()
 
 
 @pytest.mark.parametrize("technique", [
-    {"remat": True}, {"chunked": True}, {"accumulate": 2}, {"axes": ["pmap"]},
-    {"remat": True, "chunked": True, "accumulate": 4, "axes": ["pmap"]},
-    {"axes": ["fsdp", "tensor"], "accumulate": 2}], ids=str)
+    {"accumulate": 2}, {"loss_parts": 3},
+    {"remat": True, "chunked": True, "accumulate": 4, "loss_parts": 8, "axes": ["pmap"]},
+    *[pytest.param(each, marks=pytest.mark.wide) for each in [
+        {"remat": True}, {"chunked": True}, {"axes": ["pmap"]},
+        {"axes": ["fsdp", "tensor"], "accumulate": 2}]]], ids=str)
 def test_every_technique_of_training_is_the_plain_step(technique, monkeypatch):
     """The losses of three steps; sums in another order differ in the last digits."""
     plain = ours_with().train(ROWS)
@@ -141,11 +144,11 @@ def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks)
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.wide
 @pytest.mark.parametrize("mode, names", [
-    ("pmap", ["pmap on 1", "pmap on 2", "pmap on 4"]),
-    pytest.param("fsdp", ["fsdp on 1", "fsdp on 2", "fsdp on 4"], marks=pytest.mark.slow),
-    ("data:2,tensor:2", ["data:2,tensor:2 on 1", "data:2,tensor:2 on 4"])])
+    pytest.param("pmap", ["pmap:1", "pmap:2", "pmap:4"], marks=pytest.mark.slow),
+    pytest.param("fsdp", ["fsdp:1", "fsdp:2", "fsdp:4"], marks=pytest.mark.slow),
+    pytest.param("data:2,tensor:2", ["data:1,tensor:1", "data:2,tensor:2"],
+                 marks=pytest.mark.wide)])
 def test_scaling_is_measured_on_several_devices_and_all_of_it_traced(
         mode, names, tmp_path, monkeypatch):
     monkeypatch.setenv("NPROC", "16")  # or the emulated devices wait for each other forever
@@ -157,6 +160,20 @@ def test_scaling_is_measured_on_several_devices_and_all_of_it_traced(
         assert all(found[metric, name]["value"] > 0 for name in names)
         assert all(found[f"{metric}, scaling", name]["value"] > 0 for name in names[1:])
     assert len(list(tmp_path.glob("trace/**/*.xplane.pb"))) == 2
+
+
+@pytest.mark.parametrize("memory, said, names", [
+    ({}, "--parallel data: the state takes less than the memory", ["data:1"]),
+    ({"bytes_limit": 101}, "--parallel data: the state takes less than the memory", ["data:1"]),
+    ({"bytes_limit": 99}, "--parallel tensor: the state takes more than the memory", [])])
+def test_auto_splits_the_rows_unless_one_device_is_too_small_and_says_so(
+        memory, said, names, monkeypatch, capsys):
+    """Here is one device: what it cannot hold would be measured on two and four."""
+    device = SimpleNamespace(memory_stats=lambda: memory)
+    monkeypatch.setattr(bench.jax, "config", SimpleNamespace(jax_default_device=device))
+    meshes = bench.make_meshes("auto", need=100)
+    assert said in capsys.readouterr().out
+    assert [f"{axis}:{n}" for mesh in meshes for axis, n in mesh.shape.items()] == names
 
 
 @pytest.mark.wide
@@ -269,7 +286,9 @@ def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path
     (["--batch", "0"], "must be 1 or more"),
     (["--accumulate", "0"], "must be 1 or more"),
     (["--temperature", "1", "--top-k", "-1"], "must be 1 or more"),
-    (["--task", "decode", "--remat"], "--remat, --chunked and --accumulate are for --task train"),
+    (["--task", "decode", "--remat"], "--loss-parts: for --task train, without --vs"),
+    (["--loss-parts", "2"], "--remat, --chunked, --accumulate, --loss-parts: for --task train"),
+    (["--parallel", "rows"], "--parallel must be one of those in --help"),
     (["--out", "README.md"], "--out README.md is a file"),
     (["--dataset", "wikitext", "--task", "eval"], "needs datasets: pip install datasets"),
     (["--batch", "many"], "--batch"),
