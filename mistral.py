@@ -218,34 +218,39 @@ class Experts(nnx.Module):
     @jax.named_scope("block_sparse_moe")
     def __call__(self, x):
         """x [B, T, D] -> (x [B, T, D], [2, E]: choices a token and mean score of each expert)."""
-        rows, E = x.reshape(-1, x.shape[-1]), len(self.experts)  # [N, D]
-        scores = jax.nn.softmax(self.gate(rows).astype(jnp.float32))  # [N, E]
-        weights, chosen = jax.lax.top_k(scores, self.per_token)  # [N, per_token], in float32
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        counts = jnp.zeros(E, int).at[chosen.ravel()].add(1)
-        order = jnp.argsort(chosen.ravel())  # all choices, sorted by expert
-        token, weight = order // self.per_token, weights.ravel()[order]
-        run = run_in_blocks if len(rows) <= E or jax.default_backend() == "cpu" else run_ragged
-        y = run(self.experts, rows, token, weight, counts).astype(x.dtype)
-        return y.reshape(x.shape), jnp.stack([counts / len(rows), scores.mean(axis=0)])
+        def route(self, x):
+            rows, E = x.reshape(-1, x.shape[-1]), len(self.experts)  # [N, D]
+            probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32))  # [N, E]
+            weights, chosen = jax.lax.top_k(probs, self.per_token)  # [N, per_token], in float32
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+            counts = jnp.zeros(E, int).at[chosen.ravel()].add(1)
+            order = jnp.argsort(chosen.ravel())  # all choices by expert; i is of i // per_token
+            token, weight = order // self.per_token, weights.ravel()[order]
+            run = run_in_blocks if len(rows) <= E or jax.default_backend() == "cpu" else run_ragged
+            y = run(self.experts, rows, token, weight, counts).astype(x.dtype).reshape(x.shape)
+            return y, jnp.stack([counts / len(rows), probs.mean(axis=0)])[None]
+        mesh = jax.sharding.get_abstract_mesh().shape  # of jax.set_mesh: a device routes its rows
+        axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh)
+        if axes and len(x) % np.prod([mesh[axis] for axis in axes]) == 0:
+            route = jax.shard_map(route, in_specs=(jax.P(), jax.P(axes)), out_specs=jax.P(axes),
+                                  axis_names={*axes}, check_vma=False)
+        y, found = route(self, x)
+        return y, found.mean(axis=0)
 
 def run_in_blocks(experts, rows, token, weight, counts, block=128):
     """The sum of each token's experts, [N, D] -> [N, D] float32: one expert after the other, a
     block of its tokens at a time. Experts and blocks without tokens are skipped, and not read."""
-    N, block = len(rows), min(len(rows), block)
-    def run(out, expert, first, count):
+    out, block = jnp.zeros(rows.shape, jnp.float32), min(len(rows), block)
+    for expert, first, count in zip(experts, jnp.cumsum(counts) - counts, counts, strict=True):
         @jax.checkpoint  # or the gradient would keep [blocks, block, F] of every expert
-        def add(out, i):
+        def add(out, i, expert=expert, first=first, count=count):
             place = i * block + jnp.arange(block)
             mine = jnp.clip(first + place, max=len(token) - 1)
             share = jnp.where(place < count, weight[mine], 0)[:, None]
             return out.at[token[mine]].add(expert(rows[token[mine]]) * share)
-        def step(out, i):
+        def step(out, i, add=add, count=count):
             return jax.lax.cond(i * block < count, add, lambda out, i: out, out, i), None
-        return jax.lax.scan(step, out, jnp.arange(-(-N // block)))[0]
-    out = jnp.zeros(rows.shape, jnp.float32)
-    for expert, first, count in zip(experts, jnp.cumsum(counts) - counts, counts, strict=True):
-        out = run(out, expert, first, count)
+        out, _ = jax.lax.scan(step, out, jnp.arange(-(-len(rows) // block)))
     return out
 
 def run_ragged(experts, rows, token, weight, counts):
@@ -258,10 +263,10 @@ def run_ragged(experts, rows, token, weight, counts):
     return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
 
 def balance_loss(cache):
-    """The auxiliary loss that keeps routers from choosing the same experts always, from the cache
-    of `hidden`: Fedus et al. 2021, eq. (4), of means over layers. Even: num_experts_per_tok."""
-    choices, score = jnp.stack([routed for *_, routed in cache.layers]).mean(axis=0)
-    return len(score) * jnp.sum(choices * score)
+    """What a Mixtral pays for choosing the same experts always, by the cache that `hidden` gives: E
+    times the sum of choices * probabilities, means of tokens and layers: Fedus et al. 2021, (4)."""
+    choices, probs = jnp.stack([routed for *_, routed in cache.layers]).mean(axis=0)
+    return len(probs) * jnp.sum(choices * probs)
 
 class Block(nnx.Module):
     """One layer: attention, then the MLP, each on a normed copy of the stream and added to it."""

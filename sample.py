@@ -412,8 +412,7 @@ def write_texts(model_file, model, mesh, texts, stop_ids, args):
     room = model.config.max_position_embeddings - max(len(text.prompt_ids) for text in texts)
     args.max_new_tokens = args.max_new_tokens or max(1, min(1000 if args.chat else 200, room))
     shown, written = 0, 0  # texts that are out whole, and characters of the one after them
-    streaming = not (args.no_stream or args.json)
-    device = mesh.devices.flat[0]
+    streaming, device = not (args.no_stream or args.json), mesh.devices.flat[0]
     for new in generate(model_file, model, mesh, [text.prompt_ids for text in texts],
                         args, streaming, timing):
         if args.profile and (stats := device.memory_stats()):  # a CPU has none
@@ -476,6 +475,7 @@ def run(args, model_file, texts):
     size = sum(file.stat().st_size for file in folder.iterdir())
     rows = 1 if texts is None else max(1, len(texts)) * args.num_samples
     mesh = make_mesh(args.parallel, devices, config.num_attention_heads, size, rows)
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)
     model = model_file.load(folder, dtype=jax.numpy.dtype(dtype), mesh=mesh)
     stop_ids, file = model.config.eos_token_id, folder / "generation_config.json"
     if file.exists():

@@ -1,6 +1,6 @@
-"""Run by test_parallel.py, in a process that has 4 devices, with the name of a model. For each way
-to split it this prints the largest error of the loss and its gradients against one device, and
-the arrays that each layer makes travel in the compiled program.
+"""Run by test_parallel.py, in a process that has 4 devices, with the name of a model and a number
+of experts. For each way to split it this prints the largest error of the loss and its gradients
+against one device, and the arrays that each layer makes travel in the compiled program.
 """
 
 import importlib
@@ -35,13 +35,14 @@ def collectives(compiled) -> Counter:
     return found
 
 # ruff: noqa: B023  (the functions in the loops are used there)
-def main(name):
+def main(name, experts):
     module, found = importlib.import_module(name), {mode: {} for mode in MESHES}
     tokens = np.random.default_rng(0).integers(384, size=(8, 33))
     def mean_loss(merge, params, tokens):
         return train.token_losses(merge(params, nnx.State({})), tokens)[0].mean()
     for layers in (1, 2):
-        sizes = Namespace(layers=layers, heads=4, width=64, block=32, experts=0, model=name)
+        sizes = Namespace(layers=layers, heads=4, width=64, block=32, experts=int(experts),
+                          model=name)
         config = module.Config.from_hf(train.sizes(sizes, 384, None))
         graphdef, params = nnx.split(module.Model(config, rngs=nnx.Rngs(0)))
         plain = jax.device_get(jax.jit(jax.value_and_grad(partial(
@@ -52,6 +53,7 @@ def main(name):
             for path, param, *_ in module.named_parameters(where):
                 param.set_value(module.sharding(mesh, config, path, param.shape))
             split = jax.device_put(params, where)
+            jax.set_mesh(mesh)
             merge = train.merge_on(mesh, graphdef, jnp.float32, split, nnx.State({}))
             rows = tuple(axis for axis in axes if axis != "tensor")
             own = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(rows)))
@@ -65,4 +67,4 @@ def main(name):
     print(json.dumps(found))
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -6,6 +6,7 @@ own, with a time limit, as threads of several devices can wait for one another f
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,11 +28,12 @@ def wide(*case):
 def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 FAMILIES = ["gpt2", *map(wide, train.MODELS[1:])]
+FAST = "--xla_backend_optimization_level=0"  # to compile: what is compared is compiled alike
 
 def on_devices(n=4):
     """The environment of a process that has n devices."""
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}", "NPROC": "16",
-                         "JAX_PLATFORMS": "cpu"}
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n} {FAST}",
+                         "NPROC": "16", "JAX_PLATFORMS": "cpu"}
 
 def run(program, *args, n=4, code=0, **options):
     """Runs a program on n devices; the finished process, after a look at its exit code."""
@@ -100,14 +102,16 @@ def test_every_mode_learns_what_one_device_learns(model, modes, text, tmp_path):
 # c_attn is split across its three parts, so that query, key and value must be gathered.
 LAYER = {"gpt2": (12, 4, {"all-reduce": 4, "all-gather": 2}), "opt": (16, 6, {"all-reduce": 6}),
          "llama": (9, 7, {"all-reduce": 7}), "gemma": (13, 7, {"all-reduce": 8}),
-         "mistral": (9, 7, {"all-reduce": 7})}
+         "mistral": (9, 7, {"all-reduce": 7}), "mistral, 4 experts": (19, 16, {"all-reduce": 20})}
 
-@pytest.mark.parametrize("model", FAMILIES)
-def test_gradients_are_those_of_one_device_and_arrays_travel_as_they_must(model):
+@pytest.mark.parametrize("case", ["gpt2", *map(wide, [*LAYER][1:])])
+def test_gradients_are_those_of_one_device_and_arrays_travel_as_they_must(case):
     """Data: each gradient is summed. FSDP: besides, each split parameter is gathered; no activation
-    travels. Tensor: activations are summed. (A CPU sums where a GPU would reduce and scatter.)"""
-    found = json.loads(run(["tests/collectives.py"], model).stdout)
-    parameters, split, tensor = LAYER[model]
+    travels, and with experts each device routes its own tokens. Tensor: activations are summed, of
+    experts each block's. (A CPU sums where a GPU would reduce and scatter.)"""
+    model, _, experts = case.replace(" experts", "").partition(", ")
+    found = json.loads(run(["tests/collectives.py"], model, experts or 0).stdout)
+    parameters, split, tensor = LAYER[case]
     gathers = {"all-gather": split}
     both = {"all-reduce": tensor["all-reduce"] + parameters}
     assert {mode: result["layer"] for mode, result in found.items()} == {
@@ -115,7 +119,7 @@ def test_gradients_are_those_of_one_device_and_arrays_travel_as_they_must(model)
         "tensor": tensor, "data,tensor": tensor | both,
         "fsdp,tensor": both | {"all-gather": split + tensor.get("all-gather", 0)}}
     for mode, result in found.items():  # gradients below 1, in float32
-        assert result["error"] < 2e-6, mode
+        assert result["error"] < 4e-6, mode
 
 @pytest.mark.parametrize("first, then", [
     wide("fsdp", "tensor"), ("no", "fsdp:2,tensor"), wide("pmap", "data"), wide("tensor", "no")])
@@ -260,7 +264,7 @@ def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(again, text, 
         assert [host.returncode for host in hosts] == [0, 0], printed
         (first, lines), (second, nothing) = printed
         assert "on 4 x cpu" in first and "finished" in first and "step     20/20" in lines
-        assert all("Gloo" in line or "peer ranks" in line for line in second.splitlines())
+        assert not [line for line in second.splitlines() if not re.search("Gloo|peer ranks", line)]
         assert not nothing
         assert_same_curve(tmp_path / "two", tmp_path / "one")
         shutil.rmtree(tmp_path / "two/checkpoints/20")
