@@ -151,7 +151,7 @@ def test_a_model_on_several_devices_gives_the_logits_of_one(family, make_case):
                     assert len(param[...].sharding.device_set) == len(devices.flat), path
                     parts = max(parts, param.size // param[...].addressable_shards[0].data.size)
                 assert parts == (1 if names == ("data",) else len(devices.flat)), (shape, parts)
-    """, XLA_FLAGS="--xla_force_host_platform_device_count=4", NPROC="16", JAX_PLATFORMS="cpu")
+    """, JAX_NUM_CPU_DEVICES="4", NPROC="16", JAX_PLATFORMS="cpu")
 
 
 # ---------------------------------------------------------------------------------- what is refused

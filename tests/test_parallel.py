@@ -28,12 +28,10 @@ def wide(*case):
 def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 FAMILIES = ["gpt2", *map(wide, train.MODELS[1:])]
-FAST = "--xla_backend_optimization_level=0"  # to compile: what is compared is compiled alike
 
 def on_devices(n=4):
     """The environment of a process that has n devices."""
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n} {FAST}",
-                         "NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(n), "NPROC": "16", "JAX_PLATFORMS": "cpu"}
 
 def run(program, *args, n=4, code=0, **options):
     """Runs a program on n devices; the finished process, after a look at its exit code."""

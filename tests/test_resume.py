@@ -20,6 +20,7 @@ TEXT = "Größe, naïve: 日本 🙂\n" + "".join(
     f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
 SMALL = "--layers 1 --heads 2 --width 32 --block 16 --batch 4 --tokens char --device cpu"
 # All that a step changes matters: dropout draws from the step, the mean of the weights lags behind.
+STEPS = 200
 RUN = "--dropout 0.2 --ema 0.99 --save-every 10 --eval-every 10"
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,9 +41,9 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(text_file, tmp_path_factory):
-    """The undisturbed run of 300 steps, in a folder that no test changes."""
+    """The undisturbed run of 200 steps, in a folder that no test changes."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    finish("--data", text_file, "--steps", 300, "--out", out)
+    finish("--data", text_file, "--steps", STEPS, "--out", out)
     return out
 
 def command(*flags):
@@ -116,7 +117,7 @@ def kill_and_resume(flags, out, kills, seed, timeout=120):
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_undisturbed(
         text_file, whole, tmp_path):
     """The first of these three too early, before there is a checkpoint."""
-    kill_and_resume(["--data", text_file, "--steps", 300], tmp_path, kills=3, seed=14)
+    kill_and_resume(["--data", text_file, "--steps", STEPS], tmp_path, kills=3, seed=14)
     assert_same_run(tmp_path, whole)
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_undisturbed(text_file,
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(
     signal.SIGINT, marks=pytest.mark.wide)])
 def test_a_signal_to_stop_saves_first_and_says_how_to_go_on(number, text_file, whole, tmp_path):
-    flags = ["--data", text_file, "--steps", 300, "--out", tmp_path]
+    flags = ["--data", text_file, "--steps", STEPS, "--out", tmp_path]
     process = start(*flags)
     read_until(process, "step ")
     process.send_signal(number)
@@ -137,7 +138,7 @@ def test_a_signal_to_stop_saves_first_and_says_how_to_go_on(number, text_file, w
     assert process.returncode == 130
     stopped = int(re.match(r"stopped after step (\d+): the same command with --resume",
                            lines[-1])[1])
-    assert 10 <= stopped < 300 and steps_in(tmp_path)[-1] == stopped
+    assert 10 <= stopped < STEPS and steps_in(tmp_path)[-1] == stopped
     assert rows_in(tmp_path)[-1]["step"] == stopped
     assert not (tmp_path / "model.safetensors").exists()
     finish(*flags, "--resume")
@@ -147,14 +148,14 @@ def test_the_run_goes_on_from_the_newest_checkpoint_and_rows_after_it_are_told_a
         text_file, whole, tmp_path):
     """As after a kill that also cut off the last line of metrics.jsonl."""
     out = shutil.copytree(whole, tmp_path / "out")
-    shutil.rmtree(out / "checkpoints/300")
+    shutil.rmtree(out / f"checkpoints/{STEPS}")
     (out / "model.safetensors").unlink()
     metrics = out / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:-20])
     with pytest.raises(json.JSONDecodeError):
         rows_in(out)
-    printed = finish("--data", text_file, "--steps", 300, "--out", out, "--resume")
-    assert "validation loss before step 291" in printed
+    printed = finish("--data", text_file, "--steps", STEPS, "--out", out, "--resume")
+    assert f"validation loss before step {STEPS - 9}" in printed
     assert_same_run(out, whole)
 
 def test_no_moment_of_a_resume_is_without_the_rows_before_it(whole, tmp_path):
@@ -173,16 +174,16 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(
         damage, text_file, whole, tmp_path, refused):
     """Whoever removes it goes on from the one before: the test above."""
     out = shutil.copytree(whole, tmp_path / "out")
-    damage(out / "checkpoints/300")
-    error = refused("--data", text_file, "--steps", 300, "--out", out, "--resume")
-    assert re.search(r"\b300\b", error.replace(str(out), ""))
+    damage(out / f"checkpoints/{STEPS}")
+    error = refused("--data", text_file, "--steps", STEPS, "--out", out, "--resume")
+    assert re.search(rf"\b{STEPS}\b", error.replace(str(out), ""))
 
 @pytest.mark.wide
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(
         text_file, whole, tmp_path):
     (tmp_path / "checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
-    finish("--data", text_file, "--steps", 300, "--out", tmp_path)
+    finish("--data", text_file, "--steps", STEPS, "--out", tmp_path)
     assert_same_run(tmp_path, whole)
 
 # -------------------------------------------------------------------------------- best and worst
@@ -244,7 +245,7 @@ def refused(monkeypatch, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--width 64", "--width 32"),
     ("--lr 0.5", "--lr 0.003"),
-    ("--steps 400", "--steps 300"),
+    ("--steps 400", f"--steps {STEPS}"),
     ("--batch 8", "--batch 4"),
     ("--optimizer lion", "--optimizer adamw"),
     ("--dropout 0.1", "--dropout 0.2"),
@@ -260,7 +261,8 @@ def test_a_run_is_not_resumed_as_another_one(
     monkeypatch.chdir(text_file.parent)
     Path("other.txt").write_text(TEXT.replace("miles", "yards"))
     before = contents(whole)
-    error = refused("--data", text_file, "--steps", 300, "--out", whole, "--resume", *flags.split())
+    error = refused("--data", text_file, "--steps", STEPS, "--out", whole, "--resume",
+                    *flags.split())
     assert f"the run in {whole} has" in error and message in error
     assert contents(whole) == before
 
@@ -276,5 +278,5 @@ def test_there_is_nothing_to_resume_in_an_empty_folder(text_file, tmp_path, refu
 
 def test_resuming_a_finished_run_changes_no_weight_and_no_row(text_file, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
-    finish("--data", text_file, "--steps", 300, "--out", out, "--resume")
+    finish("--data", text_file, "--steps", STEPS, "--out", out, "--resume")
     assert_same_run(out, whole)

@@ -176,7 +176,7 @@ def test_text_flows_in_several_writes(weights):
 def test_pmap_gives_the_texts_of_one_device_also_for_an_odd_number(weights):
     options = ["--weights", weights, "--prompt", "Hello", "--prompt", "a longer prompt",
                "--prompt", "x", "--max-new-tokens", 20, "--json", "--repetition-penalty", 1.1]
-    emulated = {"NPROC": "16", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    emulated = {"NPROC": "16", "JAX_NUM_CPU_DEVICES": "2"}
     one = [json.loads(line)["completion_ids"] for line in text_of(*options).splitlines()]
     result = run(*options, "--parallel", "pmap", **emulated)
     assert result.returncode == 0, result.stderr
@@ -184,7 +184,7 @@ def test_pmap_gives_the_texts_of_one_device_also_for_an_odd_number(weights):
     assert "2 x cpu" in result.stderr
 
 def test_device_and_dtype_can_be_chosen_and_are_said(weights):
-    emulated = {"NPROC": "16", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    emulated = {"NPROC": "16", "JAX_NUM_CPU_DEVICES": "2"}
     for dtype in ("bfloat16", "float16"):
         result = run("--weights", weights, "--device", "cpu:1", "--dtype", dtype, **emulated)
         assert result.returncode == 0, result.stderr

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -375,42 +374,6 @@ def test_experts_are_kept_balanced(text_file, tmp_path, monkeypatch):
     balanced, loss = gate_after_a_step(lambda cache: 100 * module.balance_loss(cache))
     assert loss == plain_loss  # what is reported is that of the tokens
     assert np.abs(balanced - plain).max() > 1e-4
-
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-        text_file, tmp_path, monkeypatch, capsys):
-    flags = ["--data", text_file, "--tokens", "bpe", "--vocab-size", 300, "--dropout", 0.2,
-             "--steps", 60, "--save-every", 20]
-    whole = run(*flags, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-
-    process = subprocess.Popen(command(*flags, "--out", tmp_path / "parts"), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    first_line = process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in stderr.splitlines()[-1]
-    stopped = int(re.search(r"stopped after step (\d+)", stderr)[1])
-    assert 4 <= stopped < 60 and not (tmp_path / "parts/model.safetensors").exists()
-
-    rest = run(*flags, "--out", tmp_path / "parts", "--resume")
-    assert rest.returncode == 0, rest.stderr
-    # The validation losses, and for all full stretches between two looks the training losses.
-    expected = curve(whole.stderr)
-    before, after = curve(first_line + stderr), curve(rest.stderr)
-    assert [val for *_, val in before + after] == [val for *_, val in expected]
-    assert after[1:] == expected[len(before) + 1 :]
-    for file in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
-    assert {path.name for path in (tmp_path / "parts/checkpoints").iterdir()} == {"40", "60"}
-
-    # Now that there is a run: it is not overwritten, nor resumed as another one.
-    for more, message in [([], "holds a run already: add --resume"),
-                          (["--resume", "--width", 64], "has --width 32: resume with that")]:
-        monkeypatch.setattr(sys, "argv", command(*flags, "--out", tmp_path / "parts", *more)[1:])
-        with pytest.raises(SystemExit, match="2"):
-            train.main(train.arguments())
-        stderr = capsys.readouterr().err
-        assert message in stderr and len(stderr.splitlines()) == 1
 
 def test_pmap_wants_rows_for_each_device(text_file, monkeypatch, capsys):
     monkeypatch.setattr(train, "pick_devices", lambda *_: jax.devices()[:1] * 4)
