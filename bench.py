@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import timeit
-from functools import cached_property, partial, partialmethod
+from functools import cached_property, lru_cache, partial, partialmethod
 from importlib import import_module, metadata, util
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +74,7 @@ def skeleton(module, config, **options):
     """(graphdef, state) of a model of which only the shapes are there."""
     rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # nothing is drawn
     return nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=rngs, **options)))
+@lru_cache(1)  # a plan asks for several numbers of chips
 def costs(module, config, B: int, T: int, dtype):
     """Operations and bytes of B rows of T tokens, from the shapes alone. For each token a weight of
     a matrix takes part in 2 operations, and attention adds 2 products of H * Dh in each layer for
@@ -491,11 +492,10 @@ def bench_plan(args, dtype):
     weights are gathered twice, gradients scattered once, float32 state stays split, of blocks the
     input is kept. Decoding is tensor parallel. Scaling is of data parallelism, whose float32 sums
     of gradients wait for the products."""
-    module, config = import_module(args.model), find_config(args)
-    flops, bandwidth, memory, link = CHIPS[args.kind]
+    config, (flops, bandwidth, memory, link) = find_config(args), CHIPS[args.kind]
     width = getattr(config, "n_embd", 0) or config.hidden_size
     for B, T, N in itertools.product(args.batch, args.length, args.chips):
-        c = costs(module, config, B, T, "bfloat16")
+        c = costs(import_module(args.model), config, B, T, "bfloat16")
         times = {"products": 4 / 3 * c.train / N / flops, "links": 6 * c.size * (N - 1) / N / link,
                  "memory": 28 * c.size / N / bandwidth}
         shape = {"batch": B, "length": T, "chips": f"{N} {args.kind}"}

@@ -34,10 +34,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a `dear` test the core suite runs gpt2's case, and the wide one those of the others."""
+    """Of a `dear` test the core suite runs gpt2's case, and a longer one those of the others."""
     for item in items:
-        if item.get_closest_marker("dear") and item.callspec.params["family"] is not GPT2:
-            item.add_marker("wide")
+        dear = item.get_closest_marker("dear")
+        if dear and item.callspec.params["family"] is not GPT2:
+            item.add_marker(*dear.args or ["wide"])
 
 
 @pytest.fixture(scope="session")

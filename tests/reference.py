@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
+# What is held against float64 is compiled as users have it, whatever conftest.py asks for.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
 MATERIAL = ROOT.parent / "shared" / "material"  # real tokenizers and texts, where they are at hand
 
 
@@ -171,11 +174,11 @@ def our_values(case, what, module):
     graphdef, state = nnx.split(model)
     tokens = jnp.array(case.tokens)
 
-    @jax.jit
+    @jit
     def parts(state):
         return case.family.parts(nnx.merge(graphdef, state), tokens, case.x)
 
-    @jax.jit
+    @jit
     def stream(state):
         return stream_of(module, nnx.merge(graphdef, state), tokens)
 
@@ -185,7 +188,7 @@ def our_values(case, what, module):
         return -chosen.mean()
 
     if what == "gradients":
-        found = module.named_parameters(jax.jit(jax.grad(loss))(state))
+        found = module.named_parameters(jit(jax.grad(loss))(state))
         values = {name: np.asarray(gradient[...]).T if turned else gradient[...]
                   for _, gradient, name, turned in found}
     else:

@@ -278,8 +278,9 @@ def test_the_tokenizer_of_a_checkpoint_goes_into_the_finished_folder(monkeypatch
     assert not (out / "README.md").exists()
     assert gpt2.tokenizer(out).encode(TEXT) == gpt2.tokenizer(folder).encode(TEXT)
 
-@pytest.mark.wide
-@pytest.mark.parametrize("model", train.MODELS)
+@pytest.mark.parametrize("model", [
+    pytest.param(name, marks=pytest.mark.wide if name == "gpt2" else pytest.mark.slow)
+    for name in train.MODELS])
 def test_sample_goes_on_with_what_was_trained(model):
     Path("a.txt").write_text(TEXT)
     for program in [

@@ -34,6 +34,9 @@ every_filter = pytest.mark.parametrize(
 HALF = [pytest.param(config.values[0], id=config.id, marks=[] if config.values[0][0] in
                      (GPT2, MISTRAL) else pytest.mark.wide)
         for config in EVERY_CONFIG if not config.marks]
+# Greedy tokens are those of transformers for every config; and these are for more than one row.
+RAGGED = [pytest.param(config.values[0], id=config.id,
+                       marks=[pytest.mark.slow] if config.marks else []) for config in EVERY_CONFIG]
 PROMPTS = [[5, 7, 11], [2] * 30, [9], list(range(20, 32))]
 KEY = jax.random.key(7)
 
@@ -55,6 +58,7 @@ def test_generate_gives_the_tokens_of_the_naive_loop(family, model, options):
     assert new == [naive(family.module, model, prompt, 12, **options)]
 
 
+@pytest.mark.parametrize("case", RAGGED, indirect=True)
 def test_rows_of_every_config_are_those_of_the_naive_loop(case):
     """Ragged rows, past the shorter windows, and within the trained length of dynamic RoPE: beyond
     it each token has other angles once more tokens follow, which a cache does not undo."""

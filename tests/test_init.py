@@ -37,7 +37,7 @@ def tokens(fresh):
     return jax.random.randint(jax.random.key(5), (8, 40), 0, fresh.config.vocab_size)
 
 
-@pytest.mark.dear
+@pytest.mark.dear("slow")
 @pytest.mark.parametrize(("family", "name"), EVERY_PRESET, ids=lambda p: getattr(p, "name", p))
 def test_a_preset_has_the_published_number_of_parameters(family, name):
     """Counted in shapes only: nothing is allocated, and one key serves all, as none is drawn."""

@@ -58,8 +58,8 @@ def run(command):
     return call
 
 @pytest.fixture(scope="module", params=[
-    "gpt2", *[pytest.param(name, marks=pytest.mark.wide)
-              for name in ("opt", "llama", "gemma", "mistral")]])
+    "gpt2", pytest.param("mistral", marks=pytest.mark.wide),
+    *[pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "llama", "gemma")]])
 def tuned(request, run, tmp_path_factory):
     """A base, the adapter of a run on it, and the same run's --merge: three folders."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from families import EVERY_CONFIG, FAMILIES, GPT2
 from flax import nnx
-from reference import ROOT, Case, hf_values, mutated, read_hf, write_random
+from reference import ROOT, Case, hf_values, jit, mutated, read_hf, write_random
 
 HALVES = [pytest.param(*config.values, dtype, id=f"{config.id} in {dtype}", marks=config.marks)
           for config in EVERY_CONFIG for dtype in ("bfloat16", "float16")
@@ -29,7 +28,7 @@ def test_gradients_of_all_parameters_match_float64(case):
     case.assert_close("gradients")
 
 
-@pytest.mark.dear
+@pytest.mark.dear("slow")
 @pytest.mark.parametrize(("family", "fault"), EVERY_MUTATION, ids=lambda p: getattr(p, "name", p))
 def test_parity_notices(family, fault, make_case, tmp_path):
     """The tolerance is worth something: a planted fault exceeds it at least ten times."""
@@ -77,7 +76,7 @@ def test_half_precision_is_as_near_to_float64_as_that_of_pytorch(case, dtype):
     theirs = hf_values(case, "stream", hf)["logits"] - exact
     model = case.family.module.load(case.folder, dtype=getattr(jnp, dtype))
     graphdef, state = nnx.split(model)
-    logits = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, case.tokens)
+    logits = jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, case.tokens)
     ours = np.asarray(logits, np.float64) - exact
     assert np.sqrt(np.mean(ours**2)) <= 1.5 * np.sqrt(np.mean(theirs**2))
     assert np.abs(ours).max() <= 2 * np.abs(theirs).max()

@@ -127,8 +127,8 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_undisturbed(text_file,
     kill_and_resume(flags, tmp_path / "parts", kills=20, seed=1, timeout=600)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(
-    signal.SIGINT, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(
+    signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_stop_saves_first_and_says_how_to_go_on(number, text_file, whole, tmp_path):
     flags = ["--data", text_file, "--steps", STEPS, "--out", tmp_path]
     process = start(*flags)
@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(
     error = refused("--data", text_file, "--steps", STEPS, "--out", out, "--resume")
     assert re.search(rf"\b{STEPS}\b", error.replace(str(out), ""))
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(
         text_file, whole, tmp_path):
     (tmp_path / "checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)

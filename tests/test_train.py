@@ -304,7 +304,8 @@ def test_without_data_there_is_the_standard_library():
 @pytest.mark.parametrize("kind, dtype", [
     ("char", "float32"), *[
         pytest.param(*case, marks=pytest.mark.wide)
-        for case in [("bytes", "bfloat16"), ("bpe", "bfloat16"), ("gpt2", "float32")]]])
+        for case in [("bpe", "bfloat16"), ("gpt2", "float32")]],
+    pytest.param("bytes", "bfloat16", marks=pytest.mark.slow)])
 def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
         kind, dtype, text_file, tmp_path):
     torch = pytest.importorskip("torch")
