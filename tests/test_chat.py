@@ -218,6 +218,7 @@ def test_where_a_template_changes_earlier_turns_all_is_computed_anew(folder):
         assert talk.fed == len(ids)
 
 
+@pytest.mark.wide
 def test_a_conversation_that_outgrows_its_cache_gets_a_longer_one(folder):
     """It begins with 1,024 slots."""
     codec, talk = sample.chat_tokenizer(folder), Talk(llama, folder)
@@ -246,6 +247,7 @@ def test_a_conversation_is_one_text_and_has_no_profile(folder, options):
     assert terminal.process.wait(20) == 2
 
 
+@pytest.mark.wide
 def test_a_message_for_which_the_context_has_no_room_is_not_taken(tmp_path):
     terminal = Terminal(write_chat(tmp_path, max_position_embeddings=64))
     terminal.read(until="> ")

@@ -31,8 +31,8 @@ every_filter = pytest.mark.parametrize(
      for name, options in FILTERS.items() if family is GPT2 or name in ("greedy", "all")],
     indirect=["family"])
 # One config of each family, of which the other three are much alike here.
-HALF = [pytest.param(config.values[0], id=config.id, marks=[] if config.values[0][0] in
-                     (GPT2, MISTRAL) else pytest.mark.wide)
+HALF = [pytest.param(config.values[0], id=config.id, marks=[] if config.values[0][0] is MISTRAL else
+                     pytest.mark.wide if config.values[0][0] is GPT2 else pytest.mark.slow)
         for config in EVERY_CONFIG if not config.marks]
 # Greedy tokens are those of transformers for every config; and these are for more than one row.
 RAGGED = [pytest.param(config.values[0], id=config.id,

@@ -192,6 +192,7 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(
     assert message in err and not Path("out").exists()
 
 
+@pytest.mark.wide
 def test_the_adapter_names_its_base_so_that_peft_finds_it_from_anywhere(run, tmp_path, monkeypatch):
     run("--weights", "tiny", "--lora", 2, "--out", tmp_path / "out", "--steps", 1)
     monkeypatch.chdir(tmp_path)

@@ -81,8 +81,7 @@ def assert_same_curve(one, other):
 # ----------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("model, modes", [
-    ("gpt2", ["no", "pmap", "fsdp:2,tensor"]), *[slow(name, MODES) for name in train.MODELS],
-    wide("mistral", ["no", "data", "fsdp:2,tensor"])])
+    ("gpt2", ["no", "pmap", "fsdp:2,tensor"]), *[slow(name, MODES) for name in train.MODELS]])
 def test_every_mode_learns_what_one_device_learns(model, modes, text, tmp_path):
     more = ["--experts", "4"] if model == "mistral" else []
     printed = train_several(*[
@@ -120,7 +119,8 @@ def test_gradients_are_those_of_one_device_and_arrays_travel_as_they_must(case):
         assert result["error"] < 4e-6, mode
 
 @pytest.mark.parametrize("first, then", [
-    wide("fsdp", "tensor"), ("no", "fsdp:2,tensor"), slow("pmap", "data"), slow("tensor", "no")])
+    wide("no", "fsdp:2,tensor"), slow("fsdp", "tensor"), slow("pmap", "data"),
+    slow("tensor", "no")])
 def test_a_checkpoint_of_one_mode_is_resumed_under_another(first, then, text, tmp_path):
     flags = [*TRAIN, "--data", text, "--save-every", 10, "--optimizer", "muon"]
     train_several([*flags, "--parallel", first, "--out", tmp_path / "first"])
@@ -143,7 +143,7 @@ def test_what_else_training_does_is_the_same_when_it_is_split(flags, text, tmp_p
 # --------------------------------------------------------------------------------------- generation
 
 @pytest.mark.parametrize("model", [
-    "gpt2", slow("opt"), slow("llama"), wide("gemma"), wide("mistral")])
+    wide("gpt2"), slow("opt"), slow("llama"), wide("gemma"), slow("mistral")])
 def test_every_mode_draws_the_greedy_tokens_of_one_device(model):
     flags = ["--model", model, "--weights", "tiny", "--temperature", 0, "--max-new-tokens", 40,
              "--json", "--prompt", "ROMEO: my", "--prompt", "First Citizen:", "--prompt", "What"]
@@ -207,7 +207,7 @@ sys.argv = ["{program}.py", *sys.argv[1:]]
 sys.exit({program}.main({arguments}))
 """
 
-@pytest.mark.parametrize("room, picked", [wide(10**9, "data"), (10**5, "tensor")])
+@pytest.mark.parametrize("room, picked", [slow(10**9, "data"), wide(10**5, "tensor")])
 def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
         room, picked, text, tmp_path):
     program = AUTO.format(program="train", room=room, arguments="train.arguments()")

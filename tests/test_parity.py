@@ -51,7 +51,8 @@ def test_the_trained_tiny_checkpoint_matches_float64(family):
 
 
 @pytest.mark.parametrize("family", [
-    pytest.param(family, marks=[] if family is GPT2 else pytest.mark.slow, id=family.name)
+    pytest.param(family, id=family.name,
+                 marks=pytest.mark.wide if family is GPT2 else pytest.mark.slow)
     for family in FAMILIES], indirect=True)
 def test_the_published_size_matches_float64(family, tmp_path):
     """Random weights in the shape of the default checkpoint: 124M parameters for GPT-2, 125M for

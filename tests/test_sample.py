@@ -103,8 +103,7 @@ def test_temperature_0_is_greedy_and_top_k_1_the_same(weights):
     greedy = text_of(*options, "--temperature", 0)
     assert greedy == text_of(*options, "--top-k", 1)
     assert greedy != text_of(*options, "--temperature", 0, "--repetition-penalty", 1.5)
-    for option in [("--top-p", 0.5), ("--min-p", 0.2)]:
-        assert text_of(*options, *option).startswith("Hello")
+    assert text_of(*options, "--top-p", 0.5, "--min-p", 0.2).startswith("Hello")
 
 def test_a_stop_text_ends_before_it(weights, records):
     completion = records[0]["completion"]

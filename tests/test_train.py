@@ -343,9 +343,10 @@ def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
     # float32 in another order of addition, on logits below 1.
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
-@pytest.mark.parametrize("flags", ["--model opt", *[
-    pytest.param(flags, marks=pytest.mark.wide) for flags in [
-        "--model llama", "--model gemma", "--model mistral", "--model mistral --experts 4"]]])
+@pytest.mark.parametrize("flags", [
+    pytest.param(flags, marks=pytest.mark.slow if flags == "--model mistral" else pytest.mark.wide)
+    for flags in ["--model opt", "--model llama", "--model gemma", "--model mistral",
+                  "--model mistral --experts 4"]])
 def test_every_model_file_learns_and_writes_a_folder_that_transformers_reads(
         text_file, tmp_path, flags):
     done = run("--data", text_file, "--tokens", "bytes", "--steps", 30, "--out", tmp_path, "--lr",
