@@ -129,9 +129,10 @@ def test_a_mesh_draws_the_tokens_of_generate(axes):
 @pytest.mark.parametrize("tasks", [
     ["decode"], pytest.param(["prefill", "train"], marks=pytest.mark.wide)], ids=",".join)
 def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks):
-    done = run("--task", ",".join(tasks), "--batch", "1,2", "--new-tokens", 100, "--out", tmp_path,
+    done = run("--task", ",".join(tasks), "--batch", "2", "--new-tokens", 100, "--out", tmp_path,
                "--runs", 3)  # a single first token can take longer than all that follow
-    assert "| decode " in done.stdout and "GB/s of the sum" in done.stdout
+    assert f"| {tasks[0]} " in done.stdout
+    assert ("GB/s of the sum" if tasks == ["decode"] else "GFLOP/s of the product") in done.stdout
     about, found = results(tmp_path)
     assert about["command"].startswith("bench.py --runs 1") and "jax" in about
     for metric in tasks:
@@ -245,7 +246,7 @@ def test_a_plan_needs_no_weights(tmp_path):
     assert 0 < found["train: memory"] - 16 * parameters / 8e9 < 0.1
     assert 0.97 < found["decode: step"] / (2e3 * parameters / 8 / 3.35e12) < 1.02
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_plan_without_a_model_is_for_the_largest_of_each_on_8_64_and_512_chips(tmp_path):
     run("--task", "plan", "--length", 1024, "--batch", 512, "--out", tmp_path)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()[1:]

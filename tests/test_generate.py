@@ -110,16 +110,16 @@ def test_greedy_tokens_are_those_of_transformers(case):
     for i, prompt in enumerate(PROMPTS[:2]):
         prompt = [token % case.model.config.vocab_size for token in prompt]
         with torch.no_grad():
-            text = hf.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False,
+            text = hf.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False,
                                attention_mask=torch.ones(1, len(prompt)), pad_token_id=0)
             best = hf(text).logits[0, len(prompt) - 1 : -1].topk(2).values
         doubtful = [*(best[:, 0] - best[:, 1] < 1e-4).tolist(), True]
         agreed = doubtful.index(True)
-        [new] = module.generate(case.model, [prompt], 64, key=KEY, temperature=0)
-        assert len(new) == 64
+        [new] = module.generate(case.model, [prompt], 32, key=KEY, temperature=0)
+        assert len(new) == 32
         assert new[:agreed] == text[0, len(prompt) :].tolist()[:agreed], f"prompt {i}"
         total += agreed
-    assert total >= 64  # of 128: a real comparison
+    assert total >= 32  # of 64: a real comparison
 
 
 @once

@@ -58,8 +58,8 @@ def run(command):
     return call
 
 @pytest.fixture(scope="module", params=[
-    "gpt2", pytest.param("mistral", marks=pytest.mark.wide),
-    *[pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "llama", "gemma")]])
+    "gpt2", *[pytest.param(name, marks=pytest.mark.slow)
+              for name in ("opt", "llama", "gemma", "mistral")]])
 def tuned(request, run, tmp_path_factory):
     """A base, the adapter of a run on it, and the same run's --merge: three folders."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -139,7 +139,7 @@ def test_targets_are_picked_by_their_path(run, tmp_path):
         f"base_model.model.{name}.lora_{letter}.weight": shape  # of a matrix from 128 to 3 * 128
         for name in names for letter, shape in [("A", (3, 128)), ("B", (384, 3))]}
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(command, run, tmp_path):
     flags = ["--weights", "tiny", "--steps", 40, "--eval-every", 10]
     run(*flags, "--out", tmp_path / "whole")
