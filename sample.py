@@ -475,7 +475,7 @@ def run(args, model_file, texts):
     size = sum(file.stat().st_size for file in folder.iterdir())
     rows = 1 if texts is None else max(1, len(texts)) * args.num_samples
     mesh = make_mesh(args.parallel, devices, config.num_attention_heads, size, rows)
-    jax.set_mesh(None if "pmap" in mesh.shape else mesh)
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # which a Mixtral's routing reads
     model = model_file.load(folder, dtype=jax.numpy.dtype(dtype), mesh=mesh)
     stop_ids, file = model.config.eos_token_id, folder / "generation_config.json"
     if file.exists():

@@ -683,7 +683,7 @@ def make_model(args, module, folder, written: Path, devices: list) -> tuple:
     def need():  # float32: a weight, its gradient, two moments; or a frozen weight and LoRA's few
         return sum(p.size for p in jax.tree.leaves(nnx.eval_shape(draw))) * (4 if args.lora else 16)
     mesh = make_mesh(args.parallel, devices, config.num_attention_heads, need)
-    jax.set_mesh(None if "pmap" in mesh.shape else mesh)
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # which a Mixtral's routing reads
     if folder:
         stored = args.dtype if args.lora and not args.merge else "float32"
         model = module.load(folder, param_dtype=stored, mesh=mesh, **options)

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Größe, naïve: 日本 🙂\n" + "".join(
     f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
 SMALL = "--layers 1 --heads 2 --width 32 --block 16 --batch 4 --tokens char --device cpu"
-# All that a step changes matters: dropout draws from the step, the mean of the weights lags behind.
 STEPS = 200
+# All that a step changes matters: dropout draws from the step, the mean of the weights lags behind.
 RUN = "--dropout 0.2 --ema 0.99 --save-every 10 --eval-every 10"
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,7 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(text_file, tmp_path_factory):
-    """The undisturbed run of 200 steps, in a folder that no test changes."""
+    """The undisturbed run, in a folder that no test changes."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     finish("--data", text_file, "--steps", STEPS, "--out", out)
     return out
