@@ -217,19 +217,19 @@ class Experts(nnx.Module):
 
     @jax.named_scope("block_sparse_moe")
     def __call__(self, x):
-        """x [B, T, D] -> (x [B, T, D], [2, E]: choices a token and mean score of each expert)."""
+        """x [B, T, D] -> (x [B, T, D], [2, E]: each expert's choices a token, mean probability)."""
         def route(self, x):
             rows, E = x.reshape(-1, x.shape[-1]), len(self.experts)  # [N, D]
             probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32))  # [N, E]
             weights, chosen = jax.lax.top_k(probs, self.per_token)  # [N, per_token], in float32
             weights = weights / weights.sum(axis=-1, keepdims=True)
             counts = jnp.zeros(E, int).at[chosen.ravel()].add(1)
-            order = jnp.argsort(chosen.ravel())  # all choices by expert; i is of i // per_token
+            order = jnp.argsort(chosen.ravel())  # choices by expert; i was made by i // per_token
             token, weight = order // self.per_token, weights.ravel()[order]
             run = run_in_blocks if len(rows) <= E or jax.default_backend() == "cpu" else run_ragged
             y = run(self.experts, rows, token, weight, counts).astype(x.dtype).reshape(x.shape)
             return y, jnp.stack([counts / len(rows), probs.mean(axis=0)])[None]
-        mesh = jax.sharding.get_abstract_mesh().shape  # of jax.set_mesh: a device routes its rows
+        mesh = jax.sharding.get_abstract_mesh().shape  # of jax.set_mesh: each device sorts its own
         axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh)
         if axes and len(x) % np.prod([mesh[axis] for axis in axes]) == 0:
             route = jax.shard_map(route, in_specs=(jax.P(), jax.P(axes)), out_specs=jax.P(axes),
