@@ -144,7 +144,7 @@ class Ours:
         if not self.mesh:
             return partial(module.generate, model, prompts, n, key=key, top_k=args.top_k or None,
                            temperature=args.temperature or 0, top_p=args.top_p)
-        tokens, positions, S = module.pack(self.config, prompts, n)
+        tokens, positions, S = module.batch_prompts(self.config, prompts, n)
         graphdef, state = nnx.split(model)
         how = {"top_k": args.top_k or None, "sampling": {
             "temperature": args.temperature or None, "top_p": args.top_p, "min_p": None,
@@ -561,7 +561,7 @@ def find_config(args):
     module, random = import_module(args.model), args.weights == "random"
     name = args.preset if random else args.weights
     if name in module.PRESETS and (random or args.task == ["plan"]):
-        return module.PRESETS[name][-1]
+        return module.PRESETS[name].config
     file = (Path(name) if random else folder_of(args)) / "config.json"
     return module.Config.from_hf(json.loads(file.read_text()))
 def arguments():
@@ -660,7 +660,7 @@ def main(args) -> int:
     parts = [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
     if args.every:  # the largest model of each file
         parts = [["--model", name, "--preset", max(import_module(name).PRESETS.items(),
-                                                   key=lambda x: x[1][0])[0]] for name in MODELS]
+                                                   key=lambda x: x[1].parameters)[0]] for name in MODELS]
     if args.suite:
         lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
         parts = [["--weights", args.given or "random", "--dtype", dtype, *shlex.split(line)]

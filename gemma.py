@@ -20,6 +20,7 @@ MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one
 """
 
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -71,6 +72,28 @@ class Config:
     padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
 
     @classmethod
+    def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
+        """A Gemma 3 of these sizes, to be trained from scratch; `changes` are fields of the config.
+
+        All query heads share one KV head; every layer but each sixth sees half the context.
+        """
+        period = min(layers, 6)
+        return cls(
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=1,
+            head_dim=width // heads,
+            query_pre_attn_scalar=width // heads,
+            hidden_size=width,
+            # Three matrices of 8 / 3 * D have as many weights as GPT-2's two of 4 * D.
+            intermediate_size=round_up(8 * width / 3, 32),
+            max_position_embeddings=context,
+            layer_types=tuple(SLIDING if (i + 1) % period else FULL for i in range(layers)),
+            sliding_window=round_up(context / 2, 1),
+            **changes,
+        )
+
+    @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a Gemma, or an unsupported one."""
         values = {**values, **values.get("text_config", {})}  # of a multimodal Gemma 3
@@ -120,17 +143,25 @@ small3 = partial(v1, model_type="gemma3_text", vocab_size=262144, max_position_e
                  sliding_window=512)
 v3 = partial(small3, vocab_size=262208, max_position_embeddings=131072, sliding_window=1024,
              rope_scaling={"rope_type": "linear", "factor": 8.0})
-PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
-    "google/gemma-3-270m": (268_098_176, 0.5, True, small3(640, 2048, 18, 4, 1)),
-    "google/gemma-3-1b-pt": (999_885_952, 2.0, True, small3(1152, 6912, 26, 4, 1)),
-    "google/gemma-3-4b-pt": (3_880_263_168, 8.6, True, v3(2560, 10240, 34, 8, 4)),
-    "google/gemma-3-12b-pt": (11_766_034_176, 24.4, True, v3(3840, 15360, 48, 16, 8)),
-    "google/gemma-3-27b-pt": (27_009_346_304, 54.9, True, v3(5376, 21504, 62, 32, 16, 128, 168)),
-    "google/gemma-2-2b": (2_614_341_888, 10.5, True, v2(2304, 9216, 26, 8, 4)),
-    "google/gemma-2-9b": (9_241_705_984, 37.0, True, v2(3584, 14336, 42, 16, 8)),
-    "google/gemma-2-27b": (27_227_128_320, 108.9, True, v2(4608, 36864, 46, 32, 16, 128, 144)),
-    "google/gemma-2b": (2_506_172_416, 5.0, True, v1(2048, 16384, 18, 8, 1)),
-    "google/gemma-7b": (8_537_680_896, 17.1, True, v1(3072, 24576, 28, 16, 16)),
+class Preset(NamedTuple):
+    """A checkpoint that is published on the Hugging Face Hub."""
+
+    parameters: int
+    download_GB: float
+    gated: bool  # whether its terms must be accepted first
+    config: Config
+
+PRESETS = {  # by id on the Hub; the first is the default
+    "google/gemma-3-270m": Preset(268_098_176, 0.5, True, small3(640, 2048, 18, 4, 1)),
+    "google/gemma-3-1b-pt": Preset(999_885_952, 2.0, True, small3(1152, 6912, 26, 4, 1)),
+    "google/gemma-3-4b-pt": Preset(3_880_263_168, 8.6, True, v3(2560, 10240, 34, 8, 4)),
+    "google/gemma-3-12b-pt": Preset(11_766_034_176, 24.4, True, v3(3840, 15360, 48, 16, 8)),
+    "google/gemma-3-27b-pt": Preset(27_009_346_304, 54.9, True, v3(5376, 21504, 62, 32, 16, 128, 168)),
+    "google/gemma-2-2b": Preset(2_614_341_888, 10.5, True, v2(2304, 9216, 26, 8, 4)),
+    "google/gemma-2-9b": Preset(9_241_705_984, 37.0, True, v2(3584, 14336, 42, 16, 8)),
+    "google/gemma-2-27b": Preset(27_227_128_320, 108.9, True, v2(4608, 36864, 46, 32, 16, 128, 144)),
+    "google/gemma-2b": Preset(2_506_172_416, 5.0, True, v1(2048, 16384, 18, 8, 1)),
+    "google/gemma-7b": Preset(8_537_680_896, 17.1, True, v1(3072, 24576, 28, 16, 16)),
 }
 
 # -------------------------------------------------------------------------------------------- model
@@ -443,7 +474,11 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
     new = jnp.zeros((len(token), STEPS), int)
     return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
-def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+def round_up(n, multiple: int) -> int:
+    """The least multiple of `multiple` that is n or more."""
+    return math.ceil(n / multiple) * multiple
+
+def batch_prompts(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
     context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
@@ -457,7 +492,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
+    return tokens, positions, round_up(T + max_new_tokens, 128)
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -466,7 +501,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
-    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    tokens, positions, S = batch_prompts(model.config, prompts, max_new_tokens)
     B, stops = len(prompts), list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     graphdef, state = nnx.split(model)

@@ -19,6 +19,7 @@ MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one
 """
 
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -76,6 +77,11 @@ class Config:
         return self.n_head
 
     @classmethod
+    def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
+        """A GPT-2 of these sizes, to be trained from scratch; `changes` are fields of the config."""
+        return cls(n_layer=layers, n_head=heads, n_embd=width, n_positions=context, **changes)
+
+    @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a GPT-2, or an unsupported one."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
@@ -98,12 +104,20 @@ def sizes(D: int, layers: int, heads: int) -> Config:
     """The config of a published GPT-2."""
     return Config(n_embd=D, n_layer=layers, n_head=heads)
 
-PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
-    "openai-community/gpt2": (124_439_808, 0.55, False, sizes(768, 12, 12)),
-    "openai-community/gpt2-medium": (354_823_168, 1.52, False, sizes(1024, 24, 16)),
-    "openai-community/gpt2-large": (774_030_080, 3.25, False, sizes(1280, 36, 20)),
-    "openai-community/gpt2-xl": (1_557_611_200, 6.43, False, sizes(1600, 48, 25)),
-    "distilbert/distilgpt2": (81_912_576, 0.35, False, sizes(768, 6, 12)),
+class Preset(NamedTuple):
+    """A checkpoint that is published on the Hugging Face Hub."""
+
+    parameters: int
+    download_GB: float
+    gated: bool  # whether its terms must be accepted first
+    config: Config
+
+PRESETS = {  # by id on the Hub; the first is the default
+    "openai-community/gpt2": Preset(124_439_808, 0.55, False, sizes(768, 12, 12)),
+    "openai-community/gpt2-medium": Preset(354_823_168, 1.52, False, sizes(1024, 24, 16)),
+    "openai-community/gpt2-large": Preset(774_030_080, 3.25, False, sizes(1280, 36, 20)),
+    "openai-community/gpt2-xl": Preset(1_557_611_200, 6.43, False, sizes(1600, 48, 25)),
+    "distilbert/distilgpt2": Preset(81_912_576, 0.35, False, sizes(768, 6, 12)),
 }
 
 # -------------------------------------------------------------------------------------------- model
@@ -373,7 +387,11 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
     new = jnp.zeros((len(token), STEPS), int)
     return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
-def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+def round_up(n, multiple: int) -> int:
+    """The least multiple of `multiple` that is n or more."""
+    return math.ceil(n / multiple) * multiple
+
+def batch_prompts(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
     context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
@@ -387,7 +405,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
+    return tokens, positions, round_up(T + max_new_tokens, 128)
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -396,7 +414,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
-    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    tokens, positions, S = batch_prompts(model.config, prompts, max_new_tokens)
     B, stops = len(prompts), list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     graphdef, state = nnx.split(model)

@@ -19,6 +19,7 @@ MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one
 """
 
 import json
+import math
 import pickle
 import re
 import sys
@@ -62,6 +63,22 @@ class Config:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
+
+    @classmethod
+    def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
+        """A Llama of these sizes, to be trained from scratch; `changes` are fields of the config."""
+        return cls(
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=width // heads,
+            hidden_size=width,
+            # Three matrices of 8 / 3 * D have as many weights as GPT-2's two of 4 * D.
+            intermediate_size=round_up(8 * width / 3, 32),
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            **changes,
+        )
 
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
@@ -108,35 +125,43 @@ v31 = partial(v3, max_position_embeddings=131072, rope_scaling=(("factor", 8.0),
 v32 = partial(v31, rope_scaling=(("factor", 32.0), *BANDS), tie_word_embeddings=True)
 smol = partial(eps5, vocab_size=49152, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
 smol2 = partial(smol, max_position_embeddings=8192, rope_theta=100000.0)
-PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
-    "HuggingFaceTB/SmolLM2-135M": (134_515_008, 0.3, False, smol2(576, 1536, 30, 9, 3)),
-    "HuggingFaceTB/SmolLM2-360M": (361_821_120, 0.7, False, smol2(960, 2560, 32, 15, 5)),
-    "HuggingFaceTB/SmolLM2-1.7B": (1_711_376_384, 3.4, False, smol2(
+class Preset(NamedTuple):
+    """A checkpoint that is published on the Hugging Face Hub."""
+
+    parameters: int
+    download_GB: float
+    gated: bool  # whether its terms must be accepted first
+    config: Config
+
+PRESETS = {  # by id on the Hub; the first is the default
+    "HuggingFaceTB/SmolLM2-135M": Preset(134_515_008, 0.3, False, smol2(576, 1536, 30, 9, 3)),
+    "HuggingFaceTB/SmolLM2-360M": Preset(361_821_120, 0.7, False, smol2(960, 2560, 32, 15, 5)),
+    "HuggingFaceTB/SmolLM2-1.7B": Preset(1_711_376_384, 3.4, False, smol2(
         2048, 8192, 24, 32, 32, rope_theta=130000.0)),
-    "HuggingFaceTB/SmolLM-135M": (134_515_008, 0.5, False, smol(576, 1536, 30, 9, 3)),
-    "HuggingFaceTB/SmolLM-360M": (361_821_120, 1.4, False, smol(960, 2560, 32, 15, 5)),
-    "HuggingFaceTB/SmolLM-1.7B": (1_711_376_384, 6.8, False, smol(2048, 8192, 24, 32, 32)),
-    "TinyLlama/TinyLlama_v1.1": (1_100_048_384, 4.4, False, eps5(2048, 5632, 22, 32, 4)),
-    "openlm-research/open_llama_3b": (3_426_473_600, 6.8, False, v1(3200, 8640, 26, 32, 32)),
-    "openlm-research/open_llama_7b": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
-    "openlm-research/open_llama_13b": (13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
-    "openlm-research/open_llama_3b_v2": (3_426_473_600, 6.8, False, v1(3200, 8640, 26, 32, 32)),
-    "openlm-research/open_llama_7b_v2": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
-    "huggyllama/llama-7b": (6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
-    "huggyllama/llama-13b": (13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
-    "huggyllama/llama-30b": (32_528_943_616, 65.1, False, v1(6656, 17920, 60, 52, 52)),
-    "huggyllama/llama-65b": (65_285_660_672, 130.6, False, eps5(8192, 22016, 80, 64, 64)),
-    "meta-llama/Llama-2-7b-hf": (6_738_415_616, 13.5, True, v2(4096, 11008, 32, 32, 32)),
-    "meta-llama/Llama-2-13b-hf": (13_015_864_320, 26.0, True, v2(5120, 13824, 40, 40, 40)),
-    "meta-llama/Llama-2-70b-hf": (68_976_648_192, 137.9, True, v2(8192, 28672, 80, 64, 8)),
-    "meta-llama/Meta-Llama-3-8B": (8_030_261_248, 16.1, True, v3(4096, 14336, 32, 32, 8)),
-    "meta-llama/Meta-Llama-3-70B": (70_553_706_496, 141.1, True, v3(8192, 28672, 80, 64, 8)),
-    "meta-llama/Llama-3.1-8B": (8_030_261_248, 16.1, True, v31(4096, 14336, 32, 32, 8)),
-    "meta-llama/Llama-3.1-70B": (70_553_706_496, 141.1, True, v31(8192, 28672, 80, 64, 8)),
-    "meta-llama/Llama-3.1-405B": (405_853_388_800, 811.7, True, v31(16384, 53248, 126, 128, 8)),
-    "meta-llama/Llama-3.2-1B": (1_235_814_400, 2.5, True, v32(2048, 8192, 16, 32, 8)),
-    "meta-llama/Llama-3.2-3B": (3_212_749_824, 6.4, True, v32(3072, 8192, 28, 24, 8)),
-    "meta-llama/Llama-3.3-70B-Instruct": (70_553_706_496, 141.1, True, v31(8192, 28672, 80, 64, 8)),
+    "HuggingFaceTB/SmolLM-135M": Preset(134_515_008, 0.5, False, smol(576, 1536, 30, 9, 3)),
+    "HuggingFaceTB/SmolLM-360M": Preset(361_821_120, 1.4, False, smol(960, 2560, 32, 15, 5)),
+    "HuggingFaceTB/SmolLM-1.7B": Preset(1_711_376_384, 6.8, False, smol(2048, 8192, 24, 32, 32)),
+    "TinyLlama/TinyLlama_v1.1": Preset(1_100_048_384, 4.4, False, eps5(2048, 5632, 22, 32, 4)),
+    "openlm-research/open_llama_3b": Preset(3_426_473_600, 6.8, False, v1(3200, 8640, 26, 32, 32)),
+    "openlm-research/open_llama_7b": Preset(6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
+    "openlm-research/open_llama_13b": Preset(13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
+    "openlm-research/open_llama_3b_v2": Preset(3_426_473_600, 6.8, False, v1(3200, 8640, 26, 32, 32)),
+    "openlm-research/open_llama_7b_v2": Preset(6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
+    "huggyllama/llama-7b": Preset(6_738_415_616, 13.5, False, v1(4096, 11008, 32, 32, 32)),
+    "huggyllama/llama-13b": Preset(13_015_864_320, 26.0, False, v1(5120, 13824, 40, 40, 40)),
+    "huggyllama/llama-30b": Preset(32_528_943_616, 65.1, False, v1(6656, 17920, 60, 52, 52)),
+    "huggyllama/llama-65b": Preset(65_285_660_672, 130.6, False, eps5(8192, 22016, 80, 64, 64)),
+    "meta-llama/Llama-2-7b-hf": Preset(6_738_415_616, 13.5, True, v2(4096, 11008, 32, 32, 32)),
+    "meta-llama/Llama-2-13b-hf": Preset(13_015_864_320, 26.0, True, v2(5120, 13824, 40, 40, 40)),
+    "meta-llama/Llama-2-70b-hf": Preset(68_976_648_192, 137.9, True, v2(8192, 28672, 80, 64, 8)),
+    "meta-llama/Meta-Llama-3-8B": Preset(8_030_261_248, 16.1, True, v3(4096, 14336, 32, 32, 8)),
+    "meta-llama/Meta-Llama-3-70B": Preset(70_553_706_496, 141.1, True, v3(8192, 28672, 80, 64, 8)),
+    "meta-llama/Llama-3.1-8B": Preset(8_030_261_248, 16.1, True, v31(4096, 14336, 32, 32, 8)),
+    "meta-llama/Llama-3.1-70B": Preset(70_553_706_496, 141.1, True, v31(8192, 28672, 80, 64, 8)),
+    "meta-llama/Llama-3.1-405B": Preset(405_853_388_800, 811.7, True, v31(16384, 53248, 126, 128, 8)),
+    "meta-llama/Llama-3.2-1B": Preset(1_235_814_400, 2.5, True, v32(2048, 8192, 16, 32, 8)),
+    "meta-llama/Llama-3.2-3B": Preset(3_212_749_824, 6.4, True, v32(3072, 8192, 28, 24, 8)),
+    "meta-llama/Llama-3.3-70B-Instruct": Preset(70_553_706_496, 141.1, True, v31(8192, 28672, 80, 64, 8)),
 }
 
 # -------------------------------------------------------------------------------------------- model
@@ -414,7 +439,11 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
     new = jnp.zeros((len(token), STEPS), int)
     return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
-def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+def round_up(n, multiple: int) -> int:
+    """The least multiple of `multiple` that is n or more."""
+    return math.ceil(n / multiple) * multiple
+
+def batch_prompts(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
     context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
@@ -428,7 +457,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
+    return tokens, positions, round_up(T + max_new_tokens, 128)
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -437,7 +466,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
-    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    tokens, positions, S = batch_prompts(model.config, prompts, max_new_tokens)
     B, stops = len(prompts), list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     graphdef, state = nnx.split(model)

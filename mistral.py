@@ -19,6 +19,7 @@ MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one
 """
 
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -66,6 +67,27 @@ class Config:
     padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
 
     @classmethod
+    def small(
+        cls, *, layers: int, heads: int, width: int, context: int, experts: int = 0, **changes
+    ) -> "Config":
+        """A Mistral of these sizes or, with experts, a Mixtral, to be trained from scratch;
+        `changes` are fields of the config."""
+        if experts > 0:
+            changes |= {"model_type": "mixtral", "num_local_experts": experts}
+        return cls(
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=width // heads,
+            hidden_size=width,
+            # Three matrices of 8 / 3 * D have as many weights as GPT-2's two of 4 * D.
+            intermediate_size=round_up(8 * width / 3, 32),
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            **changes,
+        )
+
+    @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: of another kind, or unsupported."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
@@ -90,12 +112,20 @@ class Config:
 
 v3, mixtral = (partial(Config, kind, rope_theta=1e6) for kind in KINDS)
 big = partial(mixtral, 32000, 65536, 6144, 16384, 56, 48)
-PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
-    "mistralai/Mistral-7B-v0.1": (7_241_732_096, 14.5, False, Config(sliding_window=4096)),
-    "mistral-community/Mistral-7B-v0.2": (7_241_732_096, 14.5, False, v3()),
-    "mistralai/Mistral-7B-v0.3": (7_248_023_552, 14.5, False, v3(32768)),
-    "mistralai/Mixtral-8x7B-v0.1": (46_702_792_704, 93.4, False, mixtral()),
-    "mistralai/Mixtral-8x22B-v0.1": (140_620_634_112, 281.2, False, big()),
+class Preset(NamedTuple):
+    """A checkpoint that is published on the Hugging Face Hub."""
+
+    parameters: int
+    download_GB: float
+    gated: bool  # whether its terms must be accepted first
+    config: Config
+
+PRESETS = {  # by id on the Hub; the first is the default
+    "mistralai/Mistral-7B-v0.1": Preset(7_241_732_096, 14.5, False, Config(sliding_window=4096)),
+    "mistral-community/Mistral-7B-v0.2": Preset(7_241_732_096, 14.5, False, v3()),
+    "mistralai/Mistral-7B-v0.3": Preset(7_248_023_552, 14.5, False, v3(32768)),
+    "mistralai/Mixtral-8x7B-v0.1": Preset(46_702_792_704, 93.4, False, mixtral()),
+    "mistralai/Mixtral-8x22B-v0.1": Preset(140_620_634_112, 281.2, False, big()),
 }
 
 # -------------------------------------------------------------------------------------------- model
@@ -443,7 +473,11 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
     new = jnp.zeros((len(token), STEPS), int)
     return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
-def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+def round_up(n, multiple: int) -> int:
+    """The least multiple of `multiple` that is n or more."""
+    return math.ceil(n / multiple) * multiple
+
+def batch_prompts(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
     context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
@@ -457,7 +491,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
+    return tokens, positions, round_up(T + max_new_tokens, 128)
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -466,7 +500,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
-    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    tokens, positions, S = batch_prompts(model.config, prompts, max_new_tokens)
     B, stops = len(prompts), list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     graphdef, state = nnx.split(model)

@@ -20,6 +20,7 @@ MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one
 """
 
 import json
+import math
 import pickle
 import re
 import sys
@@ -66,6 +67,18 @@ class Config:
     padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
 
     @classmethod
+    def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
+        """An OPT of these sizes, to be trained from scratch; `changes` are fields of the config."""
+        return cls(
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            hidden_size=width,
+            ffn_dim=4 * width,
+            max_position_embeddings=context,
+            **changes,
+        )
+
+    @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not an OPT, or an unsupported one."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
@@ -90,15 +103,23 @@ def sizes(D: int, layers: int, heads: int, **others) -> Config:
                   **others)
 
 POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 512}
-PRESETS = {  # Hub id: parameters, GB to download, whether it is gated, config; first the default
-    "facebook/opt-125m": (125_239_296, 0.25, False, sizes(768, 12, 12)),
-    "facebook/opt-350m": (331_196_416, 0.66, False, sizes(1024, 24, 16, **POST_NORM)),
-    "facebook/opt-1.3b": (1_315_758_080, 2.63, False, sizes(2048, 24, 32)),
-    "facebook/opt-2.7b": (2_651_596_800, 5.30, False, sizes(2560, 32, 32)),
-    "facebook/opt-6.7b": (6_658_473_984, 13.32, False, sizes(4096, 32, 32)),
-    "facebook/opt-13b": (12_853_473_280, 25.71, False, sizes(5120, 40, 40)),
-    "facebook/opt-30b": (29_974_540_288, 59.95, False, sizes(7168, 48, 56)),
-    "facebook/opt-66b": (65_719_701_504, 131.44, False, sizes(9216, 64, 72)),
+class Preset(NamedTuple):
+    """A checkpoint that is published on the Hugging Face Hub."""
+
+    parameters: int
+    download_GB: float
+    gated: bool  # whether its terms must be accepted first
+    config: Config
+
+PRESETS = {  # by id on the Hub; the first is the default
+    "facebook/opt-125m": Preset(125_239_296, 0.25, False, sizes(768, 12, 12)),
+    "facebook/opt-350m": Preset(331_196_416, 0.66, False, sizes(1024, 24, 16, **POST_NORM)),
+    "facebook/opt-1.3b": Preset(1_315_758_080, 2.63, False, sizes(2048, 24, 32)),
+    "facebook/opt-2.7b": Preset(2_651_596_800, 5.30, False, sizes(2560, 32, 32)),
+    "facebook/opt-6.7b": Preset(6_658_473_984, 13.32, False, sizes(4096, 32, 32)),
+    "facebook/opt-13b": Preset(12_853_473_280, 25.71, False, sizes(5120, 40, 40)),
+    "facebook/opt-30b": Preset(29_974_540_288, 59.95, False, sizes(7168, 48, 56)),
+    "facebook/opt-66b": Preset(65_719_701_504, 131.44, False, sizes(9216, 64, 72)),
 }
 
 # -------------------------------------------------------------------------------------------- model
@@ -369,7 +390,11 @@ def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, to
     new = jnp.zeros((len(token), STEPS), int)
     return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
 
-def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
+def round_up(n, multiple: int) -> int:
+    """The least multiple of `multiple` that is n or more."""
+    return math.ceil(n / multiple) * multiple
+
+def batch_prompts(config: Config, prompts: list[list[int]], max_new_tokens: int):
     """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
     power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
     context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
@@ -383,7 +408,7 @@ def pack(config: Config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, -(-(T + max_new_tokens) // 128) * 128  # a ceiling
+    return tokens, positions, round_up(T + max_new_tokens, 128)
 
 def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
              top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
@@ -392,7 +417,7 @@ def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key
     key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
     sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
                 "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
-    tokens, positions, S = pack(model.config, prompts, max_new_tokens)
+    tokens, positions, S = batch_prompts(model.config, prompts, max_new_tokens)
     B, stops = len(prompts), list(stop_ids)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     graphdef, state = nnx.split(model)

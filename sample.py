@@ -282,7 +282,7 @@ def generate(model_file, model, mesh, prompts, args, streaming, timing):
     pmap, tensor = "pmap" in mesh.shape, mesh.shape.get("tensor", 1)
     n, axes = mesh.size // tensor, tuple(axis for axis in mesh.shape if axis != "tensor")
     prompts = prompts + prompts[-1:] * (-B % n)  # as many rows on each device
-    tokens, positions, length = model_file.pack(model.config, prompts, limit)
+    tokens, positions, length = model_file.batch_prompts(model.config, prompts, limit)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
     graphdef, state = nnx.split(model)
     def empty():
@@ -463,7 +463,7 @@ def run(args, model_file, texts):
     name = args.weights or (default if args.model else "tiny")
     if name == "tiny":
         folder = HERE / "tiny" / model_file.__name__
-        GB = model_file.PRESETS[default][1]
+        GB = model_file.PRESETS[default].download_GB
         print(f"This is the tiny model that comes with the project. The real one, {GB} GB from "
               f"the Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
     else:

@@ -660,22 +660,20 @@ class Metrics:
             len(last) >= 20 and new > 1.5 * old + 0.5)
 
 # -------------------------------------------------------------------------------------- the program
-def sizes(args, V: int, end) -> dict:
-    """The config.json of a model from scratch, with the names of all model files."""
-    L, H, D, T, Dh = args.layers, args.heads, args.width, args.block, args.width // args.heads
-    K, window, E = *((1, -(-T // 2)) if args.model == "gemma" else (H, None)), args.experts
-    return {"n_layer": L, "n_head": H, "n_embd": D, "n_positions": T, "num_hidden_layers": L,
-            "num_attention_heads": H, "num_key_value_heads": K, "hidden_size": D, "head_dim": Dh,
-            "ffn_dim": 4 * D, "intermediate_size": -(-8 * D // 3 // 32) * 32,  # of three matrices
-            "max_position_embeddings": T, "sliding_window": window, "query_pre_attn_scalar": Dh,
-            "sliding_window_pattern": min(L, 6), "tie_word_embeddings": True, "bos_token_id": end,
-            **({"model_type": "mixtral", "num_local_experts": E} if E else {}),
-            "eos_token_id": end, "vocab_size": V, "padded_vocab_size": -(-V // 128) * 128}
+def new_config(args, module, V: int, end):
+    """The config of a model from scratch, for V token ids of which `end` ends a text."""
+    sizes = {"layers": args.layers, "heads": args.heads, "width": args.width, "context": args.block}
+    if args.experts:
+        sizes["experts"] = args.experts
+    return module.Config.small(**sizes, vocab_size=V, padded_vocab_size=module.round_up(V, 128),
+                               bos_token_id=end, eos_token_id=end)
 def make_model(args, module, folder, written: Path, devices: list) -> tuple:
     """The model of --weights, or one from scratch -> (model, what `add_adapters` says, mesh)."""
     options, names = {"dtype": args.dtype, "remat": args.remat}, {}
-    config = module.Config.from_hf(json.loads((folder / "config.json").read_text()) if folder else
-                                   sizes(args, *vocabulary(None, written)))
+    if folder:
+        config = module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    else:
+        config = new_config(args, module, *vocabulary(None, written))
     context = config.max_position_embeddings
     check(args.block <= context, f"--block {args.block}: the context of this model is {context}")
     def draw():

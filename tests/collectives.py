@@ -41,9 +41,8 @@ def main(name, experts):
     def mean_loss(merge, params, tokens):
         return train.token_losses(merge(params, nnx.State({})), tokens)[0].mean()
     for layers in (1, 2):
-        sizes = Namespace(layers=layers, heads=4, width=64, block=32, experts=int(experts),
-                          model=name)
-        config = module.Config.from_hf(train.sizes(sizes, 384, None))
+        args = Namespace(layers=layers, heads=4, width=64, block=32, experts=int(experts))
+        config = train.new_config(args, module, 384, None)
         graphdef, params = nnx.split(module.Model(config, rngs=nnx.Rngs(0)))
         plain = jax.device_get(jax.jit(jax.value_and_grad(partial(
             mean_loss, lambda params, _: nnx.merge(graphdef, params))))(params, tokens))

@@ -19,7 +19,7 @@ ROTARY = ["llama", "gemma", "mistral"]
 COPIES = {
     **dict.fromkeys(
         ["InputError", "product", "Linear", "attend_chunked", "write", "sample", "generate_naive",
-         "prefill", "STEPS", "decode", "pack", "generate", "fetch", "safetensors_in",
+         "prefill", "STEPS", "decode", "round_up", "batch_prompts", "generate", "fetch", "safetensors_in",
          "stored_tensors", "named_parameters", "load", "save", "sharding", "Model.__call__"], ALL),
     "attend": ROTARY,
     "masked_scores": ["gpt2", "opt", "llama"],

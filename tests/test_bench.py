@@ -46,7 +46,7 @@ def test_calls_are_run_in_turn_and_the_first_round_does_not_count():
 
 def test_the_costs_of_gpt2_are_those_of_the_formula():
     """124M: 12 layers of 12 * 768^2 weights, and the token table as head."""
-    config = gpt2.PRESETS["openai-community/gpt2"][-1]
+    config = gpt2.PRESETS["openai-community/gpt2"].config
     found = bench.costs(gpt2, config, B=2, T=100, dtype="float32")
     N, head, look = 12 * 12 * 768**2, 50257 * 768, 4 * 12 * 768
     assert found.size == 124_439_808
@@ -241,7 +241,7 @@ def test_a_plan_needs_no_weights(tmp_path):
     run("--model", "llama", "--preset", "meta-llama/Llama-2-7b-hf", "--task", "plan", "--chips", 8,
         "--kind", "h100", "--length", 64, "--out", tmp_path)
     _, found = results(tmp_path)
-    parameters = llama.PRESETS["meta-llama/Llama-2-7b-hf"][0]
+    parameters = llama.PRESETS["meta-llama/Llama-2-7b-hf"].parameters
     found = {metric: record["value"] for (metric, _), record in found.items()}
     assert 0 < found["train: memory"] - 16 * parameters / 8e9 < 0.1
     assert 0.97 < found["decode: step"] / (2e3 * parameters / 8 / 3.35e12) < 1.02

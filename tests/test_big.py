@@ -66,7 +66,7 @@ def checkpoint(module, name, dtype):
     @pytest.fixture(scope="module")
     def folder(tmp_path_factory):
         path = tmp_path_factory.mktemp("large")
-        yield write_shards(module, module.PRESETS[name][-1], path, dtype)
+        yield write_shards(module, module.PRESETS[name].config, path, dtype)
         shutil.rmtree(path)
     return folder
 
@@ -92,7 +92,7 @@ def test_loading_takes_the_memory_of_the_parameters_and_little_more(xl, dtype, s
                 stored = file.get_tensor(name).astype({dtype!r})
             np.testing.assert_array_equal(model.h[layer].mlp.c_fc.kernel[...], stored)
     """)
-    parameters = gpt2.PRESETS["openai-community/gpt2-xl"][0]
+    parameters = gpt2.PRESETS["openai-community/gpt2-xl"].parameters
     assert peak <= 1.15 * parameters * size + 400e6
 
 
@@ -111,6 +111,6 @@ def test_7b_in_bfloat16_loads_and_generates_in_little_more_memory_than_its_param
         assert len(new) == 4
         print(peak(), loaded - start, time.time() - loaded)
     """)
-    parameters = 2 * llama.PRESETS["meta-llama/Llama-2-7b-hf"][0]
+    parameters = 2 * llama.PRESETS["meta-llama/Llama-2-7b-hf"].parameters
     assert loaded <= 1.15 * parameters + 400e6
     assert generated <= 1.25 * parameters + 400e6

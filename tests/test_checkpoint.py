@@ -238,7 +238,7 @@ def test_a_config_survives_the_way_to_transformers_and_back(case, tmp_path):
 
 
 def test_several_end_tokens_survive_it_too_and_a_padded_vocabulary_is_not_saved(family):
-    config = dataclasses.replace(next(iter(family.module.PRESETS.values()))[-1],
+    config = dataclasses.replace(next(iter(family.module.PRESETS.values())).config,
                                  eos_token_id=(5, 6), padded_vocab_size=300_000)
     back = family.module.Config.from_hf(json.loads(json.dumps(config.to_hf())))
     assert back == dataclasses.replace(config, padded_vocab_size=None)
@@ -246,7 +246,7 @@ def test_several_end_tokens_survive_it_too_and_a_padded_vocabulary_is_not_saved(
 
 def test_the_config_of_the_published_gpt2_is_the_default():
     assert GPT2.module.Config.from_hf(OLD_GPT2_CONFIG) == GPT2.module.Config()
-    assert GPT2.module.PRESETS["openai-community/gpt2"][-1] == GPT2.module.Config()
+    assert GPT2.module.PRESETS["openai-community/gpt2"].config == GPT2.module.Config()
 
 
 # ---------------------------------------------------------------------------------- what is written

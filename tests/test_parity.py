@@ -57,7 +57,7 @@ def test_the_trained_tiny_checkpoint_matches_float64(family):
 def test_the_published_size_matches_float64(family, tmp_path):
     """Random weights in the shape of the default checkpoint: 124M parameters for GPT-2, 125M for
     OPT."""
-    config = next(iter(family.module.PRESETS.values()))[-1]
+    config = next(iter(family.module.PRESETS.values())).config
     sizes = json.loads(json.dumps(config.to_hf())) | family.cut
     folder = write_random(family, family.hf_config(**sizes), tmp_path)
     Case(family, folder, rows=1, length=64).assert_close("stream")
