@@ -8,15 +8,17 @@ import tempfile
 # the first of them ends. Set before jax is imported.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name,
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": compiled.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import jax
 import pytest
 import torch
-from families import EVERY_CONFIG, FAMILIES, GPT2
-from reference import Case, write_random
+from helpers.families import EVERY_CONFIG, FAMILIES, GPT2
+from helpers.reference import Case, write_random
 
 import sample
 
@@ -34,11 +36,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a `dear` test the core suite runs gpt2's case, and a longer one those of the others."""
+    """`core_gpt2_only`: the core suite runs the test for gpt2 alone, the wide one for the others."""
     for item in items:
-        dear = item.get_closest_marker("dear")
-        if dear and item.callspec.params["family"] is not GPT2:
-            item.add_marker(*dear.args or ["wide"])
+        marker = item.get_closest_marker("core_gpt2_only")
+        if marker and item.callspec.params["family"] is not GPT2:
+            item.add_marker(*marker.args or ["wide"])
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,31 @@ WITH_BIN = ["opt", "llama"]  # families whose repositories have pytorch_model.bi
 ROTARY = ["llama", "gemma", "mistral"]
 COPIES = {
     **dict.fromkeys(
-        ["InputError", "product", "Linear", "attend_chunked", "write", "sample", "generate_naive",
-         "prefill", "STEPS", "decode", "round_up", "batch_prompts", "generate", "fetch", "safetensors_in",
-         "stored_tensors", "named_parameters", "load", "save", "sharding", "Model.__call__"], ALL),
+        [
+            "InputError",
+            "product",
+            "Linear",
+            "attend_chunked",
+            "write",
+            "sample",
+            "generate_naive",
+            "prefill",
+            "STEPS",
+            "decode",
+            "round_up",
+            "batch_prompts",
+            "generate",
+            "fetch",
+            "safetensors_in",
+            "stored_tensors",
+            "named_parameters",
+            "load",
+            "save",
+            "sharding",
+            "Model.__call__",
+        ],
+        ALL,
+    ),
     "attend": ROTARY,
     "masked_scores": ["gpt2", "opt", "llama"],
     "Cache": ["gpt2", "opt", "llama"],
@@ -68,8 +90,9 @@ def differing() -> list[tuple[str, str, str]]:
     pairs = []
     for what, names in COPIES.items():
         first, *others = [name for name in names if name in here] or [None]
-        pairs += [(what, first, other) for other in others
-                  if text_of(first, what) != text_of(other, what)]
+        pairs += [
+            (what, first, other) for other in others if text_of(first, what) != text_of(other, what)
+        ]
     return pairs
 
 

@@ -14,17 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import ROOT
+from helpers.reference import ROOT
 
 import bench
 import gpt2
 import llama
 import mistral
 
+
 def run(*options, code=0):
     """python bench.py OPTIONS -> what it printed."""
-    done = subprocess.run([sys.executable, "bench.py", "--runs", "1", *map(str, options)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "bench.py", "--runs", "1", *map(str, options)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == code, done.stderr
     return done
 
@@ -36,6 +42,7 @@ def results(folder):
 
 
 # -------------------------------------------------------------------------------------- arithmetic
+
 
 def test_calls_are_run_in_turn_and_the_first_round_does_not_count():
     order = []
@@ -58,9 +65,16 @@ def test_the_costs_of_gpt2_are_those_of_the_formula():
 
 
 def test_an_own_head_is_read_in_place_of_the_token_table_and_key_heads_are_shared():
-    config = llama.Config(vocab_size=1000, hidden_size=64, intermediate_size=96, head_dim=16,
-                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
-                          tie_word_embeddings=False)
+    config = llama.Config(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=96,
+        head_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
     found = bench.costs(llama, config, B=1, T=10, dtype="bfloat16")
     N = 2 * (2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 96)
     assert found.size == N + 2 * 1000 * 64 + 5 * 64
@@ -90,9 +104,19 @@ def test_random_weights_have_the_shapes_and_types_that_were_asked_for():
 
 def ours_with(axes=None, **options):
     """bench.py's side of a comparison, with the tiny GPT-2 in float32."""
-    options = {"model": "gpt2", "weights": "tiny", "task": [], "temperature": None, "top_k": None,
-               "top_p": None, "remat": False, "chunked": False, "accumulate": 1, "loss_parts": 1,
-               **options}
+    options = {
+        "model": "gpt2",
+        "weights": "tiny",
+        "task": [],
+        "temperature": None,
+        "top_k": None,
+        "top_p": None,
+        "remat": False,
+        "chunked": False,
+        "accumulate": 1,
+        "loss_parts": 1,
+        **options,
+    }
     mesh = axes and jax.sharding.Mesh(np.reshape(jax.devices()[:1], (1,) * len(axes)), axes)
     return bench.Ours(SimpleNamespace(parallel="", **options), "float32", mesh)
 
@@ -100,12 +124,24 @@ def ours_with(axes=None, **options):
 ROWS = np.random.default_rng(0).integers(0, 512, (4, 33)).tolist()
 
 
-@pytest.mark.parametrize("technique", [
-    {"remat": True, "chunked": True, "accumulate": 4, "loss_parts": 8, "axes": ["pmap"]},
-    *[pytest.param(each, marks=pytest.mark.slow) for each in [
-        {"remat": True}, {"chunked": True}, {"accumulate": 2}, {"loss_parts": 3},
-        {"axes": ["pmap"]}]],
-    pytest.param({"axes": ["fsdp", "tensor"], "accumulate": 2}, marks=pytest.mark.wide)], ids=str)
+@pytest.mark.parametrize(
+    "technique",
+    [
+        {"remat": True, "chunked": True, "accumulate": 4, "loss_parts": 8, "axes": ["pmap"]},
+        *[
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in [
+                {"remat": True},
+                {"chunked": True},
+                {"accumulate": 2},
+                {"loss_parts": 3},
+                {"axes": ["pmap"]},
+            ]
+        ],
+        pytest.param({"axes": ["fsdp", "tensor"], "accumulate": 2}, marks=pytest.mark.wide),
+    ],
+    ids=str,
+)
 def test_every_technique_of_training_is_the_plain_step(technique, monkeypatch):
     """The losses of three steps; sums in another order differ in the last digits."""
     plain = ours_with().train(ROWS)
@@ -126,11 +162,23 @@ def test_a_mesh_draws_the_tokens_of_generate(axes):
 
 # ---------------------------------------------------------------------------------------- programs
 
-@pytest.mark.parametrize("tasks", [
-    ["decode"], pytest.param(["prefill", "train"], marks=pytest.mark.wide)], ids=",".join)
+
+@pytest.mark.parametrize(
+    "tasks", [["decode"], pytest.param(["prefill", "train"], marks=pytest.mark.wide)], ids=",".join
+)
 def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks):
-    done = run("--task", ",".join(tasks), "--batch", "2", "--new-tokens", 100, "--out", tmp_path,
-               "--runs", 3)  # a single first token can take longer than all that follow
+    done = run(
+        "--task",
+        ",".join(tasks),
+        "--batch",
+        "2",
+        "--new-tokens",
+        100,
+        "--out",
+        tmp_path,
+        "--runs",
+        3,
+    )  # a single first token can take longer than all that follow
     assert f"| {tasks[0]} " in done.stdout
     assert ("GB/s of the sum" if tasks == ["decode"] else "GFLOP/s of the product") in done.stdout
     about, found = results(tmp_path)
@@ -145,17 +193,37 @@ def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks)
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("mode, names", [
-    pytest.param("pmap", ["pmap:1", "pmap:2", "pmap:4"], marks=pytest.mark.slow),
-    pytest.param("fsdp", ["fsdp:1", "fsdp:2", "fsdp:4"], marks=pytest.mark.slow),
-    pytest.param("data:2,tensor:2", ["data:1,tensor:1", "data:2,tensor:2"],
-                 marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+    "mode, names",
+    [
+        pytest.param("pmap", ["pmap:1", "pmap:2", "pmap:4"], marks=pytest.mark.slow),
+        pytest.param("fsdp", ["fsdp:1", "fsdp:2", "fsdp:4"], marks=pytest.mark.slow),
+        pytest.param(
+            "data:2,tensor:2", ["data:1,tensor:1", "data:2,tensor:2"], marks=pytest.mark.wide
+        ),
+    ],
+)
 def test_scaling_is_measured_on_several_devices_and_all_of_it_traced(
-        mode, names, tmp_path, monkeypatch):
+    mode, names, tmp_path, monkeypatch
+):
     monkeypatch.setenv("NPROC", "16")  # or the emulated devices wait for each other forever
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
-    run("--task", "decode,train", "--parallel", mode, "--new-tokens", 50, "--out", tmp_path,
-        "--profile", tmp_path / "trace", "--runs", 3, "--batch", 2)
+    run(
+        "--task",
+        "decode,train",
+        "--parallel",
+        mode,
+        "--new-tokens",
+        50,
+        "--out",
+        tmp_path,
+        "--profile",
+        tmp_path / "trace",
+        "--runs",
+        3,
+        "--batch",
+        2,
+    )
     _, found = results(tmp_path)
     for metric in ("decode", "train"):
         assert all(found[metric, name]["value"] > 0 for name in names)
@@ -163,12 +231,17 @@ def test_scaling_is_measured_on_several_devices_and_all_of_it_traced(
     assert len(list(tmp_path.glob("trace/**/*.xplane.pb"))) == 2
 
 
-@pytest.mark.parametrize("memory, said, names", [
-    ({}, "--parallel data: the state takes less than the memory", ["data:1"]),
-    ({"bytes_limit": 101}, "--parallel data: the state takes less than the memory", ["data:1"]),
-    ({"bytes_limit": 99}, "--parallel tensor: the state takes more than the memory", [])])
+@pytest.mark.parametrize(
+    "memory, said, names",
+    [
+        ({}, "--parallel data: the state takes less than the memory", ["data:1"]),
+        ({"bytes_limit": 101}, "--parallel data: the state takes less than the memory", ["data:1"]),
+        ({"bytes_limit": 99}, "--parallel tensor: the state takes more than the memory", []),
+    ],
+)
 def test_auto_splits_the_rows_unless_one_device_is_too_small_and_says_so(
-        memory, said, names, monkeypatch, capsys):
+    memory, said, names, monkeypatch, capsys
+):
     """Here is one device: what it cannot hold would be measured on two and four."""
     device = SimpleNamespace(memory_stats=lambda: memory)
     monkeypatch.setattr(bench.jax, "config", SimpleNamespace(jax_default_device=device))
@@ -179,12 +252,29 @@ def test_auto_splits_the_rows_unless_one_device_is_too_small_and_says_so(
 
 @pytest.mark.wide
 def test_ctrl_c_shows_what_was_measured(tmp_path):
-    heed = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-    bench = subprocess.Popen([sys.executable, "-c", heed,  # a shell's background processes do not
-                              "bench.py", "--task", "plan,decode", "--runs", "9999",
-                              "--preset", "openai-community/gpt2"], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
+    heed = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    bench = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            heed,  # a shell's background processes do not
+            "bench.py",
+            "--task",
+            "plan,decode",
+            "--runs",
+            "9999",
+            "--preset",
+            "openai-community/gpt2",
+        ],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    )
     while "decode" not in bench.stderr.readline():
         pass
     time.sleep(1)  # or the task's process may not yet be there
@@ -193,8 +283,14 @@ def test_ctrl_c_shows_what_was_measured(tmp_path):
     assert bench.returncode == 130 and "| decode: step" in out
 
 
-@pytest.mark.parametrize("tasks", [pytest.param(["decode"], marks=pytest.mark.wide), pytest.param(
-    ["load", "start"], marks=pytest.mark.slow)], ids=",".join)
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        pytest.param(["decode"], marks=pytest.mark.wide),
+        pytest.param(["load", "start"], marks=pytest.mark.slow),
+    ],
+    ids=",".join,
+)
 def test_peers_run_in_turn_on_the_same_weights(tasks, tmp_path):
     run("--task", ",".join(tasks), "--vs", "transformers", "--new-tokens", 4, "--out", tmp_path)
     _, found = results(tmp_path)
@@ -215,8 +311,20 @@ def test_compiling_is_measured_without_and_with_the_cache(tmp_path):
 def test_a_checkpoint_is_validated_against_transformers_and_both_lose_the_same(tmp_path):
     text = tmp_path / "text"
     text.write_text("O Romeo, Romeo! wherefore art thou Romeo?\nDeny thy father " * 12)
-    run("--task", "validate,eval", "--model", "llama", "--weights", "tiny", "--text", text,
-        "--new-tokens", 16, "--out", tmp_path)
+    run(
+        "--task",
+        "validate,eval",
+        "--model",
+        "llama",
+        "--weights",
+        "tiny",
+        "--text",
+        text,
+        "--new-tokens",
+        16,
+        "--out",
+        tmp_path,
+    )
     _, found = results(tmp_path)
     assert found["tokens of the text", "same ids"]["value"] == 1
     assert found["logits", "difference"]["value"] < 1e-4
@@ -238,13 +346,28 @@ def test_texts_stand_side_by_side(tmp_path):
 
 def test_a_plan_needs_no_weights(tmp_path):
     """7B parameters, 16 bytes each to train, on 8 chips; decoding reads 2 bytes of each."""
-    run("--model", "llama", "--preset", "meta-llama/Llama-2-7b-hf", "--task", "plan", "--chips", 8,
-        "--kind", "h100", "--length", 64, "--out", tmp_path)
+    run(
+        "--model",
+        "llama",
+        "--preset",
+        "meta-llama/Llama-2-7b-hf",
+        "--task",
+        "plan",
+        "--chips",
+        8,
+        "--kind",
+        "h100",
+        "--length",
+        64,
+        "--out",
+        tmp_path,
+    )
     _, found = results(tmp_path)
     parameters = llama.PRESETS["meta-llama/Llama-2-7b-hf"].parameters
     found = {metric: record["value"] for (metric, _), record in found.items()}
     assert 0 < found["train: memory"] - 16 * parameters / 8e9 < 0.1
     assert 0.97 < found["decode: step"] / (2e3 * parameters / 8 / 3.35e12) < 1.02
+
 
 @pytest.mark.slow
 def test_a_plan_without_a_model_is_for_the_largest_of_each_on_8_64_and_512_chips(tmp_path):
@@ -252,21 +375,41 @@ def test_a_plan_without_a_model_is_for_the_largest_of_each_on_8_64_and_512_chips
     lines = (tmp_path / "results.jsonl").read_text().splitlines()[1:]
     found = [json.loads(line) for line in lines]
     assert {record["who"] for record in found} == {
-        "openai-community/gpt2-xl", "facebook/opt-66b", "meta-llama/Llama-3.1-405B",
-        "google/gemma-2-27b", "mistralai/Mixtral-8x22B-v0.1"}
+        "openai-community/gpt2-xl",
+        "facebook/opt-66b",
+        "meta-llama/Llama-3.1-405B",
+        "google/gemma-2-27b",
+        "mistralai/Mixtral-8x22B-v0.1",
+    }
     for record in found:
         if record["metric"] == "train: memory":
             chips = int(record["chips"].split()[0])
             assert chips in (8, 64, 512)
             assert ("not" in record["of"]) == (record["value"] > 80)
 
-@pytest.mark.parametrize("preset", [
-    "benchmarks/gpt2-60m", "openai-community/gpt2", "openai-community/gpt2-medium"])
+
+@pytest.mark.parametrize(
+    "preset", ["benchmarks/gpt2-60m", "openai-community/gpt2", "openai-community/gpt2-medium"]
+)
 def test_four_gpus_train_nine_tenths_as_fast_as_linear_says_the_plan(preset, tmp_path):
     """4 bytes of each parameter are summed, as the compiled program does (test_parallel.py): over N
     chips each sends and gets 2 (N - 1) / N of that. Nothing is hidden behind the products."""
-    run("--model", "gpt2", "--preset", preset, "--task", "plan", "--chips", 4, "--batch", 128,
-        "--length", 1024, "--out", tmp_path)
+    run(
+        "--model",
+        "gpt2",
+        "--preset",
+        preset,
+        "--task",
+        "plan",
+        "--chips",
+        4,
+        "--batch",
+        128,
+        "--length",
+        1024,
+        "--out",
+        tmp_path,
+    )
     _, found = results(tmp_path)
     [scaling] = [record for (metric, _), record in found.items() if metric == "train: scaling"]
     assert 0.89 < scaling["value"] < 0.99
@@ -274,38 +417,59 @@ def test_four_gpus_train_nine_tenths_as_fast_as_linear_says_the_plan(preset, tmp
 
 @pytest.mark.slow
 def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path):
-    done = run("--task", "plan,train", "--limit", 15, "--preset", "openai-community/gpt2-xl",
-               "--batch", 64, "--length", 1000, "--out", tmp_path, code=1)
+    done = run(
+        "--task",
+        "plan,train",
+        "--limit",
+        15,
+        "--preset",
+        "openai-community/gpt2-xl",
+        "--batch",
+        64,
+        "--length",
+        1000,
+        "--out",
+        tmp_path,
+        code=1,
+    )
     assert "given up after 15 s" in done.stderr
     assert {metric for metric, _ in results(tmp_path)[1]} >= {"train: step", "decode: step"}
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["--task", "dance"], "--task must be of prefill"),
-    (["--vs", "vllm"], "--vs must be of transformers"),
-    (["--dtype", "int8"], "--dtype"),
-    (["--preset", "gpt5"], "--preset must be of openai-community/gpt2"),
-    (["--batch", "0"], "must be 1 or more"),
-    (["--accumulate", "0"], "must be 1 or more"),
-    (["--temperature", "1", "--top-k", "-1"], "must be 1 or more"),
-    (["--task", "decode", "--remat"], "--loss-parts: for --task train, without --vs"),
-    (["--loss-parts", "2"], "--remat, --chunked, --accumulate, --loss-parts: for --task train"),
-    (["--parallel", "rows"], "--parallel must be one of those in --help"),
-    (["--out", "README.md"], "--out README.md is a file"),
-    (["--dataset", "wikitext", "--task", "eval"], "needs datasets: pip install datasets"),
-    (["--batch", "many"], "--batch"),
-    (["--text", "no/such/file"], "no such file"),
-    (["--task", "train", "--ragged"], "--ragged is for --task decode"),
-    (["--task", "train", "--batch", "6", "--accumulate", "4"], "--accumulate must divide --batch"),
-    (["--parallel", "pmap", "--vs", "transformers"], "leave --parallel out"),
-    (["--weights", "random", "--task", "validate"], "random weights have no tokenizer"),
-    (["--vs", "ctranslate2"], "needs ctranslate2: pip install ctranslate2"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--task", "dance"], "--task must be of prefill"),
+        (["--vs", "vllm"], "--vs must be of transformers"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--preset", "gpt5"], "--preset must be of openai-community/gpt2"),
+        (["--batch", "0"], "must be 1 or more"),
+        (["--accumulate", "0"], "must be 1 or more"),
+        (["--temperature", "1", "--top-k", "-1"], "must be 1 or more"),
+        (["--task", "decode", "--remat"], "--loss-parts: for --task train, without --vs"),
+        (["--loss-parts", "2"], "--remat, --chunked, --accumulate, --loss-parts: for --task train"),
+        (["--parallel", "rows"], "--parallel must be one of those in --help"),
+        (["--out", "README.md"], "--out README.md is a file"),
+        (["--dataset", "wikitext", "--task", "eval"], "needs datasets: pip install datasets"),
+        (["--batch", "many"], "--batch"),
+        (["--text", "no/such/file"], "no such file"),
+        (["--task", "train", "--ragged"], "--ragged is for --task decode"),
+        (
+            ["--task", "train", "--batch", "6", "--accumulate", "4"],
+            "--accumulate must divide --batch",
+        ),
+        (["--parallel", "pmap", "--vs", "transformers"], "leave --parallel out"),
+        (["--weights", "random", "--task", "validate"], "random weights have no tokenizer"),
+        (["--vs", "ctranslate2"], "needs ctranslate2: pip install ctranslate2"),
+    ],
+)
 def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, capsys):
     find_spec = bench.util.find_spec
-    monkeypatch.setattr(bench.util, "find_spec",
-                        lambda name: None if name in ("ctranslate2", "datasets")
-                        else find_spec(name))
+    monkeypatch.setattr(
+        bench.util,
+        "find_spec",
+        lambda name: None if name in ("ctranslate2", "datasets") else find_spec(name),
+    )
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     with pytest.raises(SystemExit) as stop:
         bench.arguments()
@@ -314,16 +478,17 @@ def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, 
 
 
 def test_what_is_not_there_is_one_line_too(tmp_path):
-    for options, said in [(["--device", "tpu"], "there is no device tpu"),
-                          (["--weights", tmp_path], "config.json"),
-                          (["--length", "192"], "257 tokens do not fit the context of 256")]:
+    for options, said in [
+        (["--device", "tpu"], "there is no device tpu"),
+        (["--weights", tmp_path], "config.json"),
+        (["--length", "192"], "257 tokens do not fit the context of 256"),
+    ]:
         done = run("--task", "decode", *options, code=2)
         assert said in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("suite", ["cpu", "gpu", "tpu"])
-def test_every_line_of_a_suite_is_a_command_and_all_end_in_eight_minutes(
-        suite, monkeypatch):
+def test_every_line_of_a_suite_is_a_command_and_all_end_in_eight_minutes(suite, monkeypatch):
     limits = []
     for line in (ROOT / "benchmarks" / f"{suite}.txt").read_text().splitlines():
         weights = "tiny" if suite == "cpu" else "random"

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
 from flax import nnx
+from helpers.families import FAMILIES
 
 ROUNDING = 1e-5
 
@@ -69,9 +69,12 @@ def test_a_row_of_nothing_but_padding_is_finite_and_leaves_its_neighbours_alone(
     np.testing.assert_array_equal(logits[[0, 2]], whole[[0, 2]])
 
 
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [12] + [1] * 8, [9, 11], [5, 1, 14]],
-                         ids=["at once", "one by one", "then one by one", "two", "three"])
-@pytest.mark.dear
+@pytest.mark.parametrize(
+    "pieces",
+    [[20], [1] * 20, [12] + [1] * 8, [9, 11], [5, 1, 14]],
+    ids=["at once", "one by one", "then one by one", "two", "three"],
+)
+@pytest.mark.core_gpt2_only
 def test_the_cache_gives_the_logits_of_the_whole_text(family, model, forward, tokens, pieces):
     cache = family.module.init_cache(model.config, 3, 32, jnp.float32)
     found = []
@@ -82,7 +85,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text(family, model, forward, to
     np.testing.assert_allclose(found, forward(tokens), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_the_cache_holds_padded_rows_as_well(family, model, forward, tokens):
     padded, positions = left_padded(tokens, 6)
     positions[0], positions[1, :9] = np.arange(26), -1  # three rows of 26, 17 and 20 tokens
@@ -97,20 +100,32 @@ def test_the_cache_holds_padded_rows_as_well(family, model, forward, tokens):
         np.testing.assert_allclose(logits[row], alone, rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 @pytest.mark.parametrize("T", [1, pytest.param(16, marks=pytest.mark.wide)])
 def test_half_precision_on_a_cpu_takes_no_float32_copy_of_all_weights(family, T):
     """XLA's own figure: what a program needs beside its arguments and results does not grow with
     the layers, but for a bit. A float32 copy of the weights would be 4 bytes for each of them."""
+
     def program(layers):
         config = family.module.Config.from_hf(
-            family.sizes | {family.width: 192, family.depth: layers})
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: family.module.Model(
-            config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)))
+            family.sizes | {family.width: 192, family.depth: layers}
+        )
+        graphdef, state = nnx.split(
+            nnx.eval_shape(
+                lambda: family.module.Model(
+                    config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
+                )
+            )
+        )
         cache = jax.eval_shape(lambda: family.module.init_cache(config, 1, 32, jnp.bfloat16))
-        steps = jax.jit(lambda state, cache, tokens: jax.lax.fori_loop(
-            0, 9, lambda i, carry: nnx.merge(graphdef, state)(tokens, None, carry[1]),
-            (jnp.zeros((1, T, config.vocab_size)), cache)))
+        steps = jax.jit(
+            lambda state, cache, tokens: jax.lax.fori_loop(
+                0,
+                9,
+                lambda i, carry: nnx.merge(graphdef, state)(tokens, None, carry[1]),
+                (jnp.zeros((1, T, config.vocab_size)), cache),
+            )
+        )
         compiled = steps.lower(state, cache, jax.ShapeDtypeStruct((1, T), int)).compile()
         weights = sum(p.size for p in jax.tree.leaves(state))
         return compiled.memory_analysis().temp_size_in_bytes, weights
@@ -119,7 +134,7 @@ def test_half_precision_on_a_cpu_takes_no_float32_copy_of_all_weights(family, T)
     assert many - few < 0.1 * 4 * (more_weights - weights)
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_half_precision_is_as_exact_with_a_cache_as_without(family, make_case, forward, tokens):
     """There blocks stand in branches, between which XLA rounds: not bit for bit the same."""
     model = family.module.load(make_case(family).folder, dtype="bfloat16")
@@ -129,6 +144,7 @@ def test_half_precision_is_as_exact_with_a_cache_as_without(family, make_case, f
 
     def error(logits):
         return np.sqrt(np.mean((np.asarray(logits) - np.asarray(forward(tokens))) ** 2))
+
     assert error(half(state, tokens, None, cache)[0]) < 1.5 * error(half(state, tokens))
 
 
@@ -142,8 +158,10 @@ def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family, chunk, monk
         monkeypatch.setattr(family.module, "CHUNK", chunk)
     rng = np.random.default_rng(3)
     q, k, v = rng.normal(size=(3, 2, 6, 3, 8)).astype(np.float32)  # [B, T, H, Dh] each
-    q_positions, k_positions = np.array([[0, 1, 2, 3, 4, 5]] * 2), np.array([[3, -1, 0, 5, 1, 2],
-                                                                             [2, 1, 0, -1, -1, 9]])
+    q_positions, k_positions = (
+        np.array([[0, 1, 2, 3, 4, 5]] * 2),
+        np.array([[3, -1, 0, 5, 1, 2], [2, 1, 0, -1, -1, 9]]),
+    )
     out = family.module.attend(q, k, v, q_positions, k_positions, scale=0.5)
     for b, t, h in np.ndindex(2, 6, 3):
         keys = [s for s in range(6) if 0 <= k_positions[b, s] <= q_positions[b, t]]
@@ -153,9 +171,10 @@ def test_the_mask_is_made_of_positions_wherever_the_keys_lie(family, chunk, monk
 
 
 @pytest.mark.parametrize("chunk", [3, pytest.param(64, marks=pytest.mark.wide)])
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_attention_in_chunks_gives_the_same_logits_and_gradients(
-        family, model, tokens, chunk, monkeypatch):
+    family, model, tokens, chunk, monkeypatch
+):
     """Rows of 26, 17 and 20 tokens; the loss is that of the tokens, so padding adds nothing."""
     padded, positions = left_padded(tokens, 6)
     positions[0], positions[1, :9] = np.arange(26), -1
@@ -193,6 +212,7 @@ def test_a_text_longer_than_the_position_table_is_refused(family, model):
 
 
 # --------------------------------------------------------------------------- one vector, many cores
+
 
 @pytest.mark.parametrize("shape", [(1, 1, 48), (1, 1, 40), (2, 1, 48), (1, 3, 48)])
 def test_a_product_in_parts_is_the_product(family, shape):

@@ -29,12 +29,27 @@ CHATML = (  # the template that SmolLM2-Instruct and many others use
 # One token each, so that a text is cut in only one way; without the sign that asks for a message.
 LETTERS = ["\n", *(chr(code) for code in range(32, 127) if chr(code) != ">")]
 END = len(LETTERS) + 1
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": END + 1,
-         "initializer_range": 0.3, "max_position_embeddings": 2048}
-MORE = {llama: {}, mistral: {"sliding_window": 24},
-        gemma: {"sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8,
-                "model_type": "gemma3_text"}}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": END + 1,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 2048,
+}
+MORE = {
+    llama: {},
+    mistral: {"sliding_window": 24},
+    gemma: {
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 8,
+        "model_type": "gemma3_text",
+    },
+}
 
 
 def write_chat(folder, module=llama, template=CHATML, **sizes):
@@ -63,8 +78,9 @@ def said(folder, messages, n, module=llama):
     codec = transformers.AutoTokenizer.from_pretrained(folder)
     text = codec.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = codec.encode(text, add_special_tokens=False)
-    [new] = module.generate(module.load(folder), [ids], n, key=jax.random.key(0), temperature=0,
-                            stop_ids=[END])
+    [new] = module.generate(
+        module.load(folder), [ids], n, key=jax.random.key(0), temperature=0, stop_ids=[END]
+    )
     return new, codec.decode(new, skip_special_tokens=True)
 
 
@@ -75,6 +91,7 @@ def run(*options, **more):
 
 
 # --------------------------------------------------------------------------------------- one answer
+
 
 def test_a_prompt_is_answered_as_the_template_asks_and_only_the_answer_is_printed(folder):
     new, text = said(folder, [{"role": "user", "content": "Who are you?"}], 30)
@@ -98,6 +115,7 @@ def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
 
 # ----------------------------------------------------------------------------------- a conversation
 
+
 class Terminal:
     """sample.py --chat on a terminal of its own."""
 
@@ -105,14 +123,34 @@ class Terminal:
         self.end, its_end = pty.openpty()
         # A session of its own, so that Ctrl-C of this terminal reaches it and nobody else; and it
         # heeds Ctrl-C also where the tests were started with `&`, which lets children ignore it.
-        start = ("import fcntl, os, signal, sys, termios; os.setsid();"
-                 "fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-                 "signal.signal(signal.SIGINT, signal.SIG_DFL);"
-                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-        command = [sys.executable, "-c", start, "sample.py", "--model", "llama", "--weights",
-                   str(folder), "--chat", "--temperature", "0", *options]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=its_end, stdout=its_end,
-                                        stderr=its_end, env={**os.environ, "TERM": "dumb"})
+        start = (
+            "import fcntl, os, signal, sys, termios; os.setsid();"
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+            "signal.signal(signal.SIGINT, signal.SIG_DFL);"
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        )
+        command = [
+            sys.executable,
+            "-c",
+            start,
+            "sample.py",
+            "--model",
+            "llama",
+            "--weights",
+            str(folder),
+            "--chat",
+            "--temperature",
+            "0",
+            *options,
+        ]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            env={**os.environ, "TERM": "dumb"},
+        )
         os.close(its_end)
         self.shown = ""
 
@@ -171,8 +209,9 @@ class Talk:
     def __init__(self, module, folder):
         self.module, self.model = module, module.load(folder)
         self.memory, self.fed = SimpleNamespace(ids=[], cache=None, length=0), 0
-        self.args = SimpleNamespace(top_k=None, temperature=0, top_p=None, min_p=None, seed=0,
-                                    repetition_penalty=1.0)
+        self.args = SimpleNamespace(
+            top_k=None, temperature=0, top_p=None, min_p=None, seed=0, repetition_penalty=1.0
+        )
 
     def prefill(self, graphdef, state, cache, tokens, *more, **options):
         self.fed += tokens.shape[1]
@@ -180,8 +219,9 @@ class Talk:
 
     def answer(self, ids, n):
         self.fed = 0
-        parts = SimpleNamespace(init_cache=self.module.init_cache, prefill=self.prefill,
-                                decode=self.module.decode)
+        parts = SimpleNamespace(
+            init_cache=self.module.init_cache, prefill=self.prefill, decode=self.module.decode
+        )
         tokens = sample.answer(parts, self.model, self.memory, ids, n, self.args)
         return [int(token[0]) for token in tokens]
 
@@ -191,15 +231,20 @@ class Talk:
         return new
 
 
-@pytest.mark.parametrize("module", [
-    llama, *[pytest.param(module, marks=pytest.mark.wide) for module in (gemma, mistral)]],
-    ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [llama, *[pytest.param(module, marks=pytest.mark.wide) for module in (gemma, mistral)]],
+    ids=lambda module: module.__name__,
+)
 def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_path, module):
     """In pieces, and for longer than the windows of 24 tokens."""
     folder = write_chat(tmp_path, module)
     codec, talk, messages, known = sample.chat_tokenizer(folder), Talk(module, folder), [], 0
-    for message in ["The first message is one of more than sixty-four letters, so of two pieces.",
-                    "A second.", "Third."]:
+    for message in [
+        "The first message is one of more than sixty-four letters, so of two pieces.",
+        "A second.",
+        "Third.",
+    ]:
         messages.append({"role": "user", "content": message})
         ids = codec.encode(messages)
         new = talk.answer(ids, 20)
@@ -230,11 +275,15 @@ def test_a_conversation_that_outgrows_its_cache_gets_a_longer_one(folder):
 
 # ---------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize(("template", "options", "said"), [
-    (None, ["--prompt", "Hi"], "has no chat template"),
-    (CHATML, [], "--chat needs a terminal to converse on, or a --prompt"),
-    (CHATML, ["--prompt", "a" * 3000], "do not fit the context of 2048"),
-])
+
+@pytest.mark.parametrize(
+    ("template", "options", "said"),
+    [
+        (None, ["--prompt", "Hi"], "has no chat template"),
+        (CHATML, [], "--chat needs a terminal to converse on, or a --prompt"),
+        (CHATML, ["--prompt", "a" * 3000], "do not fit the context of 2048"),
+    ],
+)
 def test_what_a_chat_lacks_is_said_in_one_line(tmp_path, refused, template, options, said):
     folder = write_chat(tmp_path, template=template)
     assert said in refused("--model", "llama", "--weights", folder, "--chat", *options)
@@ -262,8 +311,9 @@ def test_a_message_for_which_the_context_has_no_room_is_not_taken(tmp_path):
 
 def test_the_same_message_again_is_answered_again(folder):
     """Where a template shows the last message alone, the second time all tokens are known."""
-    args = SimpleNamespace(seed=0, temperature=0.0, top_k=None, top_p=None, min_p=None,
-                           repetition_penalty=1.0)
+    args = SimpleNamespace(
+        seed=0, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0
+    )
     memory, model = SimpleNamespace(ids=[], cache=None, length=0), llama.load(folder)
     once, again = (list(sample.answer(llama, model, memory, [5, 6, 7], 1, args)) for _ in "12")
     assert len(once) == 1 and once == again

@@ -12,20 +12,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import GPT2, once
 from flax import nnx
-from reference import ROOT, assert_same_model, read_hf, state_of
+from helpers.families import GPT2, once
+from helpers.reference import ROOT, assert_same_model, read_hf, state_of
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 OLD_GPT2_CONFIG = {  # of openai-community/gpt2 as it was published, in the order of its keys
-    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
-    "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
-    "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
-    "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
-    "summary_use_proj": True, "vocab_size": 50257, "torch_dtype": "float32",
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "vocab_size": 50257,
+    "torch_dtype": "float32",
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
 }
 
@@ -56,8 +72,13 @@ def write(folder, tensors):
 def run(script, timeout=120, **environment):
     """Runs a script in a process of its own, from which the model files can be imported."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment,
-                          capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -117,18 +138,21 @@ def test_half_precision_files_are_read_into_any_dtype(family, plain, folder):
     half.save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
     assert {tensor.dtype.name for tensor in stored.values()} == {"bfloat16"}
-    assert_same_model(family.module.load(folder, dtype=jnp.bfloat16),
-                      family.module.load(plain.folder, dtype=jnp.bfloat16))
+    assert_same_model(
+        family.module.load(folder, dtype=jnp.bfloat16),
+        family.module.load(plain.folder, dtype=jnp.bfloat16),
+    )
     assert {v.dtype.name for v in state_of(family.module.load(folder)).values()} == {"float32"}
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_a_model_on_several_devices_gives_the_logits_of_one(family, make_case):
     """On 4 emulated devices. NPROC lets as many threads wait for each other as there are devices;
     sums over split dimensions run in another order, so logits of about 5 differ by 1e-5."""
     even = str(make_case(family, "square head").folder)  # a vocabulary of 48
     odd = str(make_case(family).folder)  # of 97, odd as the 50257 of GPT-2: not split
-    run(f"""
+    run(
+        f"""
         import jax, numpy as np, {family.name} as module
         from flax import nnx
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -151,7 +175,11 @@ def test_a_model_on_several_devices_gives_the_logits_of_one(family, make_case):
                     assert len(param[...].sharding.device_set) == len(devices.flat), path
                     parts = max(parts, param.size // param[...].addressable_shards[0].data.size)
                 assert parts == (1 if names == ("data",) else len(devices.flat)), (shape, parts)
-    """, JAX_NUM_CPU_DEVICES="4", NPROC="16", JAX_PLATFORMS="cpu")
+    """,
+        JAX_NUM_CPU_DEVICES="4",
+        NPROC="16",
+        JAX_PLATFORMS="cpu",
+    )
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -214,8 +242,10 @@ def test_a_missing_file_is_named(family, plain, folder, tmp_path_factory):
 
 def test_a_config_of_something_else_is_refused_with_what_would_do(family, folder):
     config = json.loads((folder / "config.json").read_text())
-    for name, value, possible in [("model_type", "bert", [family.name]),
-                                  (family.activation, "swish2", ["silu", "relu", "gelu"])]:
+    for name, value, possible in [
+        ("model_type", "bert", [family.name]),
+        (family.activation, "swish2", ["silu", "relu", "gelu"]),
+    ]:
         (folder / "config.json").write_text(json.dumps(config | {name: value}))
         with pytest.raises(family.module.InputError, match=value) as error:
             family.module.load(folder)
@@ -238,8 +268,11 @@ def test_a_config_survives_the_way_to_transformers_and_back(case, tmp_path):
 
 
 def test_several_end_tokens_survive_it_too_and_a_padded_vocabulary_is_not_saved(family):
-    config = dataclasses.replace(next(iter(family.module.PRESETS.values())).config,
-                                 eos_token_id=(5, 6), padded_vocab_size=300_000)
+    config = dataclasses.replace(
+        next(iter(family.module.PRESETS.values())).config,
+        eos_token_id=(5, 6),
+        padded_vocab_size=300_000,
+    )
     back = family.module.Config.from_hf(json.loads(json.dumps(config.to_hf())))
     assert back == dataclasses.replace(config, padded_vocab_size=None)
 
@@ -272,13 +305,14 @@ def test_a_bfloat16_model_is_saved_as_such(family, plain, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_rows_that_pad_the_vocabulary_are_not_saved(family, tmp_path, tied):
     if not tied and not family.own_head:
         pytest.skip("the head is always the token table")
     own = {"tie_word_embeddings": tied} if family.own_head else {}
-    config = dataclasses.replace(family.module.Config.from_hf(family.sizes),
-                                 padded_vocab_size=128, **own)
+    config = dataclasses.replace(
+        family.module.Config.from_hf(family.sizes), padded_vocab_size=128, **own
+    )
     model = family.module.Model(config, rngs=nnx.Rngs(0))
     assert getattr(model, family.table).embedding.shape[0] == 128
     family.module.save(model, tmp_path)
@@ -298,5 +332,6 @@ def test_saving_over_a_sharded_checkpoint_replaces_it(family, plain, tmp_path):
     family.module.save(other, tmp_path)
     assert_same_model(family.module.load(tmp_path), other)
     theirs = read_hf(family, tmp_path)
-    np.testing.assert_array_equal(theirs.get_input_embeddings().weight.detach(),
-                                  getattr(other, family.table).embedding[...])
+    np.testing.assert_array_equal(
+        theirs.get_input_embeddings().weight.detach(), getattr(other, family.table).embedding[...]
+    )

@@ -6,7 +6,7 @@ import sys
 
 import copies
 import pytest
-from reference import ROOT
+from helpers.reference import ROOT
 
 HERE = [name for name in copies.ALL if (ROOT / f"{name}.py").exists()]
 
@@ -22,8 +22,9 @@ def tree(tmp_path):
 
 
 def run(tree, *arguments):
-    return subprocess.run([sys.executable, "tests/copies.py", *arguments], cwd=tree,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "tests/copies.py", *arguments], cwd=tree, capture_output=True, text=True
+    )
 
 
 def replace(path, old, new):
@@ -44,10 +45,12 @@ def test_what_is_listed_as_a_copy_is_there(what):
 
 def test_a_changed_copy_is_reported_and_restored(tree):
     """A function, a method, a constant and a function with a decorator."""
-    for old, new in [("factor = jnp.where(logits > 0,", "factor = jnp.where(logits >= 0,"),
-                     ("x, new_cache = self.hidden(", "x, rest = self.hidden("),
-                     ("STEPS = 32", "STEPS = 33"),
-                     ("donate_argnames=\"cache\")\ndef decode", "donate_argnames=())\ndef decode")]:
+    for old, new in [
+        ("factor = jnp.where(logits > 0,", "factor = jnp.where(logits >= 0,"),
+        ("x, new_cache = self.hidden(", "x, rest = self.hidden("),
+        ("STEPS = 32", "STEPS = 33"),
+        ('donate_argnames="cache")\ndef decode', "donate_argnames=())\ndef decode"),
+    ]:
         replace(tree / "opt.py", old, new)
     done = run(tree)
     assert done.returncode == 1

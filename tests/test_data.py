@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from small import edit_config, write_checkpoint
+from helpers.small import edit_config, write_checkpoint
 
 import gpt2
 import train
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TIKTOKEN = ROOT.parent / "shared/material/gpt2-tokenizer/tiktoken-cache"
 SMALL = "--layers 1 --heads 2 --width 32 --block 4 --batch 4 --steps 2 --warmup 0 --device cpu"
 TEXT = "".join(f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -34,10 +35,12 @@ def cache(tmp_path, monkeypatch):
     yield train.CACHE
     jax.config.update("jax_default_device", None)  # which runs in this process have chosen
 
+
 @pytest.fixture
 def prepare(monkeypatch):
     """(flags) -> what `train.prepare` gives: tokens to train on, to validate on, and the folder
     of their tokenizer."""
+
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
         args = train.arguments()
@@ -45,9 +48,11 @@ def prepare(monkeypatch):
 
     return call
 
+
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """Runs train.py in this process, for speed -> its one line on standard error."""
+
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
@@ -60,37 +65,50 @@ def refused(monkeypatch, capsys):
 
     return call
 
+
 def codec_of(folder):
     return tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+
 
 def text_of(train_tokens, val_tokens, folder):
     """The tokens as a text again, with those that end a text shown."""
     tokens = np.concatenate([train_tokens, val_tokens])
     return codec_of(folder).decode(tokens.tolist(), skip_special_tokens=False)
 
+
 def files_in(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
+
 
 def write_jsonl(name, *lines):
     Path(name).write_text("".join(line + "\n" for line in lines))
 
+
 # ------------------------------------------------------------------------------------ several texts
+
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "bytes"])
 def test_several_files_become_one_row_of_tokens_with_a_token_after_each_text(prepare, kind):
-    write_jsonl("more.jsonl", '{"text": "one line\\nand \\ud83d\\ude42", "id": 7}', "",
-                '{"text": "two"}')
+    write_jsonl(
+        "more.jsonl", '{"text": "one line\\nand \\ud83d\\ude42", "id": 7}', "", '{"text": "two"}'
+    )
     for name in ("b", "a", "z"):
         Path(f"{name}.txt").write_bytes(f"This is {name},\r\nnaïve 日本.\n\n".encode())
     Path("folder/deep").mkdir(parents=True)
     Path("folder/deep/c.txt").write_text("deep")
     files = ["z.txt", "more.jsonl", "[ab].txt", "folder/**/*.txt"]
     found = prepare("--data", *files, "--tokens", kind)
-    texts = ["This is z,\r\nnaïve 日本.\n\n", "one line\nand 🙂", "two",
-             *[f"This is {name},\r\nnaïve 日本.\n\n" for name in "ab"], "deep"]
+    texts = [
+        "This is z,\r\nnaïve 日本.\n\n",
+        "one line\nand 🙂",
+        "two",
+        *[f"This is {name},\r\nnaïve 日本.\n\n" for name in "ab"],
+        "deep",
+    ]
     assert text_of(*found) == "".join(text + "<|endoftext|>" for text in texts)
     end = codec_of(found[2]).token_to_id("<|endoftext|>")
     assert np.concatenate(found[:2]).tolist().count(end) == len(texts)
+
 
 def test_a_single_text_has_no_token_that_ends_it(prepare):
     Path("a.txt").write_text(TEXT)
@@ -98,6 +116,7 @@ def test_a_single_text_has_no_token_that_ends_it(prepare):
     assert text_of(*found) == TEXT
     assert codec_of(found[2]).token_to_id("<|endoftext|>") is None
     assert codec_of(found[2]).get_vocab_size() == 256
+
 
 def test_the_token_of_a_checkpoint_ends_a_text_as_its_config_says(prepare):
     folder = write_checkpoint("model", eos_token_id=0)
@@ -107,36 +126,48 @@ def test_the_token_of_a_checkpoint_ends_a_text_as_its_config_says(prepare):
     encode = gpt2.tokenizer(folder).encode
     assert tokenizer_folder.samefile(folder)
     assert np.concatenate(tokens).tolist() == [
-        *encode("first text, " * 9), 0, *encode("second text" * 9), 0]
+        *encode("first text, " * 9),
+        0,
+        *encode("second text" * 9),
+        0,
+    ]
 
-@pytest.mark.parametrize("lines, number", [
-    (['{"text": "fine"}', '{"text": "never closed}'], 2),
-    (['{"text": "fine"}', "", "plain text"], 3),
-    (["plain text"], 1),
-    (['{"text": "fine"}'] * 3 + ['{"content": "of another name"}'], 4),
-    (['{"text": 7}'], 1),
-    (['{"text": null}'], 1),
-    (['{"text": ["a", "list"]}'], 1),
-    (['["text"]'], 1),
-    (['"text"'], 1),
-    (['{"text": "fine"}', '{"text": "half of a pair: \\ud83d"}'], 2),
-])
+
+@pytest.mark.parametrize(
+    "lines, number",
+    [
+        (['{"text": "fine"}', '{"text": "never closed}'], 2),
+        (['{"text": "fine"}', "", "plain text"], 3),
+        (["plain text"], 1),
+        (['{"text": "fine"}'] * 3 + ['{"content": "of another name"}'], 4),
+        (['{"text": 7}'], 1),
+        (['{"text": null}'], 1),
+        (['{"text": ["a", "list"]}'], 1),
+        (['["text"]'], 1),
+        (['"text"'], 1),
+        (['{"text": "fine"}', '{"text": "half of a pair: \\ud83d"}'], 2),
+    ],
+)
 def test_a_line_of_jsonl_without_a_text_is_named(refused, lines, number):
     write_jsonl("bad.jsonl", *lines)
     error = refused("--data", "bad.jsonl")
     assert "--data bad.jsonl" in error and f"line {number}" in error
     assert 'like {"text": "..."}' in error
 
-@pytest.mark.parametrize("flags, message", [
-    ("--data missing.txt", "--data missing.txt: no such file"),
-    ("--data no/*.txt", "--data no/*.txt: no such file"),
-    ("--data empty.txt", "--block 4 is longer than the text"),
-    ("--data latin.txt", "--data latin.txt is not UTF-8 text"),
-    ("--data empty.bin", "--block 4 is longer than the text"),
-    ("--data odd.bin", "odd.bin"),
-    ("--data a.txt x.bin", "a .bin stands alone"),
-    ("--data x.bin x.bin x.bin", "a .bin stands alone"),
-])
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--data missing.txt", "--data missing.txt: no such file"),
+        ("--data no/*.txt", "--data no/*.txt: no such file"),
+        ("--data empty.txt", "--block 4 is longer than the text"),
+        ("--data latin.txt", "--data latin.txt is not UTF-8 text"),
+        ("--data empty.bin", "--block 4 is longer than the text"),
+        ("--data odd.bin", "odd.bin"),
+        ("--data a.txt x.bin", "a .bin stands alone"),
+        ("--data x.bin x.bin x.bin", "a .bin stands alone"),
+    ],
+)
 def test_data_that_is_none_is_one_line(refused, flags, message):
     Path("empty.txt").write_text("")
     Path("latin.txt").write_bytes("Größe".encode("latin-1"))
@@ -148,10 +179,13 @@ def test_data_that_is_none_is_one_line(refused, flags, message):
     weights = ["--weights", "model"] if ".bin" in flags else []
     assert message in refused(*flags.split(), *weights)
 
+
 # ------------------------------------------------------------------------------- nanoGPT's format
+
 
 def write_bin(name, tokens):
     np.array(tokens, np.uint16).tofile(name)
+
 
 def test_nanogpts_bin_is_read_as_it_is(prepare, cache):
     write_checkpoint("model")
@@ -162,6 +196,7 @@ def test_nanogpts_bin_is_read_as_it_is(prepare, cache):
     assert [*train_tokens, *val_tokens] == tokens.tolist()
     assert folder.samefile("model") and not files_in(cache)
 
+
 @pytest.mark.skipif(not TIKTOKEN.exists(), reason="needs GPT-2's vocabulary")
 def test_a_bin_for_a_model_from_scratch_has_gpt2s_tokens(prepare, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
@@ -171,13 +206,16 @@ def test_a_bin_for_a_model_from_scratch_has_gpt2s_tokens(prepare, monkeypatch):
     assert codec_of(folder).get_vocab_size() == 50257
     assert text_of(*tokens, folder).startswith("Hello world<|endoftext|>Hello world")
 
+
 def test_a_token_beyond_the_vocabulary_is_refused(refused):
     write_checkpoint("model")  # of 256 tokens
     write_bin("bad.bin", [*range(100), 256, *range(100)])
     error = refused("--data", "bad.bin", "--weights", "model")
     assert "token 256" in error and "the model has 256" in error
 
+
 # -------------------------------------------------------------------------------------- the cache
+
 
 def test_a_text_is_tokenised_once(prepare, cache):
     Path("a.txt").write_text(TEXT)
@@ -186,11 +224,15 @@ def test_a_text_is_tokenised_once(prepare, cache):
     [entry] = (cache / "tokens").iterdir()
     times = {path: path.stat().st_mtime_ns for path in [entry, *entry.iterdir()]}
     assert {path.name for path in entry.iterdir()} == {
-        "tokens.bin", "tokenizer.json", "tokenizer_config.json"}
+        "tokens.bin",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     again = prepare(*flags)
     assert [entry] == [*(cache / "tokens").iterdir()] and again[2] == first[2]
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert text_of(*again) == TEXT
+
 
 def test_another_text_or_tokenizer_is_tokenised_anew(prepare, cache):
     def entries(*flags):
@@ -205,6 +247,7 @@ def test_another_text_or_tokenizer_is_tokenised_anew(prepare, cache):
     os.utime("a.txt", (0, 0))
     assert entries("--tokens", "char") == 4
     assert text_of(*prepare("--data", "a.txt")) == TEXT.replace("miles", "yards")
+
 
 def test_a_checkpoint_whose_tokenizer_changes_is_tokenised_anew(prepare):
     """Also one with vocab.json and merges.txt, as GPT-2's first ones have them."""
@@ -222,6 +265,7 @@ def test_a_checkpoint_whose_tokenizer_changes_is_tokenised_anew(prepare):
         assert found[-1] == gpt2.tokenizer(folder).encode("eeeehhhh" * 10)
     assert found[0] != found[1]
 
+
 def test_a_tokenizer_that_cuts_texts_off_encodes_them_whole(prepare):
     """Many checkpoints that were tuned ask their tokenizer for it."""
     folder = write_checkpoint("model")
@@ -233,12 +277,15 @@ def test_a_tokenizer_that_cuts_texts_off_encodes_them_whole(prepare):
     found = np.concatenate(prepare("--data", "a.txt", "--weights", "model")[:2]).tolist()
     assert found[: len(whole)] == whole and len(found) <= len(whole) + 1
 
+
 def test_an_error_leaves_nothing_in_the_cache(refused, cache):
     write_jsonl("bad.jsonl", json.dumps({"text": TEXT}), "{")
     refused("--data", "bad.jsonl")
     assert not files_in(cache)
 
+
 # ------------------------------------------------------------------------------------- tokenizers
+
 
 @pytest.mark.parametrize("lines", [200, 200_000])
 def test_bpe_does_not_learn_from_the_last_tenth(prepare, lines):
@@ -251,16 +298,32 @@ def test_bpe_does_not_learn_from_the_last_tenth(prepare, lines):
     assert not [piece for piece in learned if {*"xyzw"} & {*piece}]
     assert text_of(*found) == seen + unseen
 
+
 def test_a_long_text_in_pieces_has_the_tokens_that_it_has_as_a_whole(prepare):
     """Pieces are cut where no token crosses, whatever stands there."""
     rng = np.random.default_rng(0)
-    lines = ["The end.", "", "  indented", "naïve 日本 🙂", "\ttwo\t", "don't   stop  ", "\r",
-             "1234", "e\u0301 combined", "\u3000wide space\u3000", "\x85", "\u2028", "x" * 99, "!?"]
+    lines = [
+        "The end.",
+        "",
+        "  indented",
+        "naïve 日本 🙂",
+        "\ttwo\t",
+        "don't   stop  ",
+        "\r",
+        "1234",
+        "e\u0301 combined",
+        "\u3000wide space\u3000",
+        "\x85",
+        "\u2028",
+        "x" * 99,
+        "!?",
+    ]
     text = "\n".join(lines[i] for i in rng.integers(len(lines), size=200_000))
     Path("long.txt").write_bytes(text.encode())
     *tokens, folder = prepare("--data", "long.txt", "--vocab-size", 400)
     assert len(text.encode()) > 2e6
     assert np.concatenate(tokens).tolist() == codec_of(folder).encode(text).ids
+
 
 def test_the_tokenizer_of_a_checkpoint_goes_into_the_finished_folder(monkeypatch, capsys):
     folder, out = write_checkpoint("model"), Path("out")
@@ -269,8 +332,22 @@ def test_the_tokenizer_of_a_checkpoint_goes_into_the_finished_folder(monkeypatch
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_text("of another model")
     Path("a.txt").write_text(TEXT)
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), "--data", "a.txt", "--weights",
-                                      "model", "--out", "out", "--save-every", "0"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            *SMALL.split(),
+            "--data",
+            "a.txt",
+            "--weights",
+            "model",
+            "--out",
+            "out",
+            "--save-every",
+            "0",
+        ],
+    )
     assert train.main(train.arguments()) == 0
     for file in folder.iterdir():
         if file.name not in ("config.json", "model.safetensors", "README.md"):
@@ -278,26 +355,62 @@ def test_the_tokenizer_of_a_checkpoint_goes_into_the_finished_folder(monkeypatch
     assert not (out / "README.md").exists()
     assert gpt2.tokenizer(out).encode(TEXT) == gpt2.tokenizer(folder).encode(TEXT)
 
-@pytest.mark.parametrize("model", [
-    pytest.param(name, marks=pytest.mark.wide if name == "gpt2" else pytest.mark.slow)
-    for name in train.MODELS])
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(name, marks=pytest.mark.wide if name == "gpt2" else pytest.mark.slow)
+        for name in train.MODELS
+    ],
+)
 def test_sample_goes_on_with_what_was_trained(model):
     Path("a.txt").write_text(TEXT)
     for program in [
-        ["train.py", *SMALL.split(), "--data", "a.txt", "--weights", "tiny", "--out", "out",
-         "--save-every", "0", "--model", model],
-        ["sample.py", "--model", model, "--weights", "out", "--device", "cpu", "--prompt",
-         "The 3 of 9", "--max-new-tokens", "5"]]:
-        done = subprocess.run([sys.executable, str(ROOT / program[0]), *program[1:]],
-                              capture_output=True, text=True, timeout=120)
+        [
+            "train.py",
+            *SMALL.split(),
+            "--data",
+            "a.txt",
+            "--weights",
+            "tiny",
+            "--out",
+            "out",
+            "--save-every",
+            "0",
+            "--model",
+            model,
+        ],
+        [
+            "sample.py",
+            "--model",
+            model,
+            "--weights",
+            "out",
+            "--device",
+            "cpu",
+            "--prompt",
+            "The 3 of 9",
+            "--max-new-tokens",
+            "5",
+        ],
+    ]:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / program[0]), *program[1:]],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
     assert "The 3 of 9" in done.stdout
 
+
 # ----------------------------------------------------------------------------- rows of a step
+
 
 def rows_of(tokens, batch, block, seed, step):
     """The rows of one step."""
     return train.rows_of(tokens, step * batch + np.arange(batch), block, seed)
+
 
 def epoch(tokens, block, seed, number, batch=4):
     """The rows of all steps of one epoch, in order."""
@@ -305,6 +418,7 @@ def epoch(tokens, block, seed, number, batch=4):
     assert rows % batch == 0  # so that a step has rows of one epoch alone
     steps = range(number * rows // batch, (number + 1) * rows // batch)
     return np.concatenate([rows_of(tokens, batch, block, seed, step) for step in steps])
+
 
 def test_an_epoch_has_each_token_once_but_for_a_rest_at_the_ends():
     tokens, block = np.arange(1003, dtype=np.uint16), 8
@@ -315,11 +429,13 @@ def test_an_epoch_has_each_token_once_but_for_a_rest_at_the_ends():
         assert (np.diff(targets) == 1).all()  # each once, and none left out between
         assert len(tokens) - len(targets) <= 2 * block
 
+
 def test_the_next_epoch_cuts_at_another_place_and_has_another_order():
     tokens, block = np.arange(1003, dtype=np.uint16), 8
     first, second = (epoch(tokens, block, 0, number) for number in range(2))
     assert first.min() % block != second.min() % block
     assert (np.argsort(first[:, 0]) != np.argsort(second[:, 0])).mean() > 0.9
+
 
 def test_rows_follow_from_seed_and_step_alone():
     tokens = np.arange(203, dtype=np.uint16)
@@ -329,33 +445,44 @@ def test_rows_follow_from_seed_and_step_alone():
         assert (rows_of(tokens, 3, 8, 1, step) == steps[step]).all()
     assert all((rows_of(tokens, 3, 8, 2, step) != steps[step]).any() for step in range(60))
 
+
 @pytest.mark.parametrize("length", [9, 10, 16, 17, 18])
 def test_a_text_of_few_rows_is_enough(length):
     for step in range(20):
         rows = rows_of(np.arange(length), 4, 8, 0, step)
         assert rows.shape == (4, 9) and (np.diff(rows) == 1).all()
 
+
 # ---------------------------------------------------------------------------- what is downloaded
+
 
 @pytest.fixture
 def offer_shakespeare(monkeypatch):
     """(text, its hash) -> offers it on the loopback address, as if it was Shakespeare."""
     Path("served").mkdir()
+
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory="served"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+
     def offer(text, sha256=None):
         Path("served/input.txt").write_bytes(text)
-        monkeypatch.setattr(train, "SHAKESPEARE", (
-            f"http://127.0.0.1:{server.server_port}/input.txt",
-            sha256 or hashlib.sha256(text).hexdigest()))
+        monkeypatch.setattr(
+            train,
+            "SHAKESPEARE",
+            (
+                f"http://127.0.0.1:{server.server_port}/input.txt",
+                sha256 or hashlib.sha256(text).hexdigest(),
+            ),
+        )
 
     yield offer
     server.shutdown()
     server.server_close()
+
 
 def test_shakespeare_is_downloaded_once(prepare, cache, offer_shakespeare):
     offer_shakespeare(TEXT.encode())
@@ -365,11 +492,13 @@ def test_shakespeare_is_downloaded_once(prepare, cache, offer_shakespeare):
     [file] = (path for path in cache.iterdir() if path.is_file())
     assert file.read_text() == TEXT
 
+
 def test_another_text_in_the_place_of_shakespeare_is_not_kept(refused, cache, offer_shakespeare):
     offer_shakespeare(TEXT.encode(), sha256="0" * 64)
     error = refused("--data", "shakespeare")
     assert "--data shakespeare" in error and "hash" in error and "name a file of yours" in error
     assert not files_in(cache)
+
 
 def test_without_an_answer_shakespeare_is_one_line(refused, cache, monkeypatch):
     monkeypatch.setattr(train, "SHAKESPEARE", ("http://127.0.0.1:9/input.txt", "0" * 64))
@@ -377,7 +506,9 @@ def test_without_an_answer_shakespeare_is_one_line(refused, cache, monkeypatch):
     assert "--data shakespeare" in error and "name a file of yours" in error
     assert not files_in(cache)
 
+
 # ------------------------------------------------------------------------ .bin pairs and datasets
+
 
 def test_a_second_bin_is_what_is_validated_on(prepare):
     for name, ids in [("train.bin", range(100)), ("val.bin", range(100, 130))]:
@@ -385,11 +516,14 @@ def test_a_second_bin_is_what_is_validated_on(prepare):
     train_tokens, val_tokens, _ = prepare("--data", "train.bin", "val.bin")
     assert train_tokens.tolist() == [*range(100)] and val_tokens.tolist() == [*range(100, 130)]
 
+
 @pytest.fixture
 def offer_dataset(monkeypatch):
     """(rows, or an error) -> the list of what is asked of datasets, which gives or raises them."""
+
     def call(found):
         asked = []
+
         def load_dataset(*names, split):
             asked.append((*names, split))
             if isinstance(found, Exception):
@@ -402,6 +536,7 @@ def offer_dataset(monkeypatch):
 
     return call
 
+
 def test_the_texts_of_a_dataset_are_parted_by_the_token_that_ends_one(prepare, offer_dataset):
     asked = offer_dataset({"text": ["one and more words", "two\n", ""]})
     expected = "one and more words<|endoftext|>two\n<|endoftext|><|endoftext|>"
@@ -413,14 +548,22 @@ def test_the_texts_of_a_dataset_are_parted_by_the_token_that_ends_one(prepare, o
     found = prepare("--data", "mine.txt", "--dataset", "some/name", *flags)
     assert text_of(*found) == "mine<|endoftext|>" + expected
 
-@pytest.mark.parametrize("found", [
-    ValueError("Config name is missing.\nPlease pick one of ['a', 'b']"),
-    ConnectionError("Couldn't reach the Hub"), {"content": ["of another name"]},
-    {"text": [TEXT, None]}, {"text": [1, 2]},
-], ids=["no such part", "no network", "no text", "a row without a text", "numbers"])
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        ValueError("Config name is missing.\nPlease pick one of ['a', 'b']"),
+        ConnectionError("Couldn't reach the Hub"),
+        {"content": ["of another name"]},
+        {"text": [TEXT, None]},
+        {"text": [1, 2]},
+    ],
+    ids=["no such part", "no network", "no text", "a row without a text", "numbers"],
+)
 def test_a_dataset_that_cannot_be_read_is_one_line(refused, offer_dataset, found):
     offer_dataset(found)
     assert "--dataset some/name" in refused("--dataset", "some/name")
+
 
 def test_without_the_package_a_dataset_says_what_to_install(refused, monkeypatch):
     monkeypatch.setattr(train, "find_spec", lambda name: None)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import MISTRAL
 from flax import nnx
+from helpers.families import MISTRAL
 from jax.nn import silu
 
 import mistral
@@ -40,8 +40,9 @@ def dense(experts, rows, token, weight, counts):
     return out
 
 
-@pytest.mark.parametrize("run", [mistral.run_in_blocks, mistral.run_ragged],
-                         ids=["blocks", "ragged"])
+@pytest.mark.parametrize(
+    "run", [mistral.run_in_blocks, mistral.run_ragged], ids=["blocks", "ragged"]
+)
 @pytest.mark.parametrize("n", [1, 5, N])
 def test_both_forms_are_the_weighted_sum_of_the_chosen_experts(experts, run, n):
     inputs = choices(n)
@@ -65,13 +66,17 @@ def test_both_forms_have_the_same_gradients(experts):
 
         return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(state, rows))
 
-    for one, other in zip(gradients(lambda *a: mistral.run_in_blocks(*a, block=16)),
-                          gradients(mistral.run_ragged), strict=True):
+    for one, other in zip(
+        gradients(lambda *a: mistral.run_in_blocks(*a, block=16)),
+        gradients(mistral.run_ragged),
+        strict=True,
+    ):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize(("n", "block", "most"), [(1, 128, CHOSEN), (4, 4, 4 * CHOSEN),
-                                                  (N, 8, N * CHOSEN // 8 + E)])
+@pytest.mark.parametrize(
+    ("n", "block", "most"), [(1, 128, CHOSEN), (4, 4, 4 * CHOSEN), (N, 8, N * CHOSEN // 8 + E)]
+)
 def test_only_the_chosen_work_is_done_in_blocks(n, block, most):
     """Each expert counts its blocks; one that nobody chose is not called at all."""
     calls = []
@@ -84,16 +89,18 @@ def test_only_the_chosen_work_is_done_in_blocks(n, block, most):
         return run
 
     inputs = choices(n)
-    run = jax.jit(lambda *inputs: mistral.run_in_blocks([expert(e) for e in range(E)], *inputs,
-                                                        block=block))
+    run = jax.jit(
+        lambda *inputs: mistral.run_in_blocks([expert(e) for e in range(E)], *inputs, block=block)
+    )
     run(*inputs).block_until_ready()
     jax.effects_barrier()
     assert 0 < len(calls) <= most
     assert set(calls) == set(np.flatnonzero(inputs[3]).tolist())
 
 
-@pytest.mark.parametrize(("run", "platform"), [(mistral.run_in_blocks, "cpu"),
-                                               (mistral.run_ragged, "cuda")])
+@pytest.mark.parametrize(
+    ("run", "platform"), [(mistral.run_in_blocks, "cpu"), (mistral.run_ragged, "cuda")]
+)
 def test_no_program_holds_all_tokens_for_all_experts(experts, run, platform):
     """Read in the program before the compiler: no tensor of experts x tokens x anything."""
     graphdef, state = nnx.split(nnx.List(experts))

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from families import EVERY_CONFIG, FAMILIES, GPT2, MISTRAL, once
 from flax import nnx
-from reference import Case, sampling, write_random
+from helpers.families import EVERY_CONFIG, FAMILIES, GPT2, MISTRAL, once
+from helpers.reference import Case, sampling, write_random
 
 FILTERS = {
     "greedy": {"temperature": 0},
@@ -21,22 +21,44 @@ FILTERS = {
     "min_p": {"min_p": 0.05},
     "penalty": {"repetition_penalty": 1.3},
     "greedy with penalty": {"temperature": 0, "repetition_penalty": 1.3},
-    "all": {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.02,
-            "repetition_penalty": 1.2},
+    "all": {
+        "temperature": 1.5,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+    },
 }
 # All of them for the first file, as sample() is the same to the letter in all.
 every_filter = pytest.mark.parametrize(
     ("family", "options"),
-    [pytest.param(family, options, id=f"{family.name}: {name}") for family in FAMILIES
-     for name, options in FILTERS.items() if family is GPT2 or name in ("greedy", "all")],
-    indirect=["family"])
+    [
+        pytest.param(family, options, id=f"{family.name}: {name}")
+        for family in FAMILIES
+        for name, options in FILTERS.items()
+        if family is GPT2 or name in ("greedy", "all")
+    ],
+    indirect=["family"],
+)
 # One config of each family, of which the other three are much alike here.
-HALF = [pytest.param(config.values[0], id=config.id, marks=[] if config.values[0][0] is MISTRAL else
-                     pytest.mark.wide if config.values[0][0] is GPT2 else pytest.mark.slow)
-        for config in EVERY_CONFIG if not config.marks]
+HALF = [
+    pytest.param(
+        config.values[0],
+        id=config.id,
+        marks=[]
+        if config.values[0][0] is MISTRAL
+        else pytest.mark.wide
+        if config.values[0][0] is GPT2
+        else pytest.mark.slow,
+    )
+    for config in EVERY_CONFIG
+    if not config.marks
+]
 # Greedy tokens are those of transformers for every config; and these are for more than one row.
-RAGGED = [pytest.param(config.values[0], id=config.id,
-                       marks=[pytest.mark.slow] if config.marks else []) for config in EVERY_CONFIG]
+RAGGED = [
+    pytest.param(config.values[0], id=config.id, marks=[pytest.mark.slow] if config.marks else [])
+    for config in EVERY_CONFIG
+]
 PROMPTS = [[5, 7, 11], [2] * 30, [9], list(range(20, 32))]
 KEY = jax.random.key(7)
 
@@ -81,7 +103,7 @@ def test_in_half_precision_the_tokens_are_drawn_from_the_same_logits_with_remat_
     assert (logits.max(axis=-1) - logits[np.arange(12), new] < 0.05 * logits.std()).all()
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_they_agree_over_several_calls_of_decode(family, model):
     n = family.module.STEPS + 8
     new = family.module.generate(model, [[5, 7, 11]], n, key=KEY)
@@ -89,7 +111,7 @@ def test_they_agree_over_several_calls_of_decode(family, model):
 
 
 @every_filter
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_a_row_is_the_same_alone_and_in_any_batch(family, model, options):
     keys = jax.numpy.stack([row_key(i) for i in range(4)])
     together = family.module.generate(model, PROMPTS, 24, key=KEY, **options)
@@ -110,8 +132,13 @@ def test_greedy_tokens_are_those_of_transformers(case):
     for i, prompt in enumerate(PROMPTS[:2]):
         prompt = [token % case.model.config.vocab_size for token in prompt]
         with torch.no_grad():
-            text = hf.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False,
-                               attention_mask=torch.ones(1, len(prompt)), pad_token_id=0)
+            text = hf.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=32,
+                do_sample=False,
+                attention_mask=torch.ones(1, len(prompt)),
+                pad_token_id=0,
+            )
             best = hf(text).logits[0, len(prompt) - 1 : -1].topk(2).values
         doubtful = [*(best[:, 0] - best[:, 1] < 1e-4).tolist(), True]
         agreed = doubtful.index(True)
@@ -125,14 +152,22 @@ def test_greedy_tokens_are_those_of_transformers(case):
 @once
 def test_greedy_with_a_repetition_penalty_is_that_of_transformers(plain):
     plain.hf64.generation_config.eos_token_id = None
-    text = plain.hf64.generate(torch.tensor([[5, 7, 11]]), max_new_tokens=64, do_sample=False,
-                               attention_mask=torch.ones(1, 3), repetition_penalty=3.0,
-                               pad_token_id=0)
-    [new] = plain.family.module.generate(plain.model, [[5, 7, 11]], 64, key=KEY, temperature=0,
-                                         repetition_penalty=3.0)
+    text = plain.hf64.generate(
+        torch.tensor([[5, 7, 11]]),
+        max_new_tokens=64,
+        do_sample=False,
+        attention_mask=torch.ones(1, 3),
+        repetition_penalty=3.0,
+        pad_token_id=0,
+    )
+    [new] = plain.family.module.generate(
+        plain.model, [[5, 7, 11]], 64, key=KEY, temperature=0, repetition_penalty=3.0
+    )
     assert new == text[0, 3:].tolist()
-    assert new != plain.family.module.generate(plain.model, [[5, 7, 11]], 64, key=KEY,
-                                               temperature=0)[0]
+    assert (
+        new
+        != plain.family.module.generate(plain.model, [[5, 7, 11]], 64, key=KEY, temperature=0)[0]
+    )
 
 
 @once
@@ -189,7 +224,7 @@ def test_no_key_is_used_twice(family, model, monkeypatch):
     assert len(keys) == len(set(keys)) == 9
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_ids_that_only_pad_the_vocabulary_are_never_drawn(family, plain):
     """The extra rows of the token table are so large that they would win everywhere."""
     module, V = family.module, plain.model.config.vocab_size
@@ -204,14 +239,18 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(family, plain):
     assert new == module.generate(plain.model, PROMPTS, 33, key=KEY)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"prompts": []}, "must not be empty"),
-    ({"prompts": [[1], []]}, "must not be empty"),
-    ({"prompts": [[1, 97]]}, "outside the vocabulary of 97"),
-    ({"prompts": [[-1]]}, "outside the vocabulary of 97"),
-    ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
-    ({"prompts": [[1] * 120], "max_new_tokens": 9}, r"120 \+ 9 tokens.* 128"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "must not be empty"),
+        ({"prompts": [[1], []]}, "must not be empty"),
+        ({"prompts": [[1, 97]]}, "outside the vocabulary of 97"),
+        ({"prompts": [[-1]]}, "outside the vocabulary of 97"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
+        ({"prompts": [[1] * 120], "max_new_tokens": 9}, r"120 \+ 9 tokens.* 128"),
+    ],
+    ids=str,
+)
 @once
 def test_what_cannot_be_continued_is_refused_with_the_reason(family, model, change, message):
     arguments = {"prompts": [[1]], "max_new_tokens": 1, "key": KEY} | change
@@ -219,7 +258,7 @@ def test_what_cannot_be_continued_is_refused_with_the_reason(family, model, chan
         family.module.generate(model, **arguments)
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_the_context_can_be_filled_to_its_last_position(family, model):
     limit = model.config.max_position_embeddings
     prompt = [token % 50 for token in range(limit - 8)]
@@ -240,8 +279,10 @@ def test_64_prompt_lengths_below_512_compile_at_most_8_programs(family, tmp_path
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
             for n in lengths:
                 family.module.generate(model, [[1] * n] * rows, 20, key=KEY)
-        named = [re.match(r"Finished XLA compilation of jit\((\w+)\)", record.getMessage())
-                 for record in caplog.records]
+        named = [
+            re.match(r"Finished XLA compilation of jit\((\w+)\)", record.getMessage())
+            for record in caplog.records
+        ]
         return [match[1] for match in named if match and match[1] in ("prefill", "decode")]
 
     few = programs(np.linspace(1, 511, 64).astype(int))

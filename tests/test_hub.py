@@ -11,11 +11,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from hub import Hub
-from small import write_checkpoint
+from helpers.hub import Hub
+from helpers.small import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 REPO = "openai-community/gpt2"
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -26,6 +27,7 @@ def files(tmp_path_factory):
     others = ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/config.json"]
     return files | dict.fromkeys(others, b"not wanted")
 
+
 @pytest.fixture
 def start(tmp_path):
     """Starts the exact command of the README, with a Hub and a cache folder of the test's own."""
@@ -34,10 +36,18 @@ def start(tmp_path):
         outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         env = {**outside, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, **env}
         command = [sys.executable, "sample.py", "--model", model, *options]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     return popen
+
 
 @pytest.fixture
 def sample(start):
@@ -50,6 +60,7 @@ def sample(start):
 
     return run
 
+
 def one_line(result):
     """The error of a run that failed as it should: exit code 2, a single line, no text."""
     assert result.returncode == 2, result.stderr
@@ -58,6 +69,7 @@ def one_line(result):
     assert len(lines) == 1
     assert "Traceback" not in result.stderr
     return lines[0]
+
 
 def test_first_run_downloads_with_its_size_and_the_second_needs_no_hub(files, sample):
     with Hub(REPO, files) as hub:
@@ -73,15 +85,25 @@ def test_first_run_downloads_with_its_size_and_the_second_needs_no_hub(files, sa
     assert second.stdout == first.stdout and len(first.stdout) > 200
     assert "downloading" not in second.stderr
 
+
 def test_opt_comes_from_a_repository_that_has_pytorch_model_bin_only(start, tmp_path):
     """As facebook/opt-125m: half precision in a .bin beside other formats, no tokenizer.json."""
     folder = tmp_path / "opt"
     codec = tokenizers.ByteLevelBPETokenizer()
-    codec.train_from_iterator([Path(__file__).read_text()], vocab_size=300,
-                              special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    codec.train_from_iterator(
+        [Path(__file__).read_text()],
+        vocab_size=300,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+    )
     config = transformers.OPTConfig(
-        vocab_size=304, hidden_size=64, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=64, init_std=0.3)
+        vocab_size=304,
+        hidden_size=64,
+        ffn_dim=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        init_std=0.3,
+    )
     model = transformers.OPTForCausalLM(config).half()
     config.save_pretrained(folder)
     codec.save_model(str(folder))
@@ -94,23 +116,30 @@ def test_opt_comes_from_a_repository_that_has_pytorch_model_bin_only(start, tmp_
         first, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "downloading facebook/opt-125m" in err and "in 4 files" in err
-    assert hub.downloaded() == wanted == {"config.json", "vocab.json", "merges.txt",
-                                          "pytorch_model.bin"}
+    assert (
+        hub.downloaded()
+        == wanted
+        == {"config.json", "vocab.json", "merges.txt", "pytorch_model.bin"}
+    )
     process = start(hub.endpoint, model="opt")  # nothing listens there any more
     second, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert second == first and first.startswith("Once upon a time")
 
+
 def test_a_connection_that_is_cut_is_taken_up_where_it_broke(files, sample):
     with Hub(REPO, files, cut="model.safetensors") as hub:
         result = sample(hub.endpoint)
     assert result.returncode == 0, result.stderr
-    transfers = [{key.lower(): value for key, value in headers.items()}
-                 for method, path, headers in hub.requests
-                 if method == "GET" and path.endswith("model.safetensors")]
+    transfers = [
+        {key.lower(): value for key, value in headers.items()}
+        for method, path, headers in hub.requests
+        if method == "GET" and path.endswith("model.safetensors")
+    ]
     assert len(transfers) == 2
     assert "range" not in transfers[0]
     assert transfers[1]["range"] == "bytes=10485760-"  # what huggingface_hub had written
+
 
 def test_a_download_that_was_killed_is_finished_by_the_next_run(files, start, sample):
     with Hub(REPO, files, stall="model.safetensors") as hub:
@@ -124,6 +153,7 @@ def test_a_download_that_was_killed_is_finished_by_the_next_run(files, start, sa
     assert "downloading" in result.stderr
     assert hub.downloaded() >= {"model.safetensors"}
 
+
 def test_what_another_program_left_out_of_the_cache_is_downloaded(files, sample, tmp_path):
     """Such as a loader of weights alone, which has no use for the tokenizer."""
     with Hub(REPO, files) as hub:
@@ -133,18 +163,24 @@ def test_what_another_program_left_out_of_the_cache_is_downloaded(files, sample,
         result = sample(hub.endpoint)
     assert result.returncode == 0, result.stderr
 
+
 def test_a_gated_model_names_the_page_to_accept_and_how_to_log_in(files, sample):
     with Hub(REPO, files, gated=True) as hub:
         error = one_line(sample(hub.endpoint))
     assert f"{hub.endpoint}/{REPO}" in error
     assert "hf auth login" in error and "HF_TOKEN" in error
 
+
 def test_the_token_of_the_environment_is_sent(files, sample):
     with Hub(REPO, files) as hub:
         sample(hub.endpoint, HF_TOKEN="hf_test_token")
-    sent = [{k.lower(): v for k, v in headers.items()}.get("authorization")
-            for _, path, headers in hub.requests if "/resolve/" in path]
+    sent = [
+        {k.lower(): v for k, v in headers.items()}.get("authorization")
+        for _, path, headers in hub.requests
+        if "/resolve/" in path
+    ]
     assert sent and set(sent) == {"Bearer hf_test_token"}
+
 
 def test_without_network_and_cache_it_fails_at_once_and_says_what_to_do(sample, tmp_path):
     with socket.socket() as closed:  # a port at which nothing listens
@@ -156,6 +192,7 @@ def test_without_network_and_cache_it_fails_at_once_and_says_what_to_do(sample, 
     for hint in [REPO, str(tmp_path / "hf" / "hub"), "--weights tiny", "folder"]:
         assert hint in error
 
+
 def test_a_hub_that_never_answers_is_given_up(sample):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
         start = time.monotonic()
@@ -164,21 +201,27 @@ def test_a_hub_that_never_answers_is_given_up(sample):
     assert time.monotonic() - start < 10
     assert REPO in error and "Timeout" in error
 
+
 def test_offline_mode_of_the_hub_is_respected(files, sample):
     with Hub(REPO, files) as hub:
         error = one_line(sample(hub.endpoint, HF_HUB_OFFLINE="1"))
     assert hub.requests == []
     assert REPO in error and "HF_HUB_OFFLINE" in error
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["--revision", "no-such-branch"], "no revision no-such-branch"),
-    (["--weights", "no/such-model"], "the Hub has no model of that name"),
-    (["--weights", "./no/such/folder"], "no such folder"),
-    (["--weights", "two words"], "no such folder"),
-])
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--revision", "no-such-branch"], "no revision no-such-branch"),
+        (["--weights", "no/such-model"], "the Hub has no model of that name"),
+        (["--weights", "./no/such/folder"], "no such folder"),
+        (["--weights", "two words"], "no such folder"),
+    ],
+)
 def test_what_the_hub_does_not_have_is_named(files, sample, options, said):
     with Hub(REPO, files) as hub:
         assert said in one_line(sample(hub.endpoint, *options))
+
 
 def test_a_revision_can_be_asked_for(files, sample):
     with Hub(REPO, files) as hub:

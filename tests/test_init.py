@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, GPT2, OPT
 from flax import nnx
+from helpers.families import FAMILIES, GPT2, OPT
 
 EVERY_PRESET = [(family, name) for family in FAMILIES for name in family.module.PRESETS]
 
@@ -37,7 +37,7 @@ def tokens(fresh):
     return jax.random.randint(jax.random.key(5), (8, 40), 0, fresh.config.vocab_size)
 
 
-@pytest.mark.dear("slow")
+@pytest.mark.core_gpt2_only("slow")
 @pytest.mark.parametrize(("family", "name"), EVERY_PRESET, ids=lambda p: getattr(p, "name", p))
 def test_a_preset_has_the_published_number_of_parameters(family, name):
     """Counted in shapes only: nothing is allocated, and one key serves all, as none is drawn."""
@@ -48,10 +48,14 @@ def test_a_preset_has_the_published_number_of_parameters(family, name):
     assert sum(p.size for p in jax.tree.leaves(nnx.state(shapes))) == parameters
 
 
-@pytest.mark.parametrize(("family", "spread", "into_stream", "change"), [
-    (GPT2, 0.02, r".+c_proj\.kernel", {}),
-    (OPT, 0.006, r".+(out_proj|fc2)\.kernel", {"word_embed_proj_dim": 128}),
-], ids=["gpt2", "opt"])
+@pytest.mark.parametrize(
+    ("family", "spread", "into_stream", "change"),
+    [
+        (GPT2, 0.02, r".+c_proj\.kernel", {}),
+        (OPT, 0.006, r".+(out_proj|fc2)\.kernel", {"word_embed_proj_dim": 128}),
+    ],
+    ids=["gpt2", "opt"],
+)
 def test_a_model_starts_with_the_spreads_of_its_paper(family, spread, into_stream, change):
     """One spread everywhere, but 1 / sqrt(2 * layers) of it in what is added to the stream. The
     measured spread of n numbers is off by 1 / sqrt(2 n): less than 1 % for 9,000; 4 % are given."""
@@ -104,8 +108,14 @@ def test_each_kind_of_gpt2s_dropout_works_alone_and_keeps_the_mean(place):
     adds is nearly linear in what is dropped inside it, not in its input: the embedding stands
     alone."""
     rates = dict.fromkeys(GPT2.dropouts, 0.0) | {place: 0.2}
-    config = GPT2.module.Config(vocab_size=500, n_positions=64, n_embd=24, n_head=2,
-                                n_layer=0 if place == "embd_pdrop" else 1, **rates)
+    config = GPT2.module.Config(
+        vocab_size=500,
+        n_positions=64,
+        n_embd=24,
+        n_head=2,
+        n_layer=0 if place == "embd_pdrop" else 1,
+        **rates,
+    )
     model = GPT2.module.Model(config, rngs=nnx.Rngs(0))
     model.ln_f = lambda x: x
     graphdef, state = nnx.split(model)
@@ -122,7 +132,7 @@ def test_each_kind_of_gpt2s_dropout_works_alone_and_keeps_the_mean(place):
 
 
 @pytest.mark.parametrize("seed", [None, 3], ids=["no dropout", "dropout"])
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_remat_changes_neither_loss_nor_gradients(family, fresh, tokens, seed):
     """The same float32 steps: equal to a few roundings of gradients of 1e-3 to 1."""
     config = dataclasses.replace(fresh.config, **{family.depth: 1})
@@ -137,8 +147,11 @@ def test_remat_changes_neither_loss_nor_gradients(family, fresh, tokens, seed):
         assert ("remat" in str(jax.make_jaxpr(value)(state))) == remat
         return jax.jit(jax.value_and_grad(value))(state)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-                 run(remat=False), run(remat=True))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        run(remat=False),
+        run(remat=True),
+    )
 
 
 def test_param_dtype_is_what_is_stored_and_dtype_what_is_computed_in(family):

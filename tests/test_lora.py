@@ -20,7 +20,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from reference import ROOT, assert_same_model
+from helpers.reference import ROOT, assert_same_model
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
@@ -30,8 +30,11 @@ import train
 
 TEXT = "".join(f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
 # Six steps at a high rate, so that the adapters do much to the logits; all of it in float32.
-FLAGS = ("--lora 4 --lr 1e-2 --steps 6 --eval-every 3 --save-every 0 --block 16 --batch 4 "
-         "--device cpu --dtype float32 --save-dtype float32")
+FLAGS = (
+    "--lora 4 --lr 1e-2 --steps 6 --eval-every 3 --save-every 0 --block 16 --batch 4 "
+    "--device cpu --dtype float32 --save-dtype float32"
+)
+
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
@@ -41,15 +44,28 @@ def command(tmp_path_factory):
     env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
 
     def make(*flags):
-        return {"args": [sys.executable, str(ROOT / "train.py"), "--data", str(folder / "text.txt"),
-                         *FLAGS.split(), *map(str, flags)],
-                "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return {
+            "args": [
+                sys.executable,
+                str(ROOT / "train.py"),
+                "--data",
+                str(folder / "text.txt"),
+                *FLAGS.split(),
+                *map(str, flags),
+            ],
+            "env": env,
+            "text": True,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
 
     return make
+
 
 @pytest.fixture(scope="module")
 def run(command):
     """Runs train.py to its end -> what it printed on standard output."""
+
     def call(*flags):
         done = subprocess.run(**command(*flags), timeout=300)
         assert done.returncode == 0, done.stderr
@@ -57,32 +73,49 @@ def run(command):
 
     return call
 
-@pytest.fixture(scope="module", params=[
-    "gpt2", *[pytest.param(name, marks=pytest.mark.slow)
-              for name in ("opt", "llama", "gemma", "mistral")]])
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "gpt2",
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("opt", "llama", "gemma", "mistral")
+        ],
+    ],
+)
 def tuned(request, run, tmp_path_factory):
     """A base, the adapter of a run on it, and the same run's --merge: three folders."""
     folder = tmp_path_factory.mktemp(request.param)
-    found = Namespace(name=request.param, base=folder / "base", adapter=folder / "adapter",
-                      merged=folder / "merged")
+    found = Namespace(
+        name=request.param,
+        base=folder / "base",
+        adapter=folder / "adapter",
+        merged=folder / "merged",
+    )
     shutil.copytree(ROOT / "tiny" / found.name, found.base)
     flags = ["--model", found.name, "--weights", found.base]
     found.stdout = run(*flags, "--save-every", 6, "--out", found.adapter)
     run(*flags, "--merge", "--out", found.merged)
     return found
 
+
 def tensors(folder, name="model.safetensors"):
     """name -> float32 tensor of all that a file holds; numpy's reader knows no bfloat16."""
     with safe_open(Path(folder, name), "pt") as file:
         return {key: file.get_tensor(key).float().numpy() for key in file.keys()}  # noqa: SIM118
 
+
 def adapter_config(folder):
     return json.loads((folder / "adapter_config.json").read_text())
+
 
 def first_loss(stdout):
     return re.search(r"validation loss before step 1: (\d+\.\d{4})\n", stdout)[1]
 
+
 # --------------------------------------------------------------------------------- what is written
+
 
 def test_peft_makes_the_same_logits_of_the_adapter_as_we_of_the_merged_checkpoint(tuned):
     tokens = np.random.default_rng(0).integers(512, size=(3, 24))
@@ -99,14 +132,19 @@ def test_peft_makes_the_same_logits_of_the_adapter_as_we_of_the_merged_checkpoin
     np.testing.assert_allclose(ours, expected, rtol=0, atol=6e-5)
     assert np.abs(expected - plain).max() > 1  # 7 and more was seen
 
+
 def test_every_b_is_trained_and_the_scale_is_one(tuned):
     config = adapter_config(tuned.adapter)
     assert config["r"] == config["lora_alpha"] == 4  # PEFT multiplies A B by their quotient
     assert config["base_model_name_or_path"] == str(tuned.base)
     stored = load_file(tuned.adapter / "adapter_model.safetensors")
-    assert stored.keys() == {f"base_model.model.{name}.lora_{letter}.weight"
-                             for name in config["target_modules"] for letter in "AB"}
+    assert stored.keys() == {
+        f"base_model.model.{name}.lora_{letter}.weight"
+        for name in config["target_modules"]
+        for letter in "AB"
+    }
     assert all(tensor.any() for tensor in stored.values())
+
 
 def test_merging_changes_the_targets_and_not_a_bit_of_any_other_tensor(tuned):
     base, merged = tensors(tuned.base), tensors(tuned.merged)
@@ -114,6 +152,7 @@ def test_merging_changes_the_targets_and_not_a_bit_of_any_other_tensor(tuned):
     changed = {name for name in base if (base[name] != merged[name]).any()}
     targets = adapter_config(tuned.adapter)["target_modules"]
     assert changed == {f"{name}.weight" for name in targets}
+
 
 def test_a_checkpoint_of_the_run_holds_the_adapters_and_no_other_weights(tuned):
     state = ocp.StandardCheckpointer().metadata(tuned.adapter / "checkpoints/6/state")
@@ -123,21 +162,36 @@ def test_a_checkpoint_of_the_run_holds_the_adapters_and_no_other_weights(tuned):
     assert set(names) == {"lora_a", "lora_b"}
     assert len(names) == 3 * 2 * len(targets)  # each with the two means of Adam
 
+
 @pytest.mark.parametrize("tuned", ["gpt2"], indirect=True)
 def test_an_adapted_model_begins_as_the_base(tuned, run, tmp_path):
     """B is zero at first: the losses are equal to the last of the four decimals."""
     stdout = run("--weights", tuned.base, "--lora", 0, "--steps", 1, "--out", tmp_path)
     assert first_loss(tuned.stdout) == first_loss(stdout)
 
+
 def test_targets_are_picked_by_their_path(run, tmp_path):
-    run("--weights", "tiny", "--lora", 3, "--lora-targets", r".*\.c_attn", "--steps", 1, "--out",
-        tmp_path)
+    run(
+        "--weights",
+        "tiny",
+        "--lora",
+        3,
+        "--lora-targets",
+        r".*\.c_attn",
+        "--steps",
+        1,
+        "--out",
+        tmp_path,
+    )
     names = [f"transformer.h.{i}.attn.c_attn" for i in range(4)]
     assert adapter_config(tmp_path)["target_modules"] == names
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {name: tensor.shape for name, tensor in stored.items()} == {
         f"base_model.model.{name}.lora_{letter}.weight": shape  # of a matrix from 128 to 3 * 128
-        for name in names for letter, shape in [("A", (3, 128)), ("B", (384, 3))]}
+        for name in names
+        for letter, shape in [("A", (3, 128)), ("B", (384, 3))]
+    }
+
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(command, run, tmp_path):
@@ -156,7 +210,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(command, run, tmp_pa
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
 
+
 # ------------------------------------------------------------------------------------ without a run
+
 
 def test_adapters_that_learned_nothing_leave_the_model_as_it_was_when_merged():
     def load():
@@ -169,20 +225,42 @@ def test_adapters_that_learned_nothing_leave_the_model_as_it_was_when_merged():
     assert nnx.graphdef(model) == nnx.graphdef(load())
     assert_same_model(model, load())
 
-@pytest.mark.parametrize("flags, message", [
-    ("--lora 4", "name them with --weights"),
-    ("--weights tiny --merge", "--merge is for --lora"),
-    ("--weights tiny --lora -1", "--lora must be 0 or more"),
-    ("--weights tiny --lora 4 --lora-targets c_attn", "c_attn is the path of no matrix in gpt2.py"),
-    ("--weights tiny --lora 4 --lora-targets (", "--lora-targets is not a regular expression"),
-])
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--lora 4", "name them with --weights"),
+        ("--weights tiny --merge", "--merge is for --lora"),
+        ("--weights tiny --lora -1", "--lora must be 0 or more"),
+        (
+            "--weights tiny --lora 4 --lora-targets c_attn",
+            "c_attn is the path of no matrix in gpt2.py",
+        ),
+        ("--weights tiny --lora 4 --lora-targets (", "--lora-targets is not a regular expression"),
+    ],
+)
 def test_bad_input_is_one_line_that_says_what_is_wrong(
-        flags, message, tmp_path, monkeypatch, capsys):
+    flags, message, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", "--steps", "1", "--data",
-                                      "text.txt", "--out", "out", *flags.split()])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--device",
+            "cpu",
+            "--steps",
+            "1",
+            "--data",
+            "text.txt",
+            "--out",
+            "out",
+            *flags.split(),
+        ],
+    )
     with pytest.raises(SystemExit) as stop:
         train.main(train.arguments())
     jax.config.update("jax_default_device", None)  # which main set

@@ -6,13 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import EVERY_CONFIG, FAMILIES, GPT2
 from flax import nnx
-from reference import ROOT, Case, hf_values, jit, mutated, read_hf, write_random
+from helpers.families import EVERY_CONFIG, FAMILIES, GPT2
+from helpers.reference import ROOT, Case, hf_values, jit, mutated, read_hf, write_random
 
-HALVES = [pytest.param(*config.values, dtype, id=f"{config.id} in {dtype}", marks=config.marks)
-          for config in EVERY_CONFIG for dtype in ("bfloat16", "float16")
-          if dtype == "bfloat16" or config.values[0][1] == "plain"]
+HALVES = [
+    pytest.param(*config.values, dtype, id=f"{config.id} in {dtype}", marks=config.marks)
+    for config in EVERY_CONFIG
+    for dtype in ("bfloat16", "float16")
+    if dtype == "bfloat16" or config.values[0][1] == "plain"
+]
 EVERY_MUTATION = [(family, fault) for family in FAMILIES for fault in family.mutations]
 
 
@@ -28,7 +31,7 @@ def test_gradients_of_all_parameters_match_float64(case):
     case.assert_close("gradients")
 
 
-@pytest.mark.dear("slow")
+@pytest.mark.core_gpt2_only("slow")
 @pytest.mark.parametrize(("family", "fault"), EVERY_MUTATION, ids=lambda p: getattr(p, "name", p))
 def test_parity_notices(family, fault, make_case, tmp_path):
     """The tolerance is worth something: a planted fault exceeds it at least ten times."""
@@ -39,7 +42,7 @@ def test_parity_notices(family, fault, make_case, tmp_path):
     assert not error <= 10 * allowed
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_trained_tiny_checkpoint_matches_float64(family):
     """Twice as much is allowed for gradients: XLA's tanh on a CPU is off by 4.5 units in the last
@@ -50,10 +53,16 @@ def test_the_trained_tiny_checkpoint_matches_float64(family):
     case.assert_close("gradients", factor=8)
 
 
-@pytest.mark.parametrize("family", [
-    pytest.param(family, id=family.name,
-                 marks=pytest.mark.wide if family is GPT2 else pytest.mark.slow)
-    for family in FAMILIES], indirect=True)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family, id=family.name, marks=pytest.mark.wide if family is GPT2 else pytest.mark.slow
+        )
+        for family in FAMILIES
+    ],
+    indirect=True,
+)
 def test_the_published_size_matches_float64(family, tmp_path):
     """Random weights in the shape of the default checkpoint: 124M parameters for GPT-2, 125M for
     OPT."""
@@ -87,8 +96,9 @@ def test_a_bfloat16_model_keeps_scores_softmax_and_logits_in_float32(family, pla
     """Scores of about 100 would be rounded to halves: attention would be off by tens of percent.
     What is left is the rounding of probabilities and outputs to bfloat16, 2^-8 together."""
     rng = np.random.default_rng(6)
-    q, k, v = (jnp.array(scale * rng.normal(size=(1, 16, 2, 32)), jnp.bfloat16)
-               for scale in (5, 5, 1))
+    q, k, v = (
+        jnp.array(scale * rng.normal(size=(1, 16, 2, 32)), jnp.bfloat16) for scale in (5, 5, 1)
+    )
     positions = np.arange(16)[None]
     out = family.module.attend(q, k, v, positions, positions, scale=1.0)
     q, k, v = (torch.tensor(np.asarray(x, np.float64)).transpose(1, 2) for x in (q, k, v))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import MATERIAL
+from helpers.reference import MATERIAL
 
 import gemma
 import gpt2
@@ -18,82 +18,262 @@ import llama
 import mistral
 import opt
 
-CITIES = ["Today is a beautiful day and I want", "In the city of",
-          "Paris is the capital of France and", "Computers and mobile phones have taken"]
-SCENERY = ["This is a nice place. " * 800 + "I really enjoy the scenery,",  # past all windows
-           "A list of colors: red, blue"]
+CITIES = [
+    "Today is a beautiful day and I want",
+    "In the city of",
+    "Paris is the capital of France and",
+    "Computers and mobile phones have taken",
+]
+SCENERY = [
+    "This is a nice place. " * 800 + "I really enjoy the scenery,",  # past all windows
+    "A list of colors: red, blue",
+]
 # A row for each test: the file, the Hub id, the dtype, the prompts of one ragged batch, and what
 # follows each greedily. Gemma's are in float32 where the published run was in float16.
 GREEDY = [
-    (gpt2, "openai-community/gpt2", "float32", ["Hello, my dog is a little", "Today, I"],
-     [" bit of a mess. I'm not sure if he's going",
-      "'m going to be doing a lot of research on this. I"]),
-    (gpt2, "openai-community/gpt2", "float32", ["hi", "Hello this is a very long sentence"],
-     [", who was born in the city of Kolkata, was a member of the Kolkata",
-      ". I'm sorry. I'm sorry. I'm sorry. I'm sorry. I'm sorry"]),
-    (opt, "facebook/opt-125m", "float32", CITIES,
-     [" to", " New York, the city", " the capital", " over the"]),
-    (opt, "facebook/opt-350m", "float32", CITIES,
-     [" to", " San Francisco, the city", " the capital", " over the"]),
-    (opt, "facebook/opt-350m", "float32", ["Hello, my dog is a little", "Today, I"],
-     [" bit of a dork.\nI'm a little bit",
-      " was in the middle of a conversation with a friend about the"]),
-    (llama, "meta-llama/Llama-2-7b-hf", "float16",
-     ["Simply put, the theory of relativity states that ",
-      "My favorite all time favorite condiment is ketchup."],
-     ["1) the speed of light is constant in all inertial reference frames, and 2) the laws of "
-      "physics are the same for all inertial reference frames.\nThe theory of relativ",
-      " I love it on everything. I love it on my eggs, my fries, my chicken, my burgers, my hot "
-      "dogs, my sandwiches, my salads, my p"]),
-    (mistral, "mistralai/Mistral-7B-v0.1", "float16", ["My favourite condiment is "],
-     ["100% ketchup. I love it on everything. I’m not a big"]),  # noqa: RUF001
-    (gemma, "google/gemma-2b", "float32", ["Hello I am doing", "Hi today"],
-     [" a project on the 1990s and I need to know what the most popular music",
-      " I am going to share with you a very easy and simple recipe of <strong><em>Kaju Kat"]),
-    (gemma, "google/gemma-2-9b", "bfloat16", ["Hello I am doing", "Hi today"],
-     [" a project on the 1918 flu pandemic and I am trying to find out how many",
-      " I'm going to be talking about the history of the United States. The United States of "
-      "America"]),
-    (gemma, "google/gemma-2-2b", "bfloat16", ["Hello I am doing", "Hi today"],
-     [" a project on the 1960s and I am trying to find out what the average",
-      " I'm going to be talking about the 10 most powerful characters in the Naruto series."]),
-    (gemma, "google/gemma-2-2b", "float32", SCENERY,
-     [" the people, the food, the culture, the history, the music, the art, the architecture",
-      ", green, yellow, orange, purple, pink, brown, black, white, gray, silver"]),
-    (gemma, "google/gemma-3-1b-it", "bfloat16", ["Write a poem about Machine Learning."],
-     ["\n\n---\n\nThe data flows, a silent stream,\nInto the neural net, a waking dream.\n"
-      "Algorithms hum, a coded grace,\n"]),
-    (gemma, "google/gemma-3-1b-it", "float32", SCENERY,
-     [" and I'm going to take a walk.\n\nI really enjoy the scenery, and I'",
-      ", green, yellow, orange, purple, brown, black, white, gray.\n\nI'"]),
+    (
+        gpt2,
+        "openai-community/gpt2",
+        "float32",
+        ["Hello, my dog is a little", "Today, I"],
+        [
+            " bit of a mess. I'm not sure if he's going",
+            "'m going to be doing a lot of research on this. I",
+        ],
+    ),
+    (
+        gpt2,
+        "openai-community/gpt2",
+        "float32",
+        ["hi", "Hello this is a very long sentence"],
+        [
+            ", who was born in the city of Kolkata, was a member of the Kolkata",
+            ". I'm sorry. I'm sorry. I'm sorry. I'm sorry. I'm sorry",
+        ],
+    ),
+    (
+        opt,
+        "facebook/opt-125m",
+        "float32",
+        CITIES,
+        [" to", " New York, the city", " the capital", " over the"],
+    ),
+    (
+        opt,
+        "facebook/opt-350m",
+        "float32",
+        CITIES,
+        [" to", " San Francisco, the city", " the capital", " over the"],
+    ),
+    (
+        opt,
+        "facebook/opt-350m",
+        "float32",
+        ["Hello, my dog is a little", "Today, I"],
+        [
+            " bit of a dork.\nI'm a little bit",
+            " was in the middle of a conversation with a friend about the",
+        ],
+    ),
+    (
+        llama,
+        "meta-llama/Llama-2-7b-hf",
+        "float16",
+        [
+            "Simply put, the theory of relativity states that ",
+            "My favorite all time favorite condiment is ketchup.",
+        ],
+        [
+            "1) the speed of light is constant in all inertial reference frames, and 2) the laws "
+            "of physics are the same for all inertial reference frames.\nThe theory of relativ",
+            " I love it on everything. I love it on my eggs, my fries, my chicken, my burgers, my "
+            "hot dogs, my sandwiches, my salads, my p",
+        ],
+    ),
+    (
+        mistral,
+        "mistralai/Mistral-7B-v0.1",
+        "float16",
+        ["My favourite condiment is "],
+        ["100% ketchup. I love it on everything. I’m not a big"],
+    ),
+    (
+        gemma,
+        "google/gemma-2b",
+        "float32",
+        ["Hello I am doing", "Hi today"],
+        [
+            " a project on the 1990s and I need to know what the most popular music",
+            " I am going to share with you a very easy and simple recipe of <strong><em>Kaju Kat",
+        ],
+    ),
+    (
+        gemma,
+        "google/gemma-2-9b",
+        "bfloat16",
+        ["Hello I am doing", "Hi today"],
+        [
+            " a project on the 1918 flu pandemic and I am trying to find out how many",
+            " I'm going to be talking about the history of the United States. The United States of "
+            "America",
+        ],
+    ),
+    (
+        gemma,
+        "google/gemma-2-2b",
+        "bfloat16",
+        ["Hello I am doing", "Hi today"],
+        [
+            " a project on the 1960s and I am trying to find out what the average",
+            " I'm going to be talking about the 10 most powerful characters in the Naruto series.",
+        ],
+    ),
+    (
+        gemma,
+        "google/gemma-2-2b",
+        "float32",
+        SCENERY,
+        [
+            " the people, the food, the culture, the history, the music, the art, the architecture",
+            ", green, yellow, orange, purple, pink, brown, black, white, gray, silver",
+        ],
+    ),
+    (
+        gemma,
+        "google/gemma-3-1b-it",
+        "bfloat16",
+        ["Write a poem about Machine Learning."],
+        [
+            "\n\n---\n\nThe data flows, a silent stream,\nInto the neural net, a waking dream.\n"
+            "Algorithms hum, a coded grace,\n"
+        ],
+    ),
+    (
+        gemma,
+        "google/gemma-3-1b-it",
+        "float32",
+        SCENERY,
+        [
+            " and I'm going to take a walk.\n\nI really enjoy the scenery, and I'",
+            ", green, yellow, orange, purple, brown, black, white, gray.\n\nI'",
+        ],
+    ),
 ]
-DOG = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13,
-       198, 198, 464, 3290]
+DOG = [
+    464,
+    3290,
+    373,
+    1043,
+    287,
+    257,
+    2214,
+    1474,
+    262,
+    16246,
+    286,
+    2688,
+    290,
+    2688,
+    27262,
+    13,
+    198,
+    198,
+    464,
+    3290,
+]
 MEANING = [1, 306, 4658, 278, 6593, 310, 2834, 338]  # "I believe the meaning of life is" to Llama
 MEANS = [  # of the logits after each of those tokens, and how far from them they may be
-    (llama, "meta-llama/Llama-2-7b-hf", "float16", 0.02,
-     [-6.6544, -4.1259, -4.984, -3.2456, 0.8261, -3.0124, 1.2971, -3.3641]),
-    (llama, "meta-llama/Llama-2-7b-hf", "bfloat16", 0.05,
-     [-6.5208, -4.1218, -4.9377, -3.2536, 0.8127, -2.9811, 1.2918, -3.3848]),
-    (mistral, "mistralai/Mistral-7B-v0.1", "float32", 0.001,
-     [-2.5548, -2.5737, -3.06, -2.5906, -2.8478, -2.8118, -2.9325, -2.7694]),
+    (
+        llama,
+        "meta-llama/Llama-2-7b-hf",
+        "float16",
+        0.02,
+        [-6.6544, -4.1259, -4.984, -3.2456, 0.8261, -3.0124, 1.2971, -3.3641],
+    ),
+    (
+        llama,
+        "meta-llama/Llama-2-7b-hf",
+        "bfloat16",
+        0.05,
+        [-6.5208, -4.1218, -4.9377, -3.2536, 0.8127, -2.9811, 1.2918, -3.3848],
+    ),
+    (
+        mistral,
+        "mistralai/Mistral-7B-v0.1",
+        "float32",
+        0.001,
+        [-2.5548, -2.5737, -3.06, -2.5906, -2.8478, -2.8118, -2.9325, -2.7694],
+    ),
 ]
 MISTRAL_FIRST = [  # the logits of the first 30 tokens after the first of MEANING, in float32
-    -5.8781, -5.8616, -0.1052, -4.72, -5.8781, -5.8774, -5.8773, -5.8777, -5.8781, -5.878, -5.8781,
-    -5.8779, -1.0787, 1.7583, -5.8779, -5.878, -5.8783, -5.8778, -5.8776, -5.8781, -5.8784, -5.8778,
-    -5.8778, -5.8777, -5.8779, -5.8778, -5.8776, -5.878, -5.8779, -5.8781]
+    -5.8781,
+    -5.8616,
+    -0.1052,
+    -4.72,
+    -5.8781,
+    -5.8774,
+    -5.8773,
+    -5.8777,
+    -5.8781,
+    -5.878,
+    -5.8781,
+    -5.8779,
+    -1.0787,
+    1.7583,
+    -5.8779,
+    -5.878,
+    -5.8783,
+    -5.8778,
+    -5.8776,
+    -5.8781,
+    -5.8784,
+    -5.8778,
+    -5.8778,
+    -5.8777,
+    -5.8779,
+    -5.8778,
+    -5.8776,
+    -5.878,
+    -5.8779,
+    -5.8781,
+]
 OPT_350M_IDS = [0, 31414, 232, 328, 740, 1140, 12695, 69, 46078, 1588, 2]
 OPT_350M_HIDDEN = [  # three numbers after each of the first three
-    [-0.28726277, -1.9241608, -0.3058734], [-1.2737825, -0.13332152, -0.18766522],
-    [0.41159445, 0.1191957, -1.3107123]]
+    [-0.28726277, -1.9241608, -0.3058734],
+    [-1.2737825, -0.13332152, -0.18766522],
+    [0.41159445, 0.1191957, -1.3107123],
+]
 OPT_350M_MEANS = {  # the mean logit after each token of a prompt without </s>, from Metaseq itself
-    "Today is a beautiful day and I want to":
-        [1.3851, -13.8923, -10.5229, -10.7533, -0.2309, -10.2384, -0.5365, -9.0947, -5.167],
+    "Today is a beautiful day and I want to": [
+        1.3851,
+        -13.8923,
+        -10.5229,
+        -10.7533,
+        -0.2309,
+        -10.2384,
+        -0.5365,
+        -9.0947,
+        -5.167,
+    ],
     "In the city of": [-4.7073, -10.6276, -3.9415, -21.5242],
-    "Paris is the capital of France and":
-        [0.6247, -3.4229, -8.9179, -1.4297, -14.165, 1.4146, -9.0218],
-    "Computers and mobile phones have taken":
-        [6.4783, -1.9913, -10.7926, -2.3336, 1.5092, -0.9974, -6.8213],
+    "Paris is the capital of France and": [
+        0.6247,
+        -3.4229,
+        -8.9179,
+        -1.4297,
+        -14.165,
+        1.4146,
+        -9.0218,
+    ],
+    "Computers and mobile phones have taken": [
+        6.4783,
+        -1.9913,
+        -10.7926,
+        -2.3336,
+        1.5092,
+        -0.9974,
+        -6.8213,
+    ],
 }
 MIXTRAL_TINY = [[0.167, 0.162, 0.6094], [-0.8906, -0.1588, -0.606], [0.1572, 0.129, 0.7246]]
 
@@ -178,12 +358,24 @@ def test_the_expectations_are_the_published_ones():
     """What stands above is what the collected references say, to the letter."""
     references = json.loads((MATERIAL / "references" / "published-references.json").read_text())
     for _, name, _, prompts, completions in GREEDY:
-        texts = [text for entry in references if entry["model"] == name and "expected" in entry
-                 for value in entry["expected"].values() for text in np.ravel(value)]
+        texts = [
+            text
+            for entry in references
+            if entry["model"] == name and "expected" in entry
+            for value in entry["expected"].values()
+            for text in np.ravel(value)
+        ]
         for prompt, completion in zip(prompts, completions, strict=True):
-            assert any(str(text).endswith(prompt + completion) or text == completion
-                       for text in texts), completion
+            assert any(
+                str(text).endswith(prompt + completion) or text == completion for text in texts
+            ), completion
     numbers = json.dumps([entry.get("expected") for entry in references])
-    for values in [DOG, *(row[4] for row in MEANS), MISTRAL_FIRST, *OPT_350M_HIDDEN, *MIXTRAL_TINY,
-                   *OPT_350M_MEANS.values()]:
+    for values in [
+        DOG,
+        *(row[4] for row in MEANS),
+        MISTRAL_FIRST,
+        *OPT_350M_HIDDEN,
+        *MIXTRAL_TINY,
+        *OPT_350M_MEANS.values(),
+    ]:
         assert json.dumps(values)[:-1] in numbers

@@ -17,11 +17,13 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Größe, naïve: 日本 🙂\n" + "".join(
-    f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
+    f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400)
+)
 SMALL = "--layers 1 --heads 2 --width 32 --block 16 --batch 4 --tokens char --device cpu"
 STEPS = 200
 # All that a step changes matters: dropout draws from the step, the mean of the weights lags behind.
 RUN = "--dropout 0.2 --ema 0.99 --save-every 10 --eval-every 10"
+
 
 @pytest.fixture(scope="module", autouse=True)
 def caches(tmp_path_factory):
@@ -33,11 +35,13 @@ def caches(tmp_path_factory):
         yield
     jax.config.update("jax_default_device", None)  # which runs in this process have chosen
 
+
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT)
     return file
+
 
 @pytest.fixture(scope="module")
 def whole(text_file, tmp_path_factory):
@@ -46,12 +50,15 @@ def whole(text_file, tmp_path_factory):
     finish("--data", text_file, "--steps", STEPS, "--out", out)
     return out
 
+
 def command(*flags):
     return [sys.executable, str(ROOT / "train.py"), *SMALL.split(), *RUN.split(), *map(str, flags)]
+
 
 def run(*flags, timeout=120):
     """Runs train.py with the flags (a later one wins) and returns the finished process."""
     return subprocess.run(command(*flags), capture_output=True, text=True, timeout=timeout)
+
 
 def finish(*flags, **options):
     """A run that must come to its end -> what it printed."""
@@ -59,10 +66,13 @@ def finish(*flags, **options):
     assert done.returncode == 0, done.stderr
     return done.stdout
 
+
 def start(*flags):
     """Begins a run whose lines, those of both outputs, can be read as they come."""
-    return subprocess.Popen(command(*flags), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command(*flags), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
 
 def read_until(process, text):
     """Reads lines up to the first that begins with the text -> these lines."""
@@ -73,17 +83,21 @@ def read_until(process, text):
             return lines
     pytest.fail(f"the run ended before it said {text!r}:\n{''.join(lines)}")
 
+
 def steps_in(out):
     """The steps of the checkpoints that are whole."""
     return sorted(int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit())
+
 
 def rows_in(out):
     """The rows of metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
+
 def contents(folder):
     """{path: bytes} of all files."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
 
 def assert_same_run(out, whole):
     """Bit for bit the same weights and the same curve, without a gap or a step told twice."""
@@ -91,7 +105,9 @@ def assert_same_run(out, whole):
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
 
+
 # ---------------------------------------------------------------------------------------- cut off
+
 
 def kill(process, lines, seconds):
     """Kills a run so many lines after it has begun, and a moment later."""
@@ -106,6 +122,7 @@ def kill(process, lines, seconds):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
+
 def kill_and_resume(flags, out, kills, seed, timeout=120):
     """Kills a run again and again at random moments, and at last lets it come to its end."""
     rng = np.random.default_rng(seed)
@@ -114,11 +131,14 @@ def kill_and_resume(flags, out, kills, seed, timeout=120):
         kill(start(*flags, "--out", out, *resume), rng.integers(4), rng.uniform(0, 0.5))
     finish(*flags, "--out", out, "--resume", timeout=timeout)
 
+
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_undisturbed(
-        text_file, whole, tmp_path):
+    text_file, whole, tmp_path
+):
     """The first of these three too early, before there is a checkpoint."""
     kill_and_resume(["--data", text_file, "--steps", STEPS], tmp_path, kills=3, seed=14)
     assert_same_run(tmp_path, whole)
+
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_undisturbed(text_file, tmp_path):
@@ -127,8 +147,10 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_undisturbed(text_file,
     kill_and_resume(flags, tmp_path / "parts", kills=20, seed=1, timeout=600)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(
-    signal.SIGTERM, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_stop_saves_first_and_says_how_to_go_on(number, text_file, whole, tmp_path):
     flags = ["--data", text_file, "--steps", STEPS, "--out", tmp_path]
     process = start(*flags)
@@ -136,16 +158,19 @@ def test_a_signal_to_stop_saves_first_and_says_how_to_go_on(number, text_file, w
     process.send_signal(number)
     lines = process.communicate(timeout=60)[0].splitlines()
     assert process.returncode == 130
-    stopped = int(re.match(r"stopped after step (\d+): the same command with --resume",
-                           lines[-1])[1])
+    stopped = int(
+        re.match(r"stopped after step (\d+): the same command with --resume", lines[-1])[1]
+    )
     assert 10 <= stopped < STEPS and steps_in(tmp_path)[-1] == stopped
     assert rows_in(tmp_path)[-1]["step"] == stopped
     assert not (tmp_path / "model.safetensors").exists()
     finish(*flags, "--resume")
     assert_same_run(tmp_path, whole)
 
+
 def test_the_run_goes_on_from_the_newest_checkpoint_and_rows_after_it_are_told_anew(
-        text_file, whole, tmp_path):
+    text_file, whole, tmp_path
+):
     """As after a kill that also cut off the last line of metrics.jsonl."""
     out = shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(out / f"checkpoints/{STEPS}")
@@ -158,6 +183,7 @@ def test_the_run_goes_on_from_the_newest_checkpoint_and_rows_after_it_are_told_a
     assert f"validation loss before step {STEPS - 9}" in printed
     assert_same_run(out, whole)
 
+
 def test_no_moment_of_a_resume_is_without_the_rows_before_it(whole, tmp_path):
     """They go to a new file, which then takes the place of the old one: a link shows the latter."""
     shutil.copy(whole / "metrics.jsonl", tmp_path)
@@ -166,36 +192,61 @@ def test_no_moment_of_a_resume_is_without_the_rows_before_it(whole, tmp_path):
     assert rows_in(tmp_path) == [row for row in rows_in(whole) if row["step"] <= 100]
     assert (tmp_path / "old").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: shutil.rmtree(folder / "state"),
-    lambda folder: shutil.rmtree(folder / "settings"),
-], ids=["no state", "no settings"])
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: shutil.rmtree(folder / "state"),
+        lambda folder: shutil.rmtree(folder / "settings"),
+    ],
+    ids=["no state", "no settings"],
+)
 def test_a_damaged_checkpoint_is_one_line_that_names_it(
-        damage, text_file, whole, tmp_path, refused):
+    damage, text_file, whole, tmp_path, refused
+):
     """Whoever removes it goes on from the one before: the test above."""
     out = shutil.copytree(whole, tmp_path / "out")
     damage(out / f"checkpoints/{STEPS}")
     error = refused("--data", text_file, "--steps", STEPS, "--out", out, "--resume")
     assert re.search(rf"\b{STEPS}\b", error.replace(str(out), ""))
 
+
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(
-        text_file, whole, tmp_path):
+    text_file, whole, tmp_path
+):
     (tmp_path / "checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
     finish("--data", text_file, "--steps", STEPS, "--out", tmp_path)
     assert_same_run(tmp_path, whole)
 
+
 # -------------------------------------------------------------------------------- best and worst
+
 
 def test_the_best_checkpoint_stays_beside_the_last_ones_and_is_what_is_written(tmp_path):
     """The validation text runs backwards: what is learned makes the loss on it rise."""
     text = tmp_path / "letters.txt"
     text.write_text("abcdefgh" * 90 + "hgfedcba" * 10)
-    printed = finish("--data", text, "--steps", 50, "--lr", 1e-2, "--ema", 0, "--eval-every", 50,
-                     "--keep", 2, "--out", tmp_path / "out")
-    losses = {row["step"]: row["val_loss"] for row in rows_in(tmp_path / "out")
-              if "val_loss" in row}
+    printed = finish(
+        "--data",
+        text,
+        "--steps",
+        50,
+        "--lr",
+        1e-2,
+        "--ema",
+        0,
+        "--eval-every",
+        50,
+        "--keep",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
+    losses = {
+        row["step"]: row["val_loss"] for row in rows_in(tmp_path / "out") if "val_loss" in row
+    }
     best = min(losses, key=losses.get)
     assert list(losses) == [10, 20, 30, 40, 50] and best < 40
     assert steps_in(tmp_path / "out") == [best, 40, 50]
@@ -203,19 +254,38 @@ def test_the_best_checkpoint_stays_beside_the_last_ones_and_is_what_is_written(t
     assert losses[best] < losses[50] - 0.1
     assert f"validation loss: {losses[best]:.4f} a token over all of the text" in printed
 
-@pytest.mark.parametrize("flags, checkpoint", [
-    pytest.param("--lr 1e30 --clip 1e30", None, marks=pytest.mark.wide),  # with the first step
-    ("--lr 1e-3 --min-lr 1e-3 --warmup 0 --weight-decay 3e4", 5),  # tenfold each step
-])
+
+@pytest.mark.parametrize(
+    "flags, checkpoint",
+    [
+        pytest.param("--lr 1e30 --clip 1e30", None, marks=pytest.mark.wide),  # with the first step
+        ("--lr 1e-3 --min-lr 1e-3 --warmup 0 --weight-decay 3e4", 5),  # tenfold each step
+    ],
+)
 def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_do(
-        flags, checkpoint, text_file, tmp_path):
-    done = run("--data", text_file, "--steps", 60, "--save-every", 5, "--out", tmp_path,
-               "--ema", 0, *flags.split())
+    flags, checkpoint, text_file, tmp_path
+):
+    done = run(
+        "--data",
+        text_file,
+        "--steps",
+        60,
+        "--save-every",
+        5,
+        "--out",
+        tmp_path,
+        "--ema",
+        0,
+        *flags.split(),
+    )
     assert done.returncode == 1
     *before, line = done.stderr.splitlines()
     assert all(re.match(r"step +\d+/60  train", text) for text in before)  # and no traceback
-    bad = next(row for row in rows_in(tmp_path)
-               if "loss" in row and not np.isfinite(row["loss"] + row["norm"]))
+    bad = next(
+        row
+        for row in rows_in(tmp_path)
+        if "loss" in row and not np.isfinite(row["loss"] + row["norm"])
+    )
     assert line.startswith(f"train.py: at step {bad['step']} the loss is {bad['loss']}")
     assert "--lr" in line and "--warmup" in line and "--clip" in line
     stored = steps_in(tmp_path)  # whole ones, and none with what came of the bad step
@@ -226,11 +296,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_do(
         assert "None" not in line
     assert not (tmp_path / "model.safetensors").exists()
 
+
 # -------------------------------------------------------------------------------- another run
+
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """Runs train.py in this process, for speed -> its one line on standard error."""
+
     def call(*flags):
         monkeypatch.setattr(sys, "argv", command(*flags)[1:])
         with pytest.raises(SystemExit) as stop:
@@ -242,39 +315,48 @@ def refused(monkeypatch, capsys):
 
     return call
 
-@pytest.mark.parametrize("flags, message", [
-    ("--width 64", "--width 32"),
-    ("--lr 0.5", "--lr 0.003"),
-    ("--steps 400", f"--steps {STEPS}"),
-    ("--batch 8", "--batch 4"),
-    ("--optimizer lion", "--optimizer adamw"),
-    ("--dropout 0.1", "--dropout 0.2"),
-    ("--ema 0", "--ema 0.99"),
-    ("--seed 1", "--seed 0"),
-    ("--tokens bytes", "--tokens char"),
-    ("--model opt", "--model gpt2"),
-    ("--dtype bfloat16", "--dtype float32"),
-    ("--data other.txt", "--data"),
-])
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--width 64", "--width 32"),
+        ("--lr 0.5", "--lr 0.003"),
+        ("--steps 400", f"--steps {STEPS}"),
+        ("--batch 8", "--batch 4"),
+        ("--optimizer lion", "--optimizer adamw"),
+        ("--dropout 0.1", "--dropout 0.2"),
+        ("--ema 0", "--ema 0.99"),
+        ("--seed 1", "--seed 0"),
+        ("--tokens bytes", "--tokens char"),
+        ("--model opt", "--model gpt2"),
+        ("--dtype bfloat16", "--dtype float32"),
+        ("--data other.txt", "--data"),
+    ],
+)
 def test_a_run_is_not_resumed_as_another_one(
-        flags, message, text_file, whole, monkeypatch, refused):
+    flags, message, text_file, whole, monkeypatch, refused
+):
     monkeypatch.chdir(text_file.parent)
     Path("other.txt").write_text(TEXT.replace("miles", "yards"))
     before = contents(whole)
-    error = refused("--data", text_file, "--steps", STEPS, "--out", whole, "--resume",
-                    *flags.split())
+    error = refused(
+        "--data", text_file, "--steps", STEPS, "--out", whole, "--resume", *flags.split()
+    )
     assert f"the run in {whole} has" in error and message in error
     assert contents(whole) == before
+
 
 def test_a_folder_with_a_run_is_not_begun_in_again(text_file, whole, refused):
     before = contents(whole)
     assert "holds a run already: add --resume" in refused("--data", text_file, "--out", whole)
     assert contents(whole) == before
 
+
 def test_there_is_nothing_to_resume_in_an_empty_folder(text_file, tmp_path, refused):
     error = refused("--data", text_file, "--out", tmp_path, "--resume")
     assert "has no checkpoints: leave --resume out" in error
     assert not contents(tmp_path)
+
 
 def test_resuming_a_finished_run_changes_no_weight_and_no_row(text_file, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import GPT2
-from reference import sampling
+from helpers.families import GPT2
+from helpers.reference import sampling
 from scipy.stats import chi2
 from transformers import (
     LogitsProcessorList,
@@ -41,8 +41,13 @@ OPTIONS = {
     "top_k, then top_p of what is left": {"top_k": 6, "top_p": 0.6},
     "top_p and min_p": {"top_p": 0.9, "min_p": 0.08},
     "temperature before top_p": {"temperature": 1.8, "top_p": 0.7},
-    "everything": {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.05,
-                   "repetition_penalty": 1.3},
+    "everything": {
+        "temperature": 1.4,
+        "top_k": 12,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+    },
 }
 
 
@@ -117,13 +122,17 @@ def test_draws_follow_the_exact_distribution_of_transformers(draw, options):
         assert (counts[certain] > 0).all()
 
 
-@pytest.mark.parametrize(("asked", "meant"), [
-    ({"temperature": 1.1}, {}),
-    ({"top_k": 6}, {"top_k": 5}),
-    ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.5}),
-    ({"min_p": 0.05}, {"min_p": 0.1}),
-    ({"top_p": 0.9}, {"top_p": 0.7}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({"temperature": 1.1}, {}),
+        ({"top_k": 6}, {"top_k": 5}),
+        ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.5}),
+        ({"min_p": 0.05}, {"min_p": 0.1}),
+        ({"top_p": 0.9}, {"top_p": 0.7}),
+    ],
+    ids=str,
+)
 def test_the_chi_square_test_notices_an_option_that_is_a_little_off(draw, asked, meant):
     assert surprise(draw(logits_of(0), **asked), exact(logits_of(0), **meant)) < SIGNIFICANCE
 
@@ -133,10 +142,19 @@ def test_the_filters_keep_the_tokens_that_can_be_worked_out_by_hand(draw):
     logits = np.full(V, -1e9)
     tokens = [11, 2, 17, 5, 8]
     logits[tokens] = np.log([0.4, 0.3, 0.15, 0.1, 0.05])
-    for options, kept in [({}, 5), ({"top_k": 3}, 3), ({"top_p": 0.41}, 2), ({"top_p": 0.39}, 1),
-                          ({"top_p": 0.86}, 4), ({"min_p": 0.3}, 3), ({"min_p": 0.26}, 3),
-                          ({"min_p": 0.24}, 4), ({"top_k": 4, "top_p": 0.74}, 3),
-                          ({"top_k": 2, "top_p": 0.56}, 1), ({"top_p": 0.71, "min_p": 0.7}, 2)]:
+    for options, kept in [
+        ({}, 5),
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.41}, 2),
+        ({"top_p": 0.39}, 1),
+        ({"top_p": 0.86}, 4),
+        ({"min_p": 0.3}, 3),
+        ({"min_p": 0.26}, 3),
+        ({"min_p": 0.24}, 4),
+        ({"top_k": 4, "top_p": 0.74}, 3),
+        ({"top_k": 2, "top_p": 0.56}, 1),
+        ({"top_p": 0.71, "min_p": 0.7}, 2),
+    ]:
         found = np.flatnonzero(draw(logits, **options))
         assert found.tolist() == sorted(tokens[:kept]), options
 
@@ -193,6 +211,8 @@ def test_each_row_is_drawn_from_its_own_logits_with_its_own_key(family):
     keys = jax.random.split(jax.random.key(3), 6)
     for options in ({}, {"top_k": 4, "top_p": 0.9}):
         together = module.sample(jnp.array(rows), keys, **options)
-        alone = [module.sample(jnp.array(rows[i : i + 1]), keys[i : i + 1], **options)[0]
-                 for i in range(6)]
+        alone = [
+            module.sample(jnp.array(rows[i : i + 1]), keys[i : i + 1], **options)[0]
+            for i in range(6)
+        ]
         assert together.tolist() == [int(token) for token in alone]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import transformers
-from reference import MATERIAL
+from helpers.reference import MATERIAL
 from test_tokenizer import TEXTS, long_texts
 
 import gemma
@@ -17,8 +17,14 @@ PUBLISHED = {
     "Mistral 7B v0.1": (mistral, "mistral-tokenizer/tokenizer.model.v1"),
     "Mistral 7B v0.3": (mistral, "mistral-tokenizer/mistral_instruct_tokenizer_240323.model.v3"),
 }
-SETTINGS = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>",
-            "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
+SETTINGS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "legacy": True,
+}
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiktoken
 import transformers
-from reference import MATERIAL
+from helpers.reference import MATERIAL
 
 import gpt2
 import opt
@@ -14,24 +14,38 @@ import opt
 # Model file -> vocabulary and merges as published, and the rest of its tokenizer_config.json.
 PUBLISHED = {
     gpt2: ("gpt2-tokenizer/encoder.json", "gpt2-tokenizer/vocab.bpe", {}),
-    opt: ("opt-tokenizer/gpt2-vocab.json", "opt-tokenizer/gpt2-merges.txt",
-          {"add_bos_token": True, "pad_token": "<pad>",
-           **dict.fromkeys(["bos_token", "eos_token", "unk_token"], "</s>")}),
+    opt: (
+        "opt-tokenizer/gpt2-vocab.json",
+        "opt-tokenizer/gpt2-merges.txt",
+        {
+            "add_bos_token": True,
+            "pad_token": "<pad>",
+            **dict.fromkeys(["bos_token", "eos_token", "unk_token"], "</s>"),
+        },
+    ),
 }
 TEXTS = [
-    "", " ", "\n", "  leading, trailing  and   inner    spaces   ",
+    "",
+    " ",
+    "\n",
+    "  leading, trailing  and   inner    spaces   ",
     "\t tabs\tand\r\nline ends\n\n\n",
     "It's what they'd've said: we'll, I'M, you're, O'CLOCK, can't.",
-    "1 12 123 1234 12345, 3.14159 and 1,000,000 or 0x7f", "def f(x):\n    return x ** 2  # squared",
+    "1 12 123 1234 12345, 3.14159 and 1,000,000 or 0x7f",
+    "def f(x):\n    return x ** 2  # squared",
     "Ünïcödé, naïve café, Straße, ελληνικά, русский, עברית, العربية, हिन्दी, 中文字, 日本語, 한국어",
     "👍🏽 👨‍👩‍👧‍👦 🇯🇵 e\u0301 \u200b\u00a0\u2003 zero widths",
-    "\u0000\u0007\x7f control bytes", "\ufffd\ud7ff",
+    "\u0000\u0007\x7f control bytes",
+    "\ufffd\ud7ff",
     "a" * 300 + "!?" * 50,
     "not quite: <|endoftext| >, <|ENDOFTEXT|>, |endoftext|, </ s>, < /s>, <s>, <unk>, <mask>",
 ]
 SPECIAL = [  # texts with tokens that are not made of bytes: of GPT-2, then of OPT
-    "<|endoftext|>", "One text.<|endoftext|>Another<|endoftext|>\n",
-    "</s>", "One text.</s>Another </s> \n", "a<pad> b <pad>",
+    "<|endoftext|>",
+    "One text.<|endoftext|>Another<|endoftext|>\n",
+    "</s>",
+    "One text.</s>Another </s> \n",
+    "a<pad> b <pad>",
 ]
 
 
@@ -69,8 +83,10 @@ def codec(request, module, folder, reference, tmp_path_factory):
 
 
 def long_texts():
-    return [(MATERIAL / "texts" / name).read_text()[:200_000]
-            for name in ("tinyshakespeare.txt", "wikitext-2-valid.txt")]
+    return [
+        (MATERIAL / "texts" / name).read_text()[:200_000]
+        for name in ("tinyshakespeare.txt", "wikitext-2-valid.txt")
+    ]
 
 
 def test_ids_are_those_of_transformers(codec, reference):

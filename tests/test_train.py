@@ -32,8 +32,10 @@ import gpt2  # noqa: E402
 import train  # noqa: E402
 
 TEXT = "Größe, naïve: 日本 🙂\r\n\ttwo  spaces, 1234\n\n\n" + "".join(
-    f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
+    f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400)
+)
 SMALL = "--layers 1 --heads 2 --width 32 --block 16 --batch 4 --steps 8 --eval-every 4 --device cpu"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
@@ -43,39 +45,70 @@ def compile_cache(tmp_path_factory):
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
 
+
 @pytest.fixture
 def text_file(tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(TEXT.encode())
     return file
 
+
 def command(*flags):
     return [sys.executable, str(ROOT / "train.py"), *SMALL.split(), *map(str, flags)]
+
 
 def run(*flags, env=None, **options):
     """Runs train.py with the flags (a later one wins) and returns the finished process."""
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(TIKTOKEN)} | (env or {})
-    return subprocess.run(command(*flags), capture_output=True, text=True, timeout=120, env=env,
-                          **options)
+    return subprocess.run(
+        command(*flags), capture_output=True, text=True, timeout=120, env=env, **options
+    )
+
 
 def curve(stderr):
     """(step, train loss, validation loss) of the lines on standard error."""
     found = re.findall(r"step +(\d+)/\d+ +train ([\d.]+) +val ([\d.]+)", stderr)
     return [(int(step), float(loss), float(val)) for step, loss, val in found]
 
+
 def small_model(**options):
-    config = gpt2.Config(vocab_size=50, padded_vocab_size=64, n_positions=16, n_embd=32, n_layer=2,
-                         n_head=2, bos_token_id=None, eos_token_id=None,
-                         **{"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0} | options)
+    config = gpt2.Config(
+        vocab_size=50,
+        padded_vocab_size=64,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        **{"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0} | options,
+    )
     return gpt2.Model(config, rngs=nnx.Rngs(0))
+
 
 def some_tokens():
     return np.random.default_rng(1).integers(50, size=(3, 17)).astype(np.int32)
 
+
 def some_settings(**options):
-    return Namespace(**{"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "steps": 100, "beta1": 0.9,
-                        "beta2": 0.99, "weight_decay": 0.1, "clip": 1.0, "optimizer": "adamw",
-                        "ema": 0.0, "schedule": "cosine", "dtype": "float32"} | options)
+    return Namespace(
+        **{
+            "lr": 1e-2,
+            "min_lr": 1e-3,
+            "warmup": 0,
+            "steps": 100,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "weight_decay": 0.1,
+            "clip": 1.0,
+            "optimizer": "adamw",
+            "ema": 0.0,
+            "schedule": "cosine",
+            "dtype": "float32",
+        }
+        | options
+    )
+
 
 def some_step(model=None, balance=None, parts=1, **options):
     """(a function that takes a step, the state before it) on `some_tokens` or others."""
@@ -86,12 +119,16 @@ def some_step(model=None, balance=None, parts=1, **options):
     state = jax.tree.map(jnp.copy, train.first_state(settings, optimizer, params, mesh))
     merge = train.merge_on(mesh, graphdef, jnp.float32, state["params"], nnx.State({}))
     step, _ = train.compile_steps(merge, optimizer, balance, settings.ema, mesh, state)
+
     def take(state, tokens=some_tokens()):  # noqa: B008
         tokens = tokens.reshape(parts, 1, -1, 17)
         return step(jax.tree.map(jnp.copy, state), nnx.State({}), tokens, jax.random.key(0))
+
     return take, state
 
+
 # -------------------------------------------------------------------------------------------- steps
+
 
 def test_the_loss_is_the_mean_negative_log_probability_of_the_next_token():
     model, tokens = small_model(), some_tokens()
@@ -99,6 +136,7 @@ def test_the_loss_is_the_mean_negative_log_probability_of_the_next_token():
     expected = -np.take_along_axis(np.array(log_probs), tokens[:, 1:, None], axis=2)[..., 0]
     # Both in float32, 50 terms in a sum: a few units of the seventh digit.
     np.testing.assert_allclose(train.token_losses(model, tokens)[0], expected, rtol=1e-5)
+
 
 def test_padding_counts_for_nothing():
     model, tokens = small_model(), some_tokens()
@@ -108,6 +146,7 @@ def test_padding_counts_for_nothing():
     np.testing.assert_allclose(losses[:, :9], expected[:, :9], rtol=1e-5)
     assert not losses[:, 9:].any() and not right[:, 9:].any()
 
+
 def test_a_token_is_guessed_where_no_other_is_likelier():
     model, tokens = small_model(), some_tokens()
     likeliest = np.array(model(tokens[:, :-1])).argmax(axis=2)
@@ -115,6 +154,7 @@ def test_a_token_is_guessed_where_no_other_is_likelier():
     right = train.token_losses(model, tokens)[1]
     likeliest = np.array(model(tokens[:, :-1])).argmax(axis=2)
     assert (right == (likeliest == tokens[:, 1:])).all() and right.any()
+
 
 def test_loss_and_gradients_are_those_of_transformers(tmp_path):
     torch = pytest.importorskip("torch")
@@ -124,12 +164,14 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path):
     gpt2.save(model, tmp_path)
     graphdef, params = nnx.split(model)
     loss, gradients = jax.value_and_grad(
-        lambda params: train.token_losses(nnx.merge(graphdef, params), tokens)[0].mean())(params)
+        lambda params: train.token_losses(nnx.merge(graphdef, params), tokens)[0].mean()
+    )(params)
 
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     logits = theirs(torch.tensor(tokens[:, :-1])).logits
     their_loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.tensor(tokens[:, 1:]).long().flatten())
+        logits.flatten(0, 1), torch.tensor(tokens[:, 1:]).long().flatten()
+    )
     their_loss.backward()
     np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-6)
     their_gradients = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
@@ -138,8 +180,10 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path):
     assert ours.keys() == their_gradients.keys()
     for name, gradient in ours.items():
         # Sums of 48 tokens in float32, in another order: 1e-5 of the largest entry is ample.
-        np.testing.assert_allclose(gradient, their_gradients[name], err_msg=name,
-                                   atol=1e-5 * np.abs(gradient).max())
+        np.testing.assert_allclose(
+            gradient, their_gradients[name], err_msg=name, atol=1e-5 * np.abs(gradient).max()
+        )
+
 
 def test_weight_decay_shrinks_matrices_and_nothing_else():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
@@ -149,10 +193,12 @@ def test_weight_decay_shrinks_matrices_and_nothing_else():
     np.testing.assert_allclose(updates["kernel"], -0.1 * rate(0), rtol=1e-6)
     assert not updates["bias"].any() and not updates["scale"].any()
 
+
 def test_the_learning_rate_rises_and_falls_to_its_minimum():
     _, rate = train.make_optimizer(some_settings(warmup=10))
     assert 0 < rate(0) < rate(5) < rate(10) and float(rate(10)) == pytest.approx(1e-2)
     assert rate(10) > rate(50) > rate(99) and float(rate(100)) == pytest.approx(1e-3)
+
 
 def test_the_rate_falls_along_a_line_or_in_the_last_fifth_alone():
     _, linear = train.make_optimizer(some_settings(schedule="linear"))
@@ -161,8 +207,10 @@ def test_the_rate_falls_along_a_line_or_in_the_last_fifth_alone():
     assert wsd(10) == wsd(79) == np.float32(1e-2)
     assert float(wsd(90)) == pytest.approx(5.5e-3) and float(wsd(100)) == pytest.approx(1e-3)
 
-@pytest.mark.parametrize("optimizer, lr", [
-    ("adamw", 1e-2), ("lion", 3e-3), ("adafactor", 1e-1), ("muon", 1e-2)])
+
+@pytest.mark.parametrize(
+    "optimizer, lr", [("adamw", 1e-2), ("lion", 3e-3), ("adafactor", 1e-1), ("muon", 1e-2)]
+)
 def test_steps_lower_the_loss(optimizer, lr):
     step, state = some_step(optimizer=optimizer, lr=lr, min_lr=lr / 10)
     losses = []
@@ -171,6 +219,7 @@ def test_steps_lower_the_loss(optimizer, lr):
         losses.append(float(found["loss"]))
     assert losses[0] == pytest.approx(np.log(50), rel=0.05)  # at first every token is as likely
     assert losses[-1] < 0.7 * losses[0] and int(state["step"]) == 30
+
 
 def test_muon_is_for_kernels_and_tables_are_left_to_adamw():
     params = nnx.state(small_model())
@@ -183,6 +232,7 @@ def test_muon_is_for_kernels_and_tables_are_left_to_adamw():
     # The first step of AdamW has the rate's size, and half as much again with Nesterov's momentum.
     np.testing.assert_allclose(updates["wte"]["embedding"][...], -1.5e-2, rtol=0.05)
 
+
 def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     step, state = some_step(small_model(embd_pdrop=0.5))
     later = state | {"step": state["step"] + 1}
@@ -193,20 +243,25 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     found, _ = train.eval_step(merge, None, params, nnx.State({}), some_tokens())
     assert float(found) == pytest.approx(float(plain))
 
+
 def assert_same(ours, expected, rtol=1e-4, atol=1e-7):
     near = partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
     jax.tree.map(near, ours, expected)
 
+
 def gradients_of(model, tokens):
     graphdef, params = nnx.split(model)
-    return jax.grad(lambda p: train.token_losses(
-        nnx.merge(graphdef, p), tokens, nnx.Rngs(dropout=3))[0].mean())(params)
+    return jax.grad(
+        lambda p: train.token_losses(nnx.merge(graphdef, p), tokens, nnx.Rngs(dropout=3))[0].mean()
+    )(params)
+
 
 def test_remat_changes_no_gradient():
     plain, again = small_model(resid_pdrop=0.5), small_model(resid_pdrop=0.5)
     again.remat = True
     # The same operations; compiled apart, so that the last bits may differ.
     assert_same(gradients_of(again, some_tokens()), gradients_of(plain, some_tokens()))
+
 
 @pytest.mark.parametrize("rows", [5, 16, 47])
 def test_logits_in_parts_change_no_loss_and_no_gradient(rows, monkeypatch):
@@ -222,17 +277,26 @@ def test_logits_in_parts_change_no_loss_and_no_gradient(rows, monkeypatch):
     # Parts are added up in another order; seven digits of float32 lose one or two.
     assert_same(gradients_of(small_model(), tokens), expected, rtol=1e-4, atol=1e-6)
 
+
 def test_logits_in_parts_are_never_held_at_once(monkeypatch):
     """By what XLA says the compiled gradient needs: 4 x 512 rows of 8,192 logits take 67 MB."""
+
     def temporary(logits):
         monkeypatch.setattr(train, "LOGITS", logits)
-        graphdef, params = nnx.split(gpt2.Model(gpt2.Config(
-            vocab_size=8192, n_positions=512, n_embd=16, n_layer=1, n_head=1), rngs=nnx.Rngs(0)))
-        gradient = jax.jit(jax.grad(lambda p, tokens: train.token_losses(
-            nnx.merge(graphdef, p), tokens)[0].sum()))
+        graphdef, params = nnx.split(
+            gpt2.Model(
+                gpt2.Config(vocab_size=8192, n_positions=512, n_embd=16, n_layer=1, n_head=1),
+                rngs=nnx.Rngs(0),
+            )
+        )
+        gradient = jax.jit(
+            jax.grad(lambda p, tokens: train.token_losses(nnx.merge(graphdef, p), tokens)[0].sum())
+        )
         compiled = gradient.lower(params, jnp.zeros((4, 513), int)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
+
     assert temporary(2**28) > 67e6 and temporary(2**20) < 30e6
+
 
 @pytest.mark.parametrize("parts", [2, 6])
 def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
@@ -245,15 +309,21 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     assert_same(found_in_parts, found, rtol=1e-5)
     assert_same(new_in_parts["optimizer"], new["optimizer"], rtol=1e-3, atol=1e-8)
 
+
 def test_the_running_mean_keeps_its_share():
     step, state = some_step(ema=0.9)
     new, _ = step(state)
-    assert_same(new["ema"], jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state["params"],
-                                         new["params"]), atol=1e-6)
+    assert_same(
+        new["ema"],
+        jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state["params"], new["params"]),
+        atol=1e-6,
+    )
+
 
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
     def half(**options):
         return gpt2.Model(small_model().config, rngs=nnx.Rngs(0), dtype=jnp.float16)
+
     step, state = some_step(half(), dtype="float16")
     new, found = step(state)
     assert float(new["scale"]) == 2**15 and np.isfinite(float(found["norm"]))
@@ -264,14 +334,18 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
     assert_same(new["params"], state["params"], rtol=0, atol=0)
     assert float(new["scale"]) == 2**39 and int(new["step"]) == 1 and float(found["norm"]) == 0
 
+
 def test_bfloat16_computes_with_float32_weights():
     model = gpt2.Model(small_model().config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     step, state = some_step(model, dtype="bfloat16")
     new, _ = step(state)
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves((new["params"], new["optimizer"]))
-               if p.ndim)
+    assert all(
+        p.dtype == jnp.float32 for p in jax.tree.leaves((new["params"], new["optimizer"])) if p.ndim
+    )
+
 
 # --------------------------------------------------------------------------------------------- text
+
 
 @pytest.mark.parametrize("kind", ["char", "bytes", "bpe", "gpt2"])
 def test_tokens_give_the_text_back_as_it_was(kind, monkeypatch, tmp_path):
@@ -286,6 +360,7 @@ def test_tokens_give_the_text_back_as_it_was(kind, monkeypatch, tmp_path):
         for text in (TEXT, odd, train.__doc__):
             assert codec.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
+
 def test_windows_hold_every_token_but_the_first_as_a_target_once():
     tokens = np.arange(100)
     batches = train.windows(tokens, batch=4, block=8)
@@ -293,29 +368,52 @@ def test_windows_hold_every_token_but_the_first_as_a_target_once():
     assert targets[targets >= 0].tolist() == list(range(1, 100))
     assert (inputs[targets >= 0] == targets[targets >= 0] - 1).all()
 
+
 def test_without_data_there_is_the_standard_library():
     files = {file.name: file for file in train.find_files([])}
     assert not {"test", "tests", "site-packages"} & {
-        part for file in files.values() for part in file.parts[len(Path(os.__file__).parts) - 1 :]}
+        part for file in files.values() for part in file.parts[len(Path(os.__file__).parts) - 1 :]
+    }
     assert len(files) > 200 and "class ArgumentParser" in train.texts_in(files["argparse.py"])[0]
+
 
 # ----------------------------------------------------------------------------------------- the runs
 
-@pytest.mark.parametrize("kind, dtype", [
-    ("char", "float32"), *[
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in [("bytes", "bfloat16"), ("bpe", "bfloat16")]],
-    pytest.param("gpt2", "float32", marks=pytest.mark.wide)])
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("char", "float32"),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("bytes", "bfloat16"), ("bpe", "bfloat16")]
+        ],
+        pytest.param("gpt2", "float32", marks=pytest.mark.wide),
+    ],
+)
 def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
-        kind, dtype, text_file, tmp_path):
+    kind, dtype, text_file, tmp_path
+):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if kind == "gpt2" and not TIKTOKEN.exists():
         pytest.skip("needs GPT-2's vocabulary")
     out = tmp_path / "out"
-    done = run("--data", text_file, "--out", out, "--tokens", kind, "--vocab-size", 300,
-               "--save-dtype", dtype, "--save-every", 0)
+    done = run(
+        "--data",
+        text_file,
+        "--out",
+        out,
+        "--tokens",
+        kind,
+        "--vocab-size",
+        300,
+        "--save-dtype",
+        dtype,
+        "--save-every",
+        0,
+    )
     assert done.returncode == 0, done.stderr
     [(_, _, first), (step, _, last)] = curve(done.stderr)
     assert step == 8 and last < first
@@ -326,8 +424,14 @@ def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
     [perplexity] = re.findall(r"perplexity ([\d.]+)", done.stdout)
     assert float(perplexity) == pytest.approx(np.exp(stated), rel=1e-3)
     assert {file.name for file in out.iterdir()} - {"tensorboard"} == {
-        "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json"}
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
     ours, theirs = gpt2.tokenizer(out), AutoTokenizer.from_pretrained(out)
     ids = ours.encode(TEXT)
@@ -343,14 +447,38 @@ def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
     # float32 in another order of addition, on logits below 1.
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
-@pytest.mark.parametrize("flags", [
-    pytest.param(flags, marks=pytest.mark.slow if flags == "--model mistral" else pytest.mark.wide)
-    for flags in ["--model opt", "--model llama", "--model gemma", "--model mistral",
-                  "--model mistral --experts 4"]])
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(
+            flags, marks=pytest.mark.slow if flags == "--model mistral" else pytest.mark.wide
+        )
+        for flags in [
+            "--model opt",
+            "--model llama",
+            "--model gemma",
+            "--model mistral",
+            "--model mistral --experts 4",
+        ]
+    ],
+)
 def test_every_model_file_learns_and_writes_a_folder_that_transformers_reads(
-        text_file, tmp_path, flags):
-    done = run("--data", text_file, "--tokens", "bytes", "--steps", 30, "--out", tmp_path, "--lr",
-               "1e-2", *flags.split())
+    text_file, tmp_path, flags
+):
+    done = run(
+        "--data",
+        text_file,
+        "--tokens",
+        "bytes",
+        "--steps",
+        30,
+        "--out",
+        tmp_path,
+        "--lr",
+        "1e-2",
+        *flags.split(),
+    )
     assert done.returncode == 0, done.stderr
     losses = [val for _, _, val in curve(done.stderr)]
     assert losses[-1] < 0.8 * np.log(256)  # bytes of this text are not all as likely
@@ -359,6 +487,7 @@ def test_every_model_file_learns_and_writes_a_folder_that_transformers_reads(
     ids = torch.tensor([codec.encode("The 3 of 9 said")])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
     np.testing.assert_allclose(model(jnp.array(ids)), theirs.detach(), rtol=0, atol=1e-4)
+
 
 @pytest.mark.wide
 def test_experts_are_kept_balanced(text_file, tmp_path, monkeypatch):
@@ -377,12 +506,14 @@ def test_experts_are_kept_balanced(text_file, tmp_path, monkeypatch):
     assert loss == plain_loss  # what is reported is that of the tokens
     assert np.abs(balanced - plain).max() > 1e-4
 
+
 def test_pmap_wants_rows_for_each_device(text_file, monkeypatch, capsys):
     monkeypatch.setattr(train, "pick_devices", lambda *_: jax.devices()[:1] * 4)
     monkeypatch.setattr(sys, "argv", command("--data", text_file, "--batch", 6)[1:])
     with pytest.raises(SystemExit, match="2"):
         train.main(train.arguments())
     assert "--batch 6 does not split over 4 devices" in capsys.readouterr().err
+
 
 def test_a_full_disk_is_one_line_and_leaves_the_model_that_was_there(text_file, tmp_path):
     (tmp_path / "out").mkdir()
@@ -395,6 +526,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_model_that_was_there(text_file, 
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert (tmp_path / "out" / "model.safetensors").read_text() == "the old one"
 
+
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch, capsys):
     checkpoints = train.open_checkpoints(tmp_path, 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
@@ -402,6 +534,7 @@ def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypa
         train.save_checkpoint(checkpoints, {"step": np.ones(()), "p": np.zeros(1000)}, {}, None)
     assert "a checkpoint takes" in capsys.readouterr().err
     assert not list((tmp_path / "checkpoints").iterdir())
+
 
 # ------------------------------------------------------------------------------------------ profile
 
@@ -412,6 +545,7 @@ type(jax.devices("cpu")[0]).memory_stats = lambda device: stats
 sys.exit(train.main(train.arguments()))
 """
 
+
 @pytest.mark.wide
 def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
     """What the device counts of its memory is in metrics.jsonl; here the numbers are made up."""
@@ -420,8 +554,13 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
     plain = run(*flags, "--out", tmp_path / "plain")
     assert plain.returncode == 0, plain.stderr
     with_counts = [sys.executable, "-c", COUNTS, *command(*flags)[2:]]
-    traced = subprocess.run([*with_counts, "--out", tmp_path / "traced", "--profile", folder],
-                            cwd=ROOT, capture_output=True, text=True, timeout=120)
+    traced = subprocess.run(
+        [*with_counts, "--out", tmp_path / "traced", "--profile", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert traced.returncode == 0, traced.stderr
     assert f"five steps are traced: run `xprof {folder}`" in traced.stderr
     assert curve(traced.stderr) == curve(plain.stderr)
@@ -431,15 +570,20 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
     [trace] = folder.glob("plugins/profile/*/*.xplane.pb")
     for name in (b"jvp(h.0)/attn/attend", b"transpose(jvp(h.0))/mlp"):  # forward and backward
         assert name in trace.read_bytes()
-    runs = {dict(event.stats)["run_id"]
-            for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
-            for line in plane.lines for event in line.events
-            if dict(event.stats).get("hlo_module") == "jit_train_step"}
+    runs = {
+        dict(event.stats)["run_id"]
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if dict(event.stats).get("hlo_module") == "jit_train_step"
+    }
     assert len(runs) == 5
     rows = map(json.loads, (tmp_path / "traced/metrics.jsonl").read_text().splitlines())
     assert [row["peak_bytes_in_use"] for row in rows if "val_loss" in row] == [3] * 4
 
+
 # ----------------------------------------------------------------------------------------- watching
+
 
 def test_curves_and_tensorboard_show_the_rows_of_the_metrics(tmp_path, monkeypatch):
     shown = []
@@ -447,19 +591,29 @@ def test_curves_and_tensorboard_show_the_rows_of_the_metrics(tmp_path, monkeypat
     monkeypatch.setattr(train, "find_spec", lambda name: name == "tensorboard")
     monkeypatch.setitem(sys.modules, "tensorboard.summary", Namespace(Writer=lambda folder: writer))
     metrics = train.Metrics(tmp_path, 0)
-    metrics.add([{"step": n, "loss": 4 / n, "norm": 1.0, "lr": 0.1, "accuracy": 0.5}
-                 for n in range(1, 10_001)])
+    metrics.add(
+        [
+            {"step": n, "loss": 4 / n, "norm": 1.0, "lr": 0.1, "accuracy": 0.5}
+            for n in range(1, 10_001)
+        ]
+    )
     metrics.add([{"step": 10_000, "val_loss": 2.0, "val_accuracy": 0.4}])
     assert len(shown) == 4 * 10_000 + 2 and ("val_loss", 2.0, 10_000) in shown
 
     drawn = []
-    monkeypatch.setattr(train, "Figure", lambda *args, **options: drawn.append(
-        matplotlib.figure.Figure(*args, **options)) or drawn[-1])
+    monkeypatch.setattr(
+        train,
+        "Figure",
+        lambda *args, **options: (
+            drawn.append(matplotlib.figure.Figure(*args, **options)) or drawn[-1]
+        ),
+    )
     metrics.draw()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     lines = {line.get_label(): line for axes in drawn[0].axes for line in axes.lines}
     assert set(lines) == {"loss", "val_loss", "accuracy", "val_accuracy", "lr", "norm"}
     assert 3000 < len(lines["loss"].get_xdata()) <= 4000 and lines["val_loss"].get_ydata() == [2.0]
+
 
 @pytest.mark.slow
 def test_a_prompt_is_continued_at_each_estimate_and_changes_no_bit(text_file, tmp_path):
@@ -471,57 +625,66 @@ def test_a_prompt_is_continued_at_each_estimate_and_changes_no_bit(text_file, tm
     assert estimates == 2 and shown.stdout.count(": The 3") == estimates
     assert "The 3" not in plain.stdout and curve(shown.stderr) == curve(plain.stderr)
 
+
 def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them(monkeypatch):
     """As for an NVIDIA GPU with pynvml; here the numbers are made up."""
-    gpu = Namespace(platform="gpu", local_hardware_id=1,
-                    memory_stats=lambda: {"peak_bytes_in_use": 3 * 10**9})
-    pynvml = Namespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda i: [40, 93][i],
-                       nvmlDeviceGetUtilizationRates=lambda handle: Namespace(gpu=handle))
+    gpu = Namespace(
+        platform="gpu", local_hardware_id=1, memory_stats=lambda: {"peak_bytes_in_use": 3 * 10**9}
+    )
+    pynvml = Namespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda i: [40, 93][i],
+        nvmlDeviceGetUtilizationRates=lambda handle: Namespace(gpu=handle),
+    )
     monkeypatch.setattr(train, "find_spec", lambda name: name == "pynvml")
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     assert train.state_of(gpu) == "  3.00 GB  93 % busy"
     assert train.state_of(jax.devices("cpu")[0]) == ""
 
+
 # ---------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("flags, message", [
-    ("--model bert", "no model file for 'bert'"),
-    ("--data missing.txt", "missing.txt: no such file: name text, .jsonl"),
-    ("--data empty.txt", "--block 16 is longer than the text: 0 tokens to train on, 0 to"),
-    ("--data short.txt", "--block 16 is longer than the text"),
-    ("--data latin.txt", "latin.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xf6"),
-    ("--width 30 --heads 4", "--width must be a multiple of --heads"),
-    ("--steps -5", "--steps must be 1 or more"),
-    ("--block 0", "--block must be 1 or more"),
-    ("--steps many", "invalid int value: 'many'"),
-    ("--vocab-size 100", "--vocab-size must be 256 or more"),
-    ("--warmup 8", "--warmup must be below --steps"),
-    ("--dropout 1", "--dropout: 0 to below 1"),
-    ("--dropout -0.5", "--dropout: 0 to below 1"),
-    ("--min-lr 1", "--min-lr: at most --lr"),
-    ("--batch 4 --accumulate 3", "does not split over 1 devices (or groups of them) in"),
-    ("--tokens words", "--tokens words: it must be bpe or char or bytes or gpt2 here"),
-    ("--tokens char --weights tiny", "--tokens char: it must be its own here"),
-    ("--weights nowhere/here", "--weights nowhere/here:"),
-    ("--weights tiny --model llama --data short.txt", "--block 16 is longer than the text"),
-    ("--weights tiny --block 300", "the context of this model is 256"),
-    ("--dtype float16 --model gemma", "gemma.py leaves the range of float16"),
-    ("--data bare.jsonl", 'bare.jsonl, line 1: it must be like {"text": "..."}'),
-    ("--optimizer sgd", "invalid choice: 'sgd'"),
-    ("--lr 0", "--lr, --clip: above 0"),
-    ("--block 100000", "--block 100000 is longer than the text"),
-    ("--device tpu", "--device tpu: JAX does not find it"),
-    ("--device cpu:99", "--device cpu:99: there are 1, counted from 0"),
-    ("--device abacus", "it must be cpu, gpu, tpu, or"),
-    ("--out short.txt", "--out short.txt is a file"),
-    ("--profile some", "--profile traces five steps after ten"),
-    ("--profile short.txt --steps 15", "--profile short.txt:"),
-    ("--profile short.txt/in --steps 15", "--profile short.txt/in:"),
-    ("--resume", "no checkpoints: leave --resume out"),
-    ("--tokens gpt2", "GPT-2's vocabulary cannot be downloaded"),
-])
-def test_bad_input_is_one_line_that_says_what_to_do(
-        flags, message, text_file, monkeypatch, capsys):
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--model bert", "no model file for 'bert'"),
+        ("--data missing.txt", "missing.txt: no such file: name text, .jsonl"),
+        ("--data empty.txt", "--block 16 is longer than the text: 0 tokens to train on, 0 to"),
+        ("--data short.txt", "--block 16 is longer than the text"),
+        ("--data latin.txt", "latin.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xf6"),
+        ("--width 30 --heads 4", "--width must be a multiple of --heads"),
+        ("--steps -5", "--steps must be 1 or more"),
+        ("--block 0", "--block must be 1 or more"),
+        ("--steps many", "invalid int value: 'many'"),
+        ("--vocab-size 100", "--vocab-size must be 256 or more"),
+        ("--warmup 8", "--warmup must be below --steps"),
+        ("--dropout 1", "--dropout: 0 to below 1"),
+        ("--dropout -0.5", "--dropout: 0 to below 1"),
+        ("--min-lr 1", "--min-lr: at most --lr"),
+        ("--batch 4 --accumulate 3", "does not split over 1 devices (or groups of them) in"),
+        ("--tokens words", "--tokens words: it must be bpe or char or bytes or gpt2 here"),
+        ("--tokens char --weights tiny", "--tokens char: it must be its own here"),
+        ("--weights nowhere/here", "--weights nowhere/here:"),
+        ("--weights tiny --model llama --data short.txt", "--block 16 is longer than the text"),
+        ("--weights tiny --block 300", "the context of this model is 256"),
+        ("--dtype float16 --model gemma", "gemma.py leaves the range of float16"),
+        ("--data bare.jsonl", 'bare.jsonl, line 1: it must be like {"text": "..."}'),
+        ("--optimizer sgd", "invalid choice: 'sgd'"),
+        ("--lr 0", "--lr, --clip: above 0"),
+        ("--block 100000", "--block 100000 is longer than the text"),
+        ("--device tpu", "--device tpu: JAX does not find it"),
+        ("--device cpu:99", "--device cpu:99: there are 1, counted from 0"),
+        ("--device abacus", "it must be cpu, gpu, tpu, or"),
+        ("--out short.txt", "--out short.txt is a file"),
+        ("--profile some", "--profile traces five steps after ten"),
+        ("--profile short.txt --steps 15", "--profile short.txt:"),
+        ("--profile short.txt/in --steps 15", "--profile short.txt/in:"),
+        ("--resume", "no checkpoints: leave --resume out"),
+        ("--tokens gpt2", "GPT-2's vocabulary cannot be downloaded"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(flags, message, text_file, monkeypatch, capsys):
     folder = text_file.parent
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
@@ -541,21 +704,46 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     assert stderr.startswith("train.py: ") and len(stderr.splitlines()) == 1
     assert sorted(folder.rglob("*")) == before
 
+
 # --------------------------------------------------------------------------------------------- slow
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs Tiny Shakespeare")
-@pytest.mark.parametrize("flags", ["--seed 0", "--seed 1", (
-    "--steps 450 --optimizer muon --lr 1.3e-2 --schedule linear --min-lr 0 --warmup 10 "
-    "--weight-decay 0.01")], ids=["defaults", "another seed", "Muon"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--seed 0",
+        "--seed 1",
+        (
+            "--steps 450 --optimizer muon --lr 1.3e-2 --schedule linear --min-lr 0 --warmup 10 "
+            "--weight-decay 0.01"
+        ),
+    ],
+    ids=["defaults", "another seed", "Muon"],
+)
 def test_shakespeare_is_learned_to_nanogpts_loss(flags, tmp_path):
     """nanoGPT's CPU example, with its sizes: a validation loss of 1.88 after its 2,000 steps, and
     after 450 as README has them."""
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--data", SHAKESPEARE, "--tokens", "char",
-         *flags.split(), "--out", tmp_path / "out"], capture_output=True, text=True, timeout=1200)
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--data",
+            SHAKESPEARE,
+            "--tokens",
+            "char",
+            *flags.split(),
+            "--out",
+            tmp_path / "out",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"validation loss: ([\d.]+)", done.stdout)[1]) <= 1.88
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs Tiny Shakespeare")

@@ -4,13 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import EVERY_CONFIG, GEMMA, MISTRAL
 from flax import nnx
+from helpers.families import EVERY_CONFIG, GEMMA, MISTRAL
 
 ROUNDING = 1e-5  # as in test_cache.py
-WINDOWED = [config for config in EVERY_CONFIG if config.values[0] in [
-    (MISTRAL, "window of 5"), (MISTRAL, "2 experts, window of 7"), (GEMMA, "second"),
-    (GEMMA, "third")]]
+WINDOWED = [
+    config
+    for config in EVERY_CONFIG
+    if config.values[0]
+    in [
+        (MISTRAL, "window of 5"),
+        (MISTRAL, "2 experts, window of 7"),
+        (GEMMA, "second"),
+        (GEMMA, "third"),
+    ]
+]
 every_window = pytest.mark.parametrize("case", WINDOWED, indirect=True)
 
 
@@ -21,9 +29,15 @@ def compiled(case):
 
 
 @every_window
-@pytest.mark.parametrize("pieces", [
-    [1] * 24, [3, 1, 1, 13, 1, 5],
-    *[pytest.param(pieces, marks=pytest.mark.wide) for pieces in ([24], [12, 12])]], ids=str)
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [1] * 24,
+        [3, 1, 1, 13, 1, 5],
+        *[pytest.param(pieces, marks=pytest.mark.wide) for pieces in ([24], [12, 12])],
+    ],
+    ids=str,
+)
 def test_a_ring_no_longer_than_the_window_gives_the_logits_of_the_whole_text(case, pieces):
     forward, module = compiled(case), case.family.module
     cache = module.init_cache(case.model.config, 3, 64, jnp.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from reference import ROOT
+from helpers.reference import ROOT
 
 PROMPTS = ["Ünïcödé, 中文 and\ttabs", 4 * "Two households, both alike in dignity, in fair Verona. "]
 
@@ -19,7 +19,7 @@ def tiny(family):
     return family, ROOT / "tiny" / family.name
 
 
-@pytest.mark.dear
+@pytest.mark.core_gpt2_only
 def test_transformers_reads_it_and_writes_the_same_greedy_text(tiny):
     """The longer prompt and 100 tokens more go past the window of tiny/gemma, which is of 128."""
     family, folder = tiny
@@ -30,8 +30,13 @@ def test_transformers_reads_it_and_writes_the_same_greedy_text(tiny):
         ids = codec.encode(prompt)
         assert ids == hf_codec.encode(prompt)
         [new] = family.module.generate(model, [ids], 100, key=jax.random.key(0), temperature=0)
-        theirs = hf.generate(torch.tensor([ids]), max_new_tokens=100, do_sample=False,
-                             attention_mask=torch.ones(1, len(ids)), pad_token_id=0)
+        theirs = hf.generate(
+            torch.tensor([ids]),
+            max_new_tokens=100,
+            do_sample=False,
+            attention_mask=torch.ones(1, len(ids)),
+            pad_token_id=0,
+        )
         assert new == theirs[0, len(ids) :].tolist()
         assert codec.decode(ids + new) == hf_codec.decode(theirs[0])
 
@@ -39,8 +44,9 @@ def test_transformers_reads_it_and_writes_the_same_greedy_text(tiny):
 def test_sample_py_writes_with_it_and_no_network(tiny):
     family, _ = tiny
     command = [sys.executable, "sample.py", "--model", family.name, "--weights", "tiny"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ROMEO:\n") and len(done.stdout) > 200
     assert f"python sample.py --model {family.name}" in done.stderr

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 
+
 class Hub:
     """Serves `files` (name -> bytes) as the repository `repo`; `with Hub(...) as hub:`.
 
@@ -74,17 +75,20 @@ class Hub:
                 if path == "" or path.startswith("/revision/"):
                     if path not in ("", "/revision/main", f"/revision/{COMMIT}"):
                         return self.answer(404, X_Error_Code="RevisionNotFound")
-                    files = [{"rfilename": name, "size": len(data)}
-                             for name, data in hub.files.items()]
+                    files = [
+                        {"rfilename": name, "size": len(data)} for name, data in hub.files.items()
+                    ]
                     gated = "auto" if hub.gated else False
                     return self.answer_json(
                         {"id": hub.repo, "sha": COMMIT, "siblings": files, "gated": gated}
                     )
                 if path.startswith("/tree/"):
-                    return self.answer_json([
-                        {"type": "file", "path": name, "size": len(data), "oid": oid(data)}
-                        for name, data in hub.files.items()
-                    ])
+                    return self.answer_json(
+                        [
+                            {"type": "file", "path": name, "size": len(data), "oid": oid(data)}
+                            for name, data in hub.files.items()
+                        ]
+                    )
                 name = path.split("/", 3)[-1]  # /resolve/REVISION/NAME
                 if hub.gated:
                     message = f"Access to model {hub.repo} is restricted."
@@ -116,6 +120,7 @@ class Hub:
                 self.answer(206 if start else 200, data[start:], **headers)
 
         return Handler
+
 
 def oid(data: bytes) -> str:
     """A file's identity, as git counts it."""

@@ -13,7 +13,7 @@ from flax import nnx
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What is held against float64 is compiled as users have it, whatever conftest.py asks for.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
 MATERIAL = ROOT.parent / "shared" / "material"  # real tokenizers and texts, where they are at hand
@@ -69,8 +69,9 @@ class Float64(TorchFunctionMode):
 
 def state_of(model):
     """path -> array of every parameter."""
-    return {".".join(map(str, keys)): param[...] for keys, param in nnx.to_flat_state(
-        nnx.state(model))}
+    return {
+        ".".join(map(str, keys)): param[...] for keys, param in nnx.to_flat_state(nnx.state(model))
+    }
 
 
 def assert_same_model(one, other):
@@ -116,6 +117,7 @@ class Case:
 
     def exact(self, what):
         """The values of the reference in float64."""
+
         def values():
             with Float64():
                 return hf_values(self, what, self.hf64)
@@ -152,11 +154,16 @@ def hf_values(case, what, hf):
         return numpy(case.family.hf_parts(hf, tokens, torch.tensor(case.x).to(hf.dtype)))
     if what == "stream":
         blocks, stream = case.family.hf_blocks(hf), {}
-        hooks = [blocks[0].register_forward_pre_hook(
-            lambda block, inputs: stream.update({"embedding": inputs[0]}))]
+        hooks = [
+            blocks[0].register_forward_pre_hook(
+                lambda block, inputs: stream.update({"embedding": inputs[0]})
+            )
+        ]
         for i, block in enumerate(blocks):
+
             def record(block, inputs, output, i=i):
                 stream[f"after block {i}"] = output
+
             hooks.append(block.register_forward_hook(record))
         stream["logits"] = hf(tokens).logits
         for hook in hooks:
@@ -189,8 +196,10 @@ def our_values(case, what, module):
 
     if what == "gradients":
         found = module.named_parameters(jit(jax.grad(loss))(state))
-        values = {name: np.asarray(gradient[...]).T if turned else gradient[...]
-                  for _, gradient, name, turned in found}
+        values = {
+            name: np.asarray(gradient[...]).T if turned else gradient[...]
+            for _, gradient, name, turned in found
+        }
     else:
         values = {"parts": parts, "stream": stream}[what](state)
     return {name: np.asarray(value, np.float64) for name, value in values.items()}

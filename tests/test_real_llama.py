@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import MATERIAL
+from helpers.reference import MATERIAL
 
 import llama
 import mistral
@@ -44,7 +44,8 @@ def test_logits_and_loss_are_the_published_ones(module_and_model, published):
     _, model = module_and_model
     ids = jnp.array([published["token_ids"]])
     logits = model(ids)
-    np.testing.assert_allclose(logits[0, 0, :16], published["logits_after_bos_first16"],
-                               rtol=0, atol=1e-4)  # given to four digits or so
+    np.testing.assert_allclose(
+        logits[0, 0, :16], published["logits_after_bos_first16"], rtol=0, atol=1e-4
+    )  # given to four digits or so
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)
     assert -float(chosen.mean()) == pytest.approx(published["mean_nll_of_ids"], abs=1e-4)

@@ -17,13 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
 
-MESHES = {"data": {"data": 4}, "fsdp": {"fsdp": 4}, "tensor": {"tensor": 4},
-          "data,tensor": {"data": 2, "tensor": 2}, "fsdp,tensor": {"fsdp": 2, "tensor": 2}}
+MESHES = {
+    "data": {"data": 4},
+    "fsdp": {"fsdp": 4},
+    "tensor": {"tensor": 4},
+    "data,tensor": {"data": 2, "tensor": 2},
+    "fsdp,tensor": {"fsdp": 2, "tensor": 2},
+}
 COLLECTIVE = re.compile(
-    r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+    r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
 
 def collectives(compiled) -> Counter:
     """How many arrays travel by each kind of operation; XLA may merge several into one."""
@@ -34,18 +41,26 @@ def collectives(compiled) -> Counter:
             found[match[1]] += len(re.findall(r"\w+\[", result))
     return found
 
+
 # ruff: noqa: B023  (the functions in the loops are used there)
 def main(name, experts):
     module, found = importlib.import_module(name), {mode: {} for mode in MESHES}
     tokens = np.random.default_rng(0).integers(384, size=(8, 33))
+
     def mean_loss(merge, params, tokens):
         return train.token_losses(merge(params, nnx.State({})), tokens)[0].mean()
+
     for layers in (1, 2):
         args = Namespace(layers=layers, heads=4, width=64, block=32, experts=int(experts))
         config = train.new_config(args, module, 384, None)
         graphdef, params = nnx.split(module.Model(config, rngs=nnx.Rngs(0)))
-        plain = jax.device_get(jax.jit(jax.value_and_grad(partial(
-            mean_loss, lambda params, _: nnx.merge(graphdef, params))))(params, tokens))
+        plain = jax.device_get(
+            jax.jit(
+                jax.value_and_grad(
+                    partial(mean_loss, lambda params, _: nnx.merge(graphdef, params))
+                )
+            )(params, tokens)
+        )
         for mode, axes in MESHES.items():
             mesh = jax.sharding.Mesh(np.reshape(jax.devices(), [*axes.values()]), [*axes])
             where = nnx.state(nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0))))
@@ -56,14 +71,22 @@ def main(name, experts):
             merge = train.merge_on(mesh, graphdef, jnp.float32, split, nnx.State({}))
             rows = tuple(axis for axis in axes if axis != "tensor")
             own = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(rows)))
-            program = jax.jit(jax.value_and_grad(partial(mean_loss, merge)),
-                              out_shardings=(None, where)).lower(split, own).compile()
-            errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max()),
-                                  jax.device_get(program(split, own)), plain)
+            program = (
+                jax.jit(jax.value_and_grad(partial(mean_loss, merge)), out_shardings=(None, where))
+                .lower(split, own)
+                .compile()
+            )
+            errors = jax.tree.map(
+                lambda a, b: float(np.abs(a - b).max()), jax.device_get(program(split, own)), plain
+            )
             before, count = found[mode].get("all", Counter()), collectives(program)
-            found[mode] = {"error": max(jax.tree.leaves(errors)), "all": count, "layer": {
-                kind: n - before[kind] for kind, n in count.items() if n != before[kind]}}
+            found[mode] = {
+                "error": max(jax.tree.leaves(errors)),
+                "all": count,
+                "layer": {kind: n - before[kind] for kind, n in count.items() if n != before[kind]},
+            }
     print(json.dumps(found))
+
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

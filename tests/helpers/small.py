@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import gpt2
 
+
 def byte_tokenizer() -> Tokenizer:
     """One token for each byte, as train.py's --tokens bytes has them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -17,13 +18,24 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
+
 def write_checkpoint(folder, **sizes) -> Path:
     """A GPT-2 over bytes, with weights large enough that greedy text is not one letter."""
-    sizes = {"vocab_size": 256, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4,
-             "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.3, **sizes}
+    sizes = {
+        "vocab_size": 256,
+        "n_positions": 256,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "initializer_range": 0.3,
+        **sizes,
+    }
     gpt2.save(gpt2.Model(gpt2.Config(**sizes), rngs=nnx.Rngs(jax.random.key(0))), folder)
     byte_tokenizer().save(str(Path(folder, "tokenizer.json")))
     return Path(folder)
+
 
 def edit_config(folder, **changes):
     """Changes some entries of a checkpoint's config.json."""

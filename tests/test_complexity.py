@@ -4,23 +4,45 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from reference import sampling
+from helpers.reference import sampling
 
 import gemma
 import mistral
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48,
-         "max_position_embeddings": 4096}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "max_position_embeddings": 4096,
+}
 CONFIGS = {
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 4096},
-    "opt": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
-            "num_attention_heads": 2, "max_position_embeddings": 4096, "word_embed_proj_dim": 32},
+    "opt": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "ffn_dim": 48,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 4096,
+        "word_embed_proj_dim": 32,
+    },
 }
 WINDOWED = [
     (mistral, {**SIZES, "model_type": "mistral", "sliding_window": 64}),
-    (gemma, {**SIZES, "model_type": "gemma2", "sliding_window": 64, "query_pre_attn_scalar": 16,
-             "layer_types": ["sliding_attention"] * 2}),
+    (
+        gemma,
+        {
+            **SIZES,
+            "model_type": "gemma2",
+            "sliding_window": 64,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention"] * 2,
+        },
+    ),
 ]
 
 
@@ -30,8 +52,9 @@ def operations(module, values, B, T, S):
     graphdef, state = nnx.split(module.Model(config, rngs=nnx.Rngs(0)))
     cache, keys = module.init_cache(config, B, S, "float32"), jax.random.split(jax.random.key(0), B)
     options = sampling(temperature=0)
-    program = module.prefill.lower(graphdef, state, cache, np.zeros((B, T), int), None, keys,
-                                   options, top_k=None)
+    program = module.prefill.lower(
+        graphdef, state, cache, np.zeros((B, T), int), None, keys, options, top_k=None
+    )
     return program.cost_analysis()["flops"]
 
 
@@ -54,7 +77,8 @@ def test_behind_a_window_a_new_token_costs_the_same_at_any_length(module, values
 
 
 def test_a_prompt_costs_as_many_rows_and_at_most_its_length_squared(family, values):
-    one, four, twice = (operations(family.module, values, B, T, T) for B, T in
-                        [(1, 128), (4, 128), (1, 256)])
+    one, four, twice = (
+        operations(family.module, values, B, T, T) for B, T in [(1, 128), (4, 128), (1, 256)]
+    )
     assert four == pytest.approx(4 * one, rel=0.02)
     assert 2 * one < twice < 4 * one

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import ROOT
+from helpers.reference import ROOT
 from safetensors.numpy import save_file
 
 import gpt2
 import llama
+
 
 def write_shards(module, config, folder, dtype):
     """A random checkpoint in shards of 1 GB, of which one at a time is in memory."""
@@ -45,17 +46,24 @@ def write_shards(module, config, folder, dtype):
 
 def run(program):
     """What a program of its own prints, which may call peak(): the bytes that it had at most."""
-    program = """
+    program = (
+        """
         import json, re, time, jax, numpy as np
         from pathlib import Path
         from safetensors import safe_open
         def peak():
             status = Path("/proc/self/status").read_text()
             return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
-    """ + program
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-                          text=True, timeout=1800)
+    """
+        + program
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        text=True,
+        timeout=1800,
+    )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     return [float(number) for number in done.stdout.split()]
@@ -63,11 +71,13 @@ def run(program):
 
 def checkpoint(module, name, dtype):
     """A fixture: the folder of a random checkpoint in the shape of a published one."""
+
     @pytest.fixture(scope="module")
     def folder(tmp_path_factory):
         path = tmp_path_factory.mktemp("large")
         yield write_shards(module, module.PRESETS[name].config, path, dtype)
         shutil.rmtree(path)
+
     return folder
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
 from flax import serialization, traverse_util
-from reference import assert_same_model, read_hf, write_random
+from helpers.families import FAMILIES
+from helpers.reference import assert_same_model, read_hf, write_random
 
 WITH_BIN = [family for family in FAMILIES if hasattr(family.module, "torch_tensors_in")]
 WITH_FLAX = [family for family in FAMILIES if hasattr(family.module, "flax_tensors_in")]
@@ -74,11 +74,20 @@ def test_shards_of_bin_files_give_the_same_model_as_one(family, plain, folder):
 def test_tensors_of_all_kinds_and_layouts_are_read(family, tmp_path):
     base = torch.arange(60).reshape(10, 6)
     expected = {
-        "double": base.double() / 7, "float": base / 7, "half": (base / 7).half(),
-        "bfloat16": (base / 7).bfloat16(), "integers": base, "booleans": base > 9,
-        "transposed": (base / 7).T, "slice": base[3:7, 2:5], "every second": base[1::2, ::3],
-        "expanded": base[2:3].expand(4, 6), "number": torch.tensor(2.5), "empty": base[:0],
-        "parameter": torch.nn.Parameter(base / 7), "the whole of the slice": base,
+        "double": base.double() / 7,
+        "float": base / 7,
+        "half": (base / 7).half(),
+        "bfloat16": (base / 7).bfloat16(),
+        "integers": base,
+        "booleans": base > 9,
+        "transposed": (base / 7).T,
+        "slice": base[3:7, 2:5],
+        "every second": base[1::2, ::3],
+        "expanded": base[2:3].expand(4, 6),
+        "number": torch.tensor(2.5),
+        "empty": base[:0],
+        "parameter": torch.nn.Parameter(base / 7),
+        "the whole of the slice": base,
     }
     found = torch_tensors(family, tmp_path / "some.bin", **expected)
     assert found.keys() == expected.keys()
@@ -128,18 +137,31 @@ def harm(kind, proof):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize(("kind", "named"), [
-    ("os.system", "posix.system"), ("eval", "builtin.*eval"), ("exec", "builtin.*exec"),
-    ("open", "open"), ("getattr", "__import__|getattr"), ("codecs.open", "codecs.open"),
-    ("codecs.encode", "codecs.encode"), ("numpy.save", "numpy.*save"),
-    ("numpy.memmap", "numpy.*memmap"), ("torch.load", "torch.*load"),
-    ("OrderedDict.fromkeys", "getattr|OrderedDict.fromkeys"),
-])
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("os.system", "posix.system"),
+        ("eval", "builtin.*eval"),
+        ("exec", "builtin.*exec"),
+        ("open", "open"),
+        ("getattr", "__import__|getattr"),
+        ("codecs.open", "codecs.open"),
+        ("codecs.encode", "codecs.encode"),
+        ("numpy.save", "numpy.*save"),
+        ("numpy.memmap", "numpy.*memmap"),
+        ("torch.load", "torch.*load"),
+        ("OrderedDict.fromkeys", "getattr|OrderedDict.fromkeys"),
+    ],
+)
 def test_a_file_that_wants_to_run_something_is_refused_and_runs_nothing(
-        family, folder, kind, named, protocol):
+    family, folder, kind, named, protocol
+):
     proof = folder / "proof"
-    torch.save({"weight": torch.ones(2), "more": harm(kind, proof)}, folder / "pytorch_model.bin",
-               pickle_protocol=protocol)
+    torch.save(
+        {"weight": torch.ones(2), "more": harm(kind, proof)},
+        folder / "pytorch_model.bin",
+        pickle_protocol=protocol,
+    )
     with pytest.raises(family.module.InputError, match=f"asks for .*({named}),"):
         family.module.load(folder)
     assert not proof.exists()
@@ -151,10 +173,20 @@ def test_without_that_refusal_the_file_would_have_been_made(kind, tmp_path):
     assert list(tmp_path.glob("proof*"))
 
 
-@pytest.mark.parametrize(("offset", "shape", "strides"), [
-    (9, (2,), (1,)), (0, (11,), (1,)), (0, (2, 2), (9, 1)), (-1, (2,), (1,)), (1, (3,), (-1,)),
-    (2**40, (1,), (1,)), (0, (2,), (2**60,)), (0, (2**60, 4), (1, 1)),
-], ids=str)
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [
+        (9, (2,), (1,)),
+        (0, (11,), (1,)),
+        (0, (2, 2), (9, 1)),
+        (-1, (2,), (1,)),
+        (1, (3,), (-1,)),
+        (2**40, (1,), (1,)),
+        (0, (2,), (2**60,)),
+        (0, (2**60, 4), (1, 1)),
+    ],
+    ids=str,
+)
 def test_a_tensor_outside_of_its_storage_is_refused(family, tmp_path, offset, shape, strides):
     storage = torch.arange(10.0)._typed_storage()
     tensor = Call(torch._utils._rebuild_tensor_v2, storage, offset, shape, strides, False, {})
@@ -170,8 +202,9 @@ def test_a_storage_that_the_file_made_up_is_refused(family, tmp_path):
     made_up = Call(torch._utils._rebuild_tensor_v2, ("O", "some/data.pkl"), 0, (1,), (1,))
     with pytest.raises(family.module.InputError, match="no numbers"):
         torch_tensors(family, tmp_path / "some.bin", tensor=made_up)
-    empty = Call(torch._utils._rebuild_tensor_v2, torch.zeros(0)._typed_storage(), 0, (9,), (1,),
-                 False, {})
+    empty = Call(
+        torch._utils._rebuild_tensor_v2, torch.zeros(0)._typed_storage(), 0, (9,), (1,), False, {}
+    )
     with pytest.raises(family.module.InputError, match="no numbers"):
         torch_tensors(family, tmp_path / "some.bin", tensor=empty)
 
@@ -220,8 +253,10 @@ def test_a_msgpack_file_gives_the_model_of_the_safetensors(family, make_case, tm
 def test_of_several_formats_safetensors_come_first_and_msgpack_last(family, tmp_path):
     """Each file has other weights, so that the model tells which one was read."""
     files = ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"]
-    made = [write_random(family, family.config(), tmp_path / file, seed)
-            for seed, file in enumerate(files, 1)]
+    made = [
+        write_random(family, family.config(), tmp_path / file, seed)
+        for seed, file in enumerate(files, 1)
+    ]
     folder = write_random(family, family.config(), tmp_path / "all", seed=1)
     torch.save(read_hf(family, made[1]).state_dict(), folder / "pytorch_model.bin")
     parameters = flax_parameters(read_hf(family, made[2]))

@@ -1,0 +1,118 @@
+"""What the tests know about gemma.py."""
+
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
+
+import gemma
+from helpers.families.common import Family, Mutation
+from helpers.families.rotary import GROUPED, ROTARY, ROTARY_FAULTS, SMALL, rotary_parts
+
+GEMMA2 = {
+    "model_type": "gemma2",
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 20,
+    "num_hidden_layers": 3,
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 20,
+    "num_hidden_layers": 6,
+}
+
+
+def gemma_config(model_type="gemma", **sizes):
+    """The three generations have a class each."""
+    kinds = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
+    return kinds[model_type](**sizes)
+
+
+GEMMA_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+}
+GEMMA = Family(
+    module=gemma,
+    hf_config=gemma_config,
+    cut={"vocab_size": 2000},
+    halves=("bfloat16",),
+    own_head=False,
+    sizes=SMALL | {"pad_token_id": 0},
+    configs={
+        "plain": {},
+        "grouped heads": GROUPED,
+        "square head": {"vocab_size": 48},
+        "one key head, wide": {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 20,
+            "rms_norm_eps": 1e-2,
+        },
+        "second": GEMMA2,
+        "second, grouped, no caps": {
+            **GEMMA2,
+            **GROUPED,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window": 16,
+        },
+        "third": GEMMA3,
+        "third, slow": {**GEMMA3, **GROUPED, **GEMMA_ROPE, "num_hidden_layers": 7},
+    },
+    parts=rotary_parts(gemma),
+    mutations={
+        **ROTARY_FAULTS,
+        "epsilon of flax": Mutation("config.rms_norm_eps", "1e-6", "one key head, wide"),
+        "weight and not 1 + weight": Mutation("x32 * (1 + self.scale", "x32 * (0 + self.scale"),
+        "tokens not scaled": Mutation("self.config.hidden_size**0.5", "1.0"),
+        "erf for tanh in GELU": Mutation("approximate=True", "approximate=False"),
+        "gate and up exchanged": Mutation(
+            "gate = jax.nn.gelu(self.gate_proj(x), approximate=True)",
+            "gate = jax.nn.gelu(self.up_proj(x), approximate=True) / self.up_proj(x) * "
+            "self.gate_proj(x)",
+        ),
+        "scores not capped": Mutation(
+            "softcap=config.attn_logit_softcapping", "softcap=None", "second"
+        ),
+        "logits not capped": Mutation("logits if cap is None", "logits if True", "second"),
+        "a window one longer": Mutation(
+            "q_pos - k_pos < window", "q_pos - k_pos <= window", "second"
+        ),
+        "a window one shorter": Mutation(
+            "q_pos - k_pos < window", "q_pos - k_pos < window - 1", "third"
+        ),
+        "windows in the other layers": Mutation(
+            "layer_types[layer] == SLIDING", "layer_types[layer] != SLIDING", "second"
+        ),
+        "scale by Dh": Mutation(
+            "config.query_pre_attn_scalar**-0.5", "config.head_dim**-0.5", "second"
+        ),
+        "norm after the sum": Mutation(
+            "x = x + self.post_attention_layernorm(y)",
+            "x = self.post_attention_layernorm(x + y)",
+            "second",
+        ),
+        "no norm after the MLP": Mutation(
+            "return x + self.post_feedforward_layernorm(y)", "return x + y", "third"
+        ),
+        "queries and keys not normed": Mutation(
+            "q, k = self.q_norm(q), self.k_norm(k)", "pass", "third"
+        ),
+        "one theta for all": Mutation(
+            "config.rope_local_base_freq if self.sliding else config.rope_theta",
+            "config.rope_theta",
+            "third",
+        ),
+        "all layers slow": Mutation(
+            "speed if self.sliding else speed / config.rope_factor",
+            "speed / config.rope_factor",
+            "third, slow",
+        ),
+        "no layer slow": Mutation(
+            "speed if self.sliding else speed / config.rope_factor", "speed", "third, slow"
+        ),
+    },
+    core="third",
+    **ROTARY,
+)

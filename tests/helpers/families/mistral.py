@@ -1,0 +1,82 @@
+"""What the tests know about mistral.py."""
+
+from transformers import MistralConfig, MixtralConfig
+
+import mistral
+from helpers.families.common import Family, Mutation
+from helpers.families.rotary import GROUPED, ROTARY, ROTARY_FAULTS, SMALL, rope, rotary_parts
+
+
+def mistral_config(model_type="mistral", **sizes):
+    kinds = {"mistral": MistralConfig, "mixtral": MixtralConfig}
+    return kinds[model_type](**sizes)
+
+
+def mixtral_names(gradients):
+    """transformers keeps all experts of a layer in two tensors; files, and mistral.py, in 3 * E."""
+    found = {}
+    for name, gradient in gradients.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if ".mlp.gate.weight" in name else name
+        if not name.endswith(("gate_up_proj", "experts.down_proj")):
+            found[name] = gradient
+            continue
+        layer = name.split(".mlp.")[0] + ".block_sparse_moe.experts"
+        for e, tensor in enumerate(gradient):
+            if name.endswith("down_proj"):
+                found[f"{layer}.{e}.w2.weight"] = tensor
+            else:
+                w1, w3 = tensor.chunk(2)
+                found |= {f"{layer}.{e}.w1.weight": w1, f"{layer}.{e}.w3.weight": w3}
+    return found
+
+
+MIXTRAL = {"model_type": "mixtral", "sliding_window": None}
+MISTRAL = Family(
+    module=mistral,
+    hf_config=mistral_config,
+    sizes=SMALL | {"sliding_window": None, "rms_norm_eps": 1e-5},
+    configs={
+        "plain": {},
+        "grouped heads": {**GROUPED, "num_hidden_layers": 3, "tie_word_embeddings": False},
+        "window of 5": {"sliding_window": 5, **GROUPED, "num_hidden_layers": 3},
+        "window of 70": {"sliding_window": 70, "head_dim": 20},
+        "large epsilon and theta": {"rms_norm_eps": 1e-2, **rope("default", 1e6)},
+        "8 experts": {**MIXTRAL, **GROUPED, "num_local_experts": 8},
+        "2 experts, window of 7": {**MIXTRAL, "num_local_experts": 2, "sliding_window": 7},
+        "4 experts, one at a time": {**MIXTRAL, "num_local_experts": 4, "num_experts_per_tok": 1},
+        "square head": {"vocab_size": 48, "tie_word_embeddings": False},
+    },
+    parts=rotary_parts(mistral),
+    mutations={
+        **ROTARY_FAULTS,
+        "epsilon of flax": Mutation(
+            "epsilon=config.rms_norm_eps", "epsilon=1e-6", "large epsilon and theta"
+        ),
+        "theta of Llama 1": Mutation(
+            "speed = config.rope_theta **", "speed = 10000.0 **", "large epsilon and theta"
+        ),
+        "a window one longer": Mutation(
+            "q_pos - k_pos < (window", "q_pos - k_pos <= (window", "window of 5"
+        ),
+        "a window one shorter": Mutation(
+            "q_pos - k_pos < (window", "q_pos - k_pos + 1 < (window", "window of 5"
+        ),
+        "GELU for SiLU": Mutation("down(jax.nn.silu(", "down(jax.nn.gelu("),
+        "w1 and w3 exchanged": Mutation(
+            'MLP(config, ("w1", "w3", "w2")', 'MLP(config, ("w3", "w1", "w2")', "8 experts"
+        ),
+        "scores of the chosen do not sum to 1": Mutation(
+            "weights = weights / weights.sum(axis=-1, keepdims=True)", "", "8 experts"
+        ),
+        "one expert for two": Mutation(
+            "self.per_token, E = config.num_experts_per_tok", "self.per_token, E = 1", "8 experts"
+        ),
+        "own head transposed": Mutation(
+            '"lm_head.weight", True', '"lm_head.weight", False', "square head"
+        ),
+    },
+    hf_names=mixtral_names,
+    cut={"num_hidden_layers": 1, "vocab_size": 1000},
+    core="2 experts, window of 7",
+    **ROTARY,
+)
