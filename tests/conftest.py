@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`core_gpt2_only`: the core suite runs the test for gpt2 alone, the wide one for the others."""
+    """`core_gpt2_only`: the core suite runs it for gpt2 alone, the wide one for the others."""
     for item in items:
         marker = item.get_closest_marker("core_gpt2_only")
         if marker and item.callspec.params["family"] is not GPT2:
