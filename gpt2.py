@@ -797,7 +797,7 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale|kernel)", r"transformer.\1.weight", False),
     (r"(.+)\.bias", r"transformer.\1.bias", False),
 ]
-VOCABULARY = ("wte.embedding", "lm_head.kernel")  # their rows of a padded vocabulary are not saved
+VOCABULARY = ("wte.embedding", "lm_head.kernel")  # saved without a padded vocabulary
 RENAMED = (r"^(?!transformer\.|lm_head\.)", "transformer.")  # bare models lack the prefix
 # Ignored where a file has them: causal masks of old files, and the token table again as the head.
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
