@@ -10,6 +10,7 @@ The text goes to standard output as it is made; what is said about it goes to st
 """
 
 import argparse
+import contextlib
 import fnmatch
 import importlib
 import json
@@ -21,474 +22,1074 @@ import signal
 import sys
 import time
 import zipfile
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NoReturn
 
 import jax
 import numpy as np
 from flax import nnx
 
-AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"  # of --parallel
 HERE = Path(__file__).resolve().parent
-# model_type of a config.json -> the model file that reads it
-KINDS = {"gpt2": "gpt2", "opt": "opt", "llama": "llama", "gemma": "gemma", "gemma2": "gemma",
-         "gemma3": "gemma", "gemma3_text": "gemma", "mistral": "mistral", "mixtral": "mistral"}
+# model_type in a config.json -> the model file that reads it
+KINDS = {
+    "gpt2": "gpt2",
+    "opt": "opt",
+    "llama": "llama",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3": "gemma",
+    "gemma3_text": "gemma",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+}
 MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
-TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # one of these is needed
+TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # a checkpoint needs one of these
+CONTINUATION = 200  # new tokens by default
+ANSWER = 1000  # the same with --chat
 
-# --------------------------------------------------------------------------------- the command line
-def fail(message):
-    """One line that says what is wrong and what to do; exit code 2."""
-    print("sample.py: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
-def arguments():
-    """The command line, read and checked as far as that needs no model."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-        usage="python sample.py [--model NAME] [--weights WEIGHTS] [--prompt TEXT] [options]")
-    parser.error = fail
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODELS, help="which file (default: gpt2)")
-    add("--weights", metavar="WEIGHTS", help="'tiny' (bundled), a Hub id, or a folder (default: "
-        "the first preset of --model; tiny if --model is not given either)")
-    add("--revision", help="branch, tag or commit of a Hub id")
-    add("--list", action="store_true", help="print the published checkpoints and stop")
-    add = parser.add_argument_group("text").add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
-    add("--prompt-file", action="append", default=[], metavar="FILE", help="a file as a prompt; "
-        "may be repeated. Without either, standard input is one where it is piped")
-    add("--chat", action="store_true", help="let a model that was tuned for it answer: prompts, "
-        "or messages on the terminal (Ctrl-C stops an answer, Ctrl-D ends the conversation)")
-    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 200, or 1000 with --chat")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token")
-    add("--top-k", type=int, metavar="N", help="only among the N likeliest tokens")
-    add("--top-p", type=float, metavar="X", help="only among the likeliest that hold X together")
-    add("--min-p", type=float, metavar="X", help="only those X times as likely as the likeliest")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeats less")
-    add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by the device")
-    add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
-    add("--parallel", default="auto", metavar="MODE", help="over devices: pmap, data, fsdp, tensor,"
-        " data:2,tensor:4 or no (default: data, or tensor where the model does not fit one)")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
-    add("--compile-cache", default=cache, metavar="DIR", help="keeps compiled programs; or 'off'")
-    add = parser.add_argument_group("output").add_argument
-    add("--no-stream", action="store_true", help="print a text only when it is complete")
-    add("--json", action="store_true", help="one JSON object a line for each text")
-    add("--profile", metavar="DIR", type=Path, help="write a trace of the generation into DIR")
-    args = parser.parse_args()
-    there = next(x for x in ((args.profile or HERE) / "x").absolute().parents if x.exists())
-    for name, fits, rule in [
-        ("prompt", all(t.encode(errors="ignore").decode() == t for t in args.prompt), "UTF-8 text"),
-        ("num-samples", args.num_samples >= 1, "1 or more"),
-        ("max-new-tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "1 or more"),
-        ("temperature", args.temperature >= 0, "0 (the likeliest token) or more"),
-        ("top-k", args.top_k is None or args.top_k >= 1, "1 or more"),
-        ("top-p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("min-p", args.min_p is None or 0 <= args.min_p <= 1, "from 0 to 1"),
-        ("repetition-penalty", args.repetition_penalty > 0, "above 0"),
-        ("stop", "" not in args.stop, "a text; leave it out to go on to --max-new-tokens"),
-        ("seed", 0 <= args.seed < 2**63, "from 0 to 2^63 - 1"),
-        ("parallel", re.fullmatch(f"no|auto|pmap|{AXIS}(,{AXIS})*", args.parallel),
-         "pmap, or like data, tensor:2 or data:2,tensor:4"),
-        ("profile", not args.profile or os.access(f"{there}/.", os.W_OK), "a writable folder"),
-    ]:
-        fits or fail(f"--{name} must be {rule}")
-    return args
+
+def main():
+    """From the command line to the last line on standard error."""
+    args = parse_command_line()
+    if args.list:
+        print_presets()
+        return
+
+    prompts = read_prompts(args)
+    model_file = importlib.import_module(args.model)
+    devices = pick_devices(args.device, args.parallel)
+    if args.compile_cache != "off":
+        keep_compiled_programs(args.compile_cache)
+
+    with explained(model_file.InputError, "{}"):
+        folder = find_checkpoint(model_file, args.weights, args.revision)
+        check_files(model_file, folder)
+        tokenizer = ChatTokenizer(folder) if args.chat else model_file.tokenizer(folder)
+        model, mesh = load_model(model_file, folder, devices, prompts, args)
+        stop_ids = find_stop_ids(folder, model.config)
+
+        if prompts is None:
+            converse(model_file, model, mesh, tokenizer, stop_ids, args)
+        else:
+            write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args)
+
+
+# -------------------------------------------- Prompts ---------------------------------------------
+
+
 def read_prompts(args) -> list[str] | None:
     """The prompts of --prompt, --prompt-file or standard input; None: ask on the terminal."""
     prompts = list(args.prompt)
     for file in args.prompt_file:
-        try:
+        with explained((OSError, UnicodeDecodeError), f"--prompt-file {file} cannot be read: {{}}"):
             prompts.append(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"--prompt-file {file} cannot be read: {error}")
+
     if args.chat and not prompts and sys.stdin and sys.stdin.isatty():
-        if any([args.num_samples > 1, args.json, args.no_stream, args.profile,
-                re.match("pmap|data|fsdp", args.parallel)]):
-            fail("a conversation is one text, shown as it is made: leave --num-samples, --json, "
-                 "--no-stream, --profile and all --parallel but tensor out, or give a --prompt")
+        check_conversation(args)
         return None
     if not prompts and sys.stdin and not os.isatty(0):
-        if not select.select([0], [], [], 1)[0]:
-            print("reading the prompt from standard input ...", file=sys.stderr)
-        try:
-            text = open(0, "rb", closefd=False).read().decode("utf-8")  # noqa: SIM115
-        except UnicodeDecodeError as error:
-            fail(f"standard input is not UTF-8 text: {error}")
-        prompts = [text] if text else []
-    prompts or not args.chat or fail("--chat needs a terminal to converse on, or a --prompt")
-    all(prompts) or fail("an empty prompt: give at least one character, or leave --prompt out")
+        prompts = read_standard_input()
+
+    if args.chat and not prompts:
+        fail("--chat needs a terminal to converse on, or a --prompt")
+    if "" in prompts:
+        fail("an empty prompt: give at least one character, or leave --prompt out")
+    if not prompts:
+        prompts = ["ROMEO:\n" if args.weights == "tiny" else "Once upon a time"]
     return prompts
+
+
+def read_standard_input() -> list[str]:
+    """What is piped in, as one prompt; no prompt where that is nothing."""
+    ready, _, _ = select.select([0], [], [], 1)
+    if not ready:
+        print("reading the prompt from standard input ...", file=sys.stderr)
+
+    with open(0, "rb", closefd=False) as stream:
+        data = stream.read()
+    with explained(UnicodeDecodeError, "standard input is not UTF-8 text: {}"):
+        text = data.decode("utf-8")
+    return [text] if text else []
+
+
+def check_conversation(args):
+    """Stops where an option makes no sense in a conversation on the terminal."""
+    several_rows = args.num_samples > 1 or re.match("pmap|data|fsdp", args.parallel)
+    if several_rows or args.json or args.no_stream or args.profile:
+        fail(
+            "a conversation is one text, shown as it is made: leave --num-samples, --json, "
+            "--no-stream, --profile and all --parallel but tensor out, or give a --prompt"
+        )
+
+
+# ------------------------------------------ Checkpoints -------------------------------------------
+
+
 def print_presets():
-    """A table of the published checkpoints that each model file names."""
+    """Prints a table of the published checkpoints that each model file names."""
     print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
     for name in MODELS:
-        for hub_id, (parameters, GB, gated, _) in importlib.import_module(name).PRESETS.items():
-            gated = "  gated: accept its terms on the Hub first" if gated else ""
-            print(f"{name:9}{hub_id:34}{parameters:>14,}{GB:>8.2f} GB{gated}")
+        for hub_id, preset in importlib.import_module(name).PRESETS.items():
+            note = "  gated: accept its terms on the Hub first" if preset.gated else ""
+            size = f"{preset.download_GB:>8.2f} GB"
+            print(f"{name:9}{hub_id:34}{preset.parameters:>14,}{size}{note}")
+
         size = sum(file.stat().st_size for file in (HERE / "tiny" / name).glob("*"))
         print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
 
-# --------------------------------------------------------------------------- weights and the device
-def checkout(model_file, name, revision) -> Path:
-    """The folder of a checkpoint: a folder, or a Hub id that is cached or is downloaded now."""
+
+def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
+    """The folder of --weights: the bundled one, a folder, or one from the Hub, downloaded if new.
+
+    name None: the first preset of the model file.
+    """
+    default = next(iter(model_file.PRESETS))
+    name = name or default
+    if name == "tiny":
+        size = model_file.PRESETS[default].download_GB
+        print(
+            f"This is the tiny model that comes with the project. The real one, {size} GB from "
+            f"the Hub:\n    python sample.py --model {model_file.__name__}",
+            file=sys.stderr,
+        )
+        return HERE / "tiny" / model_file.__name__
+
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
-    try:  # what is cached whole needs no network
-        folder = Path(snapshot_download(name, allow_patterns=model_file.DOWNLOADS,
-                                        local_files_only=True, revision=revision))
-        if model_file.stored_tensors(folder) and (folder / "config.json").exists() and any(
-                (folder / file).exists() for file in TOKENIZERS):
-            return folder
-    except (errors.LocalEntryNotFoundError, FileNotFoundError):
-        pass  # a download that was cut short is taken up again
+    return find_cached(model_file, name, revision) or download(model_file, name, revision)
+
+
+def find_cached(model_file, name: str, revision: str | None) -> Path | None:
+    """The folder of a Hub id in the cache; None where files are missing. Needs no network."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name, allow_patterns=model_file.DOWNLOADS, local_files_only=True, revision=revision
+        )
+        folder = Path(folder)
+        has_weights = bool(model_file.stored_tensors(folder))
     except errors.HFValidationError:
         fail(f"--weights {name}: no such folder, and not a name on the Hub (try --list)")
+    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+        return None  # never downloaded, or a download was cut short
+
+    has_config = (folder / "config.json").exists()
+    has_tokenizer = any((folder / file).exists() for file in TOKENIZERS)
+    if has_weights and has_config and has_tokenizer:
+        return folder
+    return None
+
+
+def download(model_file, name: str, revision: str | None) -> Path:
+    """Downloads a Hub id into the cache, after a line that says how large it is."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=3)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        weights = [whole.replace(".", "*.") + "*" for whole in model_file.FORMATS]
-        patterns = model_file.DOWNLOADS + [p for p in weights if fnmatch.filter(sizes, p)][:1]
+        patterns = wanted_patterns(model_file, sizes)
+
         files = {file for pattern in patterns for file in fnmatch.filter(sizes, pattern)}
         size = sum(sizes[file] for file in files) / 1e6
         print(f"downloading {name}: {size:,.2f} MB in {len(files)} files", file=sys.stderr)
         return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
-    except errors.GatedRepoError:
-        fail(f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
-             "then log in with `hf auth login` or set HF_TOKEN")
-    except errors.RevisionNotFoundError:
-        fail(f"{name} has no revision {revision}")
-    except errors.RepositoryNotFoundError:
-        fail(f"there is no folder {name}, and the Hub has no model of that name (see --list); "
-             "if it is private, set HF_TOKEN")
     except (errors.HTTPError, OSError) as error:
-        fail(f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
-             f"({type(error).__name__}: {error}): try again online, or --weights tiny or a folder")
-def check_files(model_file, folder):
-    """Stops where a checkpoint is not for this model file, or a file is not what its name says."""
-    from safetensors import SafetensorError, safe_open
+        fail(why_no_download(error, name, revision))
+
+
+def wanted_patterns(model_file, names) -> list[str]:
+    """Which files of a repository to download: the weights in one format, and what goes with them.
+
+    A repository may have its weights in several formats; the model file's first one is taken.
+    """
+    for whole in model_file.FORMATS:
+        pattern = whole.replace(".", "*.") + "*"  # also shards and their index
+        if fnmatch.filter(names, pattern):
+            return [*model_file.DOWNLOADS, pattern]
+    return model_file.DOWNLOADS
+
+
+def why_no_download(error, name: str, revision: str | None) -> str:
+    """What the user can do about an error of the Hub."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
+            "then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no revision {revision}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no folder {name}, and the Hub has no model of that name (see --list); "
+            "if it is private, set HF_TOKEN"
+        )
+    return (
+        f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
+        f"({type(error).__name__}: {error}): try again online, or --weights tiny or a folder"
+    )
+
+
+def check_files(model_file, folder: Path):
+    """Stops where a checkpoint is damaged, incomplete, or made for another model file."""
     weights = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     for file in [*folder.glob("*.json"), *weights]:
-        with open(file, "rb") as stream:
-            start = stream.read(64).lstrip().lower()
-        if start.startswith(b"version https://git-lfs"):
-            fail(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull`")
-        if start.startswith((b"<!doctype", b"<html")):
-            fail(f"{file} is a web page and not the file itself: download it again")
-        if file.suffix == ".bin" and not (zipfile.is_zipfile(file) and any(
-                name.endswith("/data.pkl") for name in zipfile.ZipFile(file).namelist())):
-            fail(f"{file} is damaged, or of a PyTorch before 1.6: save it anew")
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            elif file.suffix == ".safetensors":
-                safe_open(file, "np")
-        except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            fail(f"{file} is damaged or cut short ({error}): download it again")
-    file, tokenizers = folder / "config.json", [folder / name for name in TOKENIZERS]
-    file.exists() or fail(f"{folder} has no config.json: it is no checkpoint, or an incomplete one")
-    kind = json.loads(file.read_text()).get("model_type")
-    if KINDS.get(kind, model_file.__name__) != model_file.__name__:
-        fail(f"{folder} is a {kind!r}, which {KINDS[kind]}.py reads: --model {KINDS[kind]}")
-    any(file.exists() for file in tokenizers) or fail(
-        f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
-    try:
-        model_file.stored_tensors(folder)
-    except FileNotFoundError as error:
-        fail(f"{folder} is not complete: {error}")
-def pick_devices(wanted, parallel):
-    """All devices of --device's kind; a single one if it is numbered, or --parallel is no."""
-    kind, _, index = (wanted or "").partition(":")
-    if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # leaves a GPU's memory alone
-    try:
-        device = (devices := jax.devices(kind or None))[int(index or 0)]
-    except (RuntimeError, ValueError, IndexError):
-        found = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
-        fail(f"there is no device {wanted}; this machine has {found}")
-    jax.config.update("jax_default_device", device)
-    return [device] if parallel == "no" or index else devices
-def make_mesh(parallel, devices, heads, size, rows):
-    """The devices along the axes of --parallel. An axis without a number takes what is left; auto
-    is data, for so many rows, or tensor where weights of `size` bytes do not fit one device."""
-    if parallel in ("no", "auto"):
-        room = (devices[0].memory_stats() or {}).get("bytes_limit", size)
-        most = max(n for n, _ in enumerate(devices, 1) if heads % n == 0)
-        parallel = f"tensor:{most}" if size > room else f"data:{min(rows, len(devices))}"
-        if len(devices) > 1:
-            why = f"{rows} texts" if size <= room else f"{size / 1e9:.1f} GB do not fit one"
-            print(f"--parallel {parallel} of {len(devices)} devices: {why}", file=sys.stderr)
-    axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
-    left = len(devices) // math.prod(n for n in axes.values() if n)
-    axes = {name: n or left for name, n in axes.items()}
-    if not 0 < (count := math.prod(axes.values())) <= len(devices):
-        fail(f"--parallel {parallel} is too much for {len(devices)} devices: lower its numbers")
-    n, fit = axes.get("tensor", 1), [i for i in range(1, heads + 1) if heads % i == 0]
-    n in fit or fail(f"--parallel: {heads} heads split over tensor: {fit}, not over {n}")
-    return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
+        check_file(file)
 
-# --------------------------------------------------------------------------------------- generation
+    config = folder / "config.json"
+    if not config.exists():
+        fail(f"{folder} has no config.json: it is no checkpoint, or an incomplete one")
+    kind = json.loads(config.read_text()).get("model_type")
+    reader = KINDS.get(kind, model_file.__name__)
+    if reader != model_file.__name__:
+        fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
+
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        fail(f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
+    with explained(FileNotFoundError, f"{folder} is not complete: {{}}"):
+        model_file.stored_tensors(folder)
+
+
+def check_file(file: Path):
+    """Stops where a file of a checkpoint is not what its name says."""
+    from safetensors import SafetensorError, safe_open
+
+    with open(file, "rb") as stream:
+        start = stream.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        fail(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull`")
+    if start.startswith((b"<!doctype", b"<html")):
+        fail(f"{file} is a web page and not the file itself: download it again")
+    if file.suffix == ".bin" and not is_from_pytorch(file):
+        fail(f"{file} is damaged, or of a PyTorch before 1.6: save it anew")
+
+    damage = (SafetensorError, UnicodeDecodeError, json.JSONDecodeError)
+    with explained(damage, f"{file} is damaged or cut short ({{}}): download it again"):
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            safe_open(file, "np")
+
+
+def is_from_pytorch(file: Path) -> bool:
+    """Whether it is a zip file as torch.save writes since PyTorch 1.6."""
+    if not zipfile.is_zipfile(file):
+        return False
+    return any(name.endswith("/data.pkl") for name in zipfile.ZipFile(file).namelist())
+
+
+# ------------------------------------ The model on its devices ------------------------------------
+
+
+def keep_compiled_programs(folder):
+    """JAX then reads a program from this folder where an earlier run has compiled it."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def load_model(model_file, folder: Path, devices: list, prompts: list[str] | None, args):
+    """Loads the model onto its devices -> (model, their mesh)."""
+    config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    heads = config.num_attention_heads
+
+    parallel = args.parallel
+    if parallel in ("no", "auto"):
+        rows = 1 if prompts is None else len(prompts) * args.num_samples
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        parallel = choose_parallel(devices, heads, size, rows)
+    mesh = make_mesh(parallel, devices, heads)
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # the experts of a Mixtral read it
+
+    dtype = args.dtype
+    if dtype is None:
+        dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
+    return model_file.load(folder, dtype=jax.numpy.dtype(dtype), mesh=mesh), mesh
+
+
+def choose_parallel(devices: list, heads: int, size: int, rows: int) -> str:
+    """What --parallel auto means: data, or tensor where one device has no room for the weights.
+
+    size: bytes of the weights; rows: how many texts are made at once.
+    """
+    if size > memory_of(devices[0]):
+        most = max(n for n in range(1, len(devices) + 1) if heads % n == 0)
+        parallel = f"tensor:{most}"
+        why = f"{size / 1e9:.1f} GB do not fit one"
+    else:
+        parallel = f"data:{min(rows, len(devices))}"
+        why = f"{rows} texts"
+
+    if len(devices) > 1:
+        print(f"--parallel {parallel} of {len(devices)} devices: {why}", file=sys.stderr)
+    return parallel
+
+
+def find_stop_ids(folder: Path, config) -> list[int]:
+    """The token ids that end a text, from generation_config.json or else from the config."""
+    ids = config.eos_token_id
+    file = folder / "generation_config.json"
+    if file.exists():
+        ids = json.loads(file.read_text()).get("eos_token_id", ids)
+
+    if ids is None:
+        return []
+    if isinstance(ids, int):
+        return [ids]
+    return list(ids)
+
+
+# ------------------------------------- Texts as they are made -------------------------------------
+
+
+def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
+    """Writes each text as it grows, one after the other, and in the end how long it took."""
+    texts = []
+    for prompt in prompts:
+        for _ in range(args.num_samples):
+            texts.append(Text(tokenizer, prompt, args.stop))
+    prompt_ids = [text.prompt_ids for text in texts]
+    limit = choose_limit(prompt_ids, model.config, args)
+
+    timing = Timing()
+    writer = Writer(texts, args)
+    for new in generate(model_file, model, mesh, prompt_ids, limit, timing, args):
+        if args.profile:
+            record_memory(args.profile, mesh.devices.flat[0], timing)
+        for text, tokens in zip(texts, new, strict=True):
+            text.add(tokens, stop_ids, limit)
+        writer.write(timing)
+        if not writer.waiting:
+            break
+
+    print(summary(model, mesh, prompt_ids, timing), file=sys.stderr)
+    if args.profile:
+        stop_profile(args.profile)
+
+
+def streams(args) -> bool:
+    """Whether texts are shown while they grow."""
+    return not (args.no_stream or args.json)
+
+
+def choose_limit(prompt_ids: list[list[int]], config, args) -> int:
+    """How many new tokens: --max-new-tokens, or its default, or what the context has room for."""
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    limit = ANSWER if args.chat else CONTINUATION
+    room = config.max_position_embeddings - max(map(len, prompt_ids))
+    return max(1, min(limit, room))
+
+
 class Text:
-    """One row as it grows: its tokens and their text. Held back are characters of which some bytes
-    are missing, and what may become a stop string. prompt: a text, or in a chat its messages."""
-    def __init__(self, codec, prompt, stops):
-        self.codec, self.prompt, self.stops = codec, prompt, stops
-        self.prompt_ids, self.ids = codec.encode(prompt), []
-        self.completion, self.reason = "", None
-        self.begin = len(codec.decode(self.prompt_ids))  # of the completion, in the decoded text
-    def add(self, ids, stop_ids, limit):
-        """Takes new tokens, up to a stop id, a stop string or the limit."""
-        for token in ids:
-            if self.reason:
-                return
-            if token in stop_ids:
-                self.reason = "stop"
-            else:
-                self.ids.append(int(token))
-            text = self.codec.decode(self.prompt_ids + self.ids)[self.begin :]
-            cuts = [text.find(stop) for stop in self.stops if stop in text]
-            if cuts:
-                self.reason, text = "stop", text[: min(cuts)]
-            elif len(self.ids) == limit:
+    """A text as it grows: its tokens, and what of it can be shown.
+
+    prompt: a text, or in a chat its messages. stops: the texts of --stop.
+    """
+
+    def __init__(self, tokenizer, prompt, stops):
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.stops = stops
+        self.prompt_ids = tokenizer.encode(prompt)
+        self.ids = []  # the new tokens
+        self.completion = ""  # their text
+        self.reason = None  # why it is complete: "stop" or "length"; None while it grows
+        self.begin = len(tokenizer.decode(self.prompt_ids))  # of the completion, in the whole text
+
+    def add(self, tokens, stop_ids, limit: int):
+        """Takes new tokens, up to a stop id, a stop text or the limit."""
+        for token in tokens:
+            if self.reason is None:
+                self.add_token(int(token), stop_ids, limit)
+
+    def add_token(self, token: int, stop_ids, limit: int):
+        """Takes a new token, and brings the completion up to date."""
+        if token in stop_ids:
+            self.reason = "stop"
+        else:
+            self.ids.append(token)
+            if len(self.ids) == limit:
                 self.reason = "length"
-            if not self.reason:
-                text = text.rstrip("\ufffd")
-                held = [n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])]
-                text = text[: len(text) - max(held, default=0)]
-            if self.reason or text.startswith(self.completion):  # bytes may hide what was shown
-                self.completion = text
+
+        # The prompt is decoded too, as a token's text may depend on the ones before it.
+        whole = self.tokenizer.decode(self.prompt_ids + self.ids)[self.begin :]
+        text = cut_at_stop(whole, self.stops)
+        if len(text) < len(whole):
+            self.reason = "stop"
+        if self.reason is None:
+            text = hold_back(text, self.stops)
+
+        # What was shown stays, also where the first bytes of the next character hide it.
+        if self.reason or text.startswith(self.completion):
+            self.completion = text
+
     def record(self, timing) -> dict:
         """What --json prints of this text."""
-        speed = round(timing.steps / timing.decode, 2) if timing.steps else None
-        return {"prompt": self.prompt, "completion": self.completion, "finish_reason": self.reason,
-                "prompt_ids": self.prompt_ids, "completion_ids": self.ids,
-                "time_to_first_token_s": round(timing.first, 4), "decode_tokens_per_s": speed}
-def sampling_of(args) -> dict:
-    """The options that the compiled programs take as inputs; what is None is left out of them."""
-    return {"temperature": args.temperature or None, "top_p": args.top_p, "min_p": args.min_p,
-            "repetition_penalty": None if args.repetition_penalty == 1 else args.repetition_penalty}
-def generate(model_file, model, mesh, prompts, args, streaming, timing):
-    """Yields new tokens [B, n] after B prompts (lists of ids) as they are drawn; fills in `timing`,
-    with compiling apart. Rows are split over all axes of the mesh but tensor, heads of the cache
-    over that one; pmap wants a leading axis of devices. Else it is the model file's generate."""
-    B, limit, sampling = len(prompts), args.max_new_tokens, sampling_of(args)
-    pmap, tensor = "pmap" in mesh.shape, mesh.shape.get("tensor", 1)
-    n, axes = mesh.size // tensor, tuple(axis for axis in mesh.shape if axis != "tensor")
-    prompts = prompts + prompts[-1:] * (-B % n)  # as many rows on each device
-    tokens, positions, length = model_file.batch_prompts(model.config, prompts, limit)
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(args.seed)))(np.arange(len(prompts)))
-    graphdef, state = nnx.split(model)
-    def empty():
-        rows = len(prompts) // (n if pmap else 1)
-        cache = model_file.init_cache(model.config, rows, length, model.dtype)
-        return jax.tree.map(lambda x: jax.numpy.stack([x] * n), cache) if pmap else cache
-    def where(x):
-        """For an array whose first dimension is rows, and whose third, of four, is heads."""
-        heads = "tensor" if x.ndim == 4 and tensor > 1 and x.shape[2] % tensor == 0 else None
-        rows = axes if x.ndim and x.shape[0] % n == 0 else None
-        return jax.NamedSharding(mesh, jax.P(*[rows, None, heads][: x.ndim]))
-    split = jax.tree.map(where, jax.eval_shape(empty))
-    cache = jax.jit(empty, out_shardings=split)() if mesh.size > 1 else empty()
-    tokens, positions, keys = (jax.device_put(x, where(x)) for x in (
-        x.reshape(n, -1, *x.shape[1:]) if pmap else x for x in (tokens, positions, keys)))
-    def compiled(function, *inputs, shared):
-        """The program for these inputs; the last `shared` of them are the same on all devices."""
-        start, function = time.perf_counter(), partial(function, graphdef, top_k=args.top_k)
-        axes = (None, *(0,) * (len(inputs) - shared - 1), *(None,) * shared)
-        wrap = (partial(jax.pmap, in_axes=axes, devices=[*mesh.devices.flat]) if pmap else
-                partial(jax.jit, out_shardings=(split, None)))
-        program = wrap(function, donate_argnums=1).lower(*inputs).compile()
-        timing.compile += time.perf_counter() - start
-        return program
-    compile_decode = lambda token: compiled(  # noqa: E731
-        model_file.decode, state, cache, token, keys, sampling, 1, shared=2)
-    inputs = (state, cache, tokens, positions, keys, sampling)
-    prefill = compiled(model_file.prefill, *inputs, shared=1)
-    if args.profile:  # a trace of what runs: both programs are compiled before it begins
-        decode = compile_decode(tokens[..., 0])
-        args.profile.mkdir(parents=True, exist_ok=True)
-        jax.profiler.start_trace(args.profile)
-    start = timing.begin = time.perf_counter()
-    cache, token = prefill(*inputs)
-    new = np.array(token).reshape(-1, 1)[:B]
-    timing.first = time.perf_counter() - start
-    yield new
-    decode = decode if args.profile else compile_decode(token)
-    steps = 1 if streaming else model_file.STEPS
+        speed = None
+        if timing.steps > 0:
+            speed = round(timing.steps / timing.decode, 2)
+        return {
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "finish_reason": self.reason,
+            "prompt_ids": self.prompt_ids,
+            "completion_ids": self.ids,
+            "time_to_first_token_s": round(timing.prefill, 4),
+            "decode_tokens_per_s": speed,
+        }
+
+
+def cut_at_stop(text: str, stops: list[str]) -> str:
+    """The text before the first stop text in it; all of it where there is none."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
+
+
+def hold_back(text: str, stops: list[str]) -> str:
+    """The text without what the next tokens may change.
+
+    That is a character of which bytes are missing, and the beginning of a stop text.
+    """
+    text = text.rstrip("\ufffd")
+    held = 0
+    for stop in stops:
+        for n in range(1, len(stop)):
+            if text.endswith(stop[:n]):
+                held = max(held, n)
+    return text[: len(text) - held]
+
+
+class Writer:
+    """Writes texts to standard output, one after the other."""
+
+    def __init__(self, texts: list[Text], args):
+        self.args = args
+        self.waiting = list(texts)  # those that are not written whole
+        self.written = 0  # characters of the first of them
+
+    def write(self, timing):
+        """Writes what there is of the first text, and of the next ones where it is complete."""
+        while self.waiting and (streams(self.args) or self.waiting[0].reason):
+            text = self.waiting[0]
+            if self.args.json:
+                print(json.dumps(text.record(timing), ensure_ascii=False), flush=True)
+            else:
+                self.write_new(text)
+
+            if text.reason is None:
+                break
+            self.waiting.pop(0)
+            self.written = 0
+            if self.waiting and not self.args.json:
+                print("-" * 40)
+
+    def write_new(self, text: Text):
+        """Writes the characters of a text that are new. A chat shows the answer alone."""
+        whole = text.completion if self.args.chat else text.prompt + text.completion
+        end = "\n" if text.reason else ""
+        print(whole[self.written :], end=end, flush=True)
+        self.written = len(whole)
+
+
+def summary(model, mesh, prompt_ids: list[list[int]], timing) -> str:
+    """Devices, dtype and speed, in a line."""
+    prefill = sum(map(len, prompt_ids)) / timing.prefill
+    decode = 0.0
+    if timing.steps > 0:
+        decode = len(prompt_ids) * timing.steps / timing.decode
+    return (
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {model.dtype.name}: "
+        f"compiled in {timing.compile:.1f} s, "
+        f"prefill {prefill:,.0f} tokens/s, decode {decode:,.1f} tokens/s"
+    )
+
+
+# ------------------------------------------- Generation -------------------------------------------
+
+
+@dataclass
+class Timing:
+    """How long the parts of a generation took, in seconds."""
+
+    compile: float = 0.0
+    begin: float = 0.0  # when the prefill began, on the clock of time.perf_counter
+    prefill: float = 0.0  # the time to the first token
+    decode: float = 0.0  # all calls of decode
+    steps: int = 0  # tokens that decode made in each row
+
+
+def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timing, args):
+    """Continues a batch of B prompts: yields new tokens [B, n] as they are drawn.
+
+    The same as the model file's generate, but on all devices of a mesh and as a stream. Fills in
+    `timing`. InputError: see the model file's batch_prompts.
+    """
+    cache, tokens, positions, keys = place(model_file, model, mesh, prompts, limit, args.seed)
+    sampling = sampling_options(args)
+    programs = Programs(model, mesh, args.top_k, timing)
+    prefill = programs.compile(
+        model_file.prefill, cache, tokens, positions, keys, shared=[sampling]
+    )
+    if args.profile:
+        # The trace shows what runs: both programs are compiled before it begins.
+        first = tokens[..., 0]
+        decode = programs.compile(model_file.decode, cache, first, keys, shared=[sampling, 1])
+        start_profile(args.profile)
+
+    # The first new token of each row.
+    timing.begin = time.perf_counter()
+    cache, token = prefill(cache, tokens, positions, keys, sampling)
+    new = np.array(token).reshape(-1, 1)
+    timing.prefill = time.perf_counter() - timing.begin
+    yield new[: len(prompts)]
+
+    # The others. Compiled only now, so that the first one is shown early.
+    if not args.profile:
+        decode = programs.compile(model_file.decode, cache, token, keys, shared=[sampling, 1])
+    steps = 1 if streams(args) else model_file.STEPS
     while timing.steps + 1 < limit:
         steps = min(steps, limit - timing.steps - 1)
         start = time.perf_counter()
-        cache, new = decode(state, cache, token, keys, sampling, steps)
-        new = np.asarray(new)
-        token, new = new[..., steps - 1], new.reshape(-1, model_file.STEPS)[:B, :steps]
-        elapsed = time.perf_counter() - start
-        timing.decode, timing.steps = timing.decode + elapsed, timing.steps + steps
-        if streaming:  # as many steps as take a tenth of a second, so that the text flows
-            steps = max(1, min(model_file.STEPS, int(0.1 * steps / elapsed)))
-        yield new
+        cache, new = decode(cache, token, keys, sampling, steps)
+        new = np.asarray(new)  # waits for the devices
+        seconds = time.perf_counter() - start
+        timing.decode += seconds
+        timing.steps += steps
 
-# --------------------------------------------------------------------------------------------- chat
-def chat_tokenizer(folder):
-    """encode(messages) -> ids, up to where the answer begins, and decode(ids) -> text. A message is
-    {"role": "user" or "assistant", "content": its text}; a text alone is a first message."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that PyTorch is missing
-    from transformers import AutoTokenizer  # half a second, which only chats have to wait
-    codec = AutoTokenizer.from_pretrained(folder)
-    codec.chat_template or fail(f"{folder} has no chat template, so it was not tuned to answer: "
-                                "leave --chat out, or try HuggingFaceTB/SmolLM2-135M-Instruct")
-    def encode(messages):
+        token = new[..., steps - 1]
+        yield new.reshape(-1, model_file.STEPS)[: len(prompts), :steps]
+
+        # As many steps as take a tenth of a second, so that the text flows.
+        if streams(args):
+            steps = max(1, min(model_file.STEPS, int(0.1 * steps / seconds)))
+
+
+def sampling_options(args) -> dict:
+    """The options that the compiled programs take as inputs. One that is None is off."""
+    penalty = args.repetition_penalty
+    return {
+        "temperature": args.temperature or None,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": None if penalty == 1 else penalty,
+    }
+
+
+def place(model_file, model, mesh, prompts: list[list[int]], limit: int, seed: int):
+    """Makes a batch of the prompts -> (cache, tokens, positions, keys), each on its devices.
+
+    With pmap, all of them have a leading axis of devices.
+    """
+    # The last prompt is repeated until each group of devices has as many rows.
+    groups = mesh.size // mesh.shape.get("tensor", 1)  # devices of a group share their rows
+    prompts = prompts + prompts[-1:] * (-len(prompts) % groups)
+    rows = len(prompts)
+
+    tokens, positions, length = model_file.batch_prompts(model.config, prompts, limit)
+    key_of_row = partial(jax.random.fold_in, jax.random.key(seed))
+    keys = jax.vmap(key_of_row)(np.arange(rows))
+    batch = [tokens, positions, keys]
+
+    if "pmap" in mesh.shape:
+        batch = [x.reshape(groups, -1, *x.shape[1:]) for x in batch]
+
+        def empty_cache():
+            cache = model_file.init_cache(model.config, rows // groups, length, model.dtype)
+            return jax.tree.map(lambda x: jax.numpy.stack([x] * groups), cache)
+    else:
+
+        def empty_cache():
+            return model_file.init_cache(model.config, rows, length, model.dtype)
+
+    # Several devices: no one of them need have room for the whole cache.
+    if mesh.size > 1:
+        shardings = shardings_of(mesh, jax.eval_shape(empty_cache))
+        empty_cache = jax.jit(empty_cache, out_shardings=shardings)
+    batch = jax.device_put(batch, shardings_of(mesh, batch))
+    return empty_cache(), *batch
+
+
+def shardings_of(mesh, arrays):
+    """How each array is split over the devices of a mesh.
+
+    Rows, the first dimension, are split over all axes but tensor; KV heads, the third dimension of
+    the keys and values in a cache, over tensor. What does not divide is whole on each device.
+    """
+    tensor = mesh.shape.get("tensor", 1)
+    row_axes = tuple(axis for axis in mesh.shape if axis != "tensor")
+
+    def sharding(x):
+        axes = [None] * x.ndim
+        if x.ndim > 0 and x.shape[0] % (mesh.size // tensor) == 0:
+            axes[0] = row_axes
+        if x.ndim == 4 and tensor > 1 and x.shape[2] % tensor == 0:
+            axes[2] = "tensor"
+        return jax.NamedSharding(mesh, jax.P(*axes))
+
+    return jax.tree.map(sharding, arrays)
+
+
+class Programs:
+    """The compiled programs of a model; adds the time of compiling up in `timing`."""
+
+    def __init__(self, model, mesh, top_k: int | None, timing):
+        self.graphdef, self.state = nnx.split(model)
+        self.mesh = mesh
+        self.top_k = top_k
+        self.timing = timing
+
+    def compile(self, function, cache, *batch, shared: list):
+        """Compiles a model file's prefill or decode for inputs such as these.
+
+        batch: inputs that have rows. shared: the others, which are the same on all devices. The
+        program takes (cache, *batch, *shared), and donates the cache.
+        """
+        start = time.perf_counter()
+        function = partial(function, self.graphdef, top_k=self.top_k)
+        inputs = (self.state, cache, *batch, *shared)
+
+        if "pmap" in self.mesh.shape:
+            axes = (None, 0, *[0] * len(batch), *[None] * len(shared))
+            devices = [*self.mesh.devices.flat]
+            program = jax.pmap(function, in_axes=axes, devices=devices, donate_argnums=1)
+        else:
+            out = (shardings_of(self.mesh, cache), None)
+            program = jax.jit(function, out_shardings=out, donate_argnums=1)
+
+        compiled = program.lower(*inputs).compile()
+        self.timing.compile += time.perf_counter() - start
+        return partial(compiled, self.state)
+
+
+# -------------------------------------------- Profile ---------------------------------------------
+
+
+def start_profile(folder: Path):
+    """Begins a trace of what the devices do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.profiler.start_trace(folder)
+
+
+def record_memory(folder: Path, device, timing):
+    """Adds the memory in use to memory.jsonl, where a device counts it, as a CPU does not."""
+    stats = device.memory_stats()
+    if not stats:
+        return
+
+    line = {
+        "seconds": time.perf_counter() - timing.begin,
+        "bytes_in_use": stats["bytes_in_use"],
+        "peak_bytes_in_use": stats["peak_bytes_in_use"],
+    }
+    mode = "w" if timing.steps == 0 else "a"  # the file of an older run is replaced
+    with open(folder / "memory.jsonl", mode) as file:
+        print(json.dumps(line), file=file)
+
+
+def stop_profile(folder: Path):
+    """Writes the trace, and says how to look at it."""
+    jax.profiler.stop_trace()
+    print(f"a trace is in {folder}: see it by `xprof {folder}`", file=sys.stderr)
+
+
+# ---------------------------------------------- Chat ----------------------------------------------
+
+
+class ChatTokenizer:
+    """A checkpoint's tokenizer, with its chat template around the messages."""
+
+    def __init__(self, folder: Path):
+        # Otherwise transformers says that PyTorch is missing.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from transformers import AutoTokenizer  # half a second, which only chats have to wait
+
+        self.codec = AutoTokenizer.from_pretrained(folder)
+        if not self.codec.chat_template:
+            fail(
+                f"{folder} has no chat template, so it was not tuned to answer: "
+                "leave --chat out, or try HuggingFaceTB/SmolLM2-135M-Instruct"
+            )
+
+    def encode(self, messages: str | list[dict]) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins.
+
+        A message is {"role": "user" or "assistant", "content": its text}. A text alone is the
+        first message of a user.
+        """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return codec.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    decode = partial(codec.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return SimpleNamespace(encode=encode, decode=decode)
-def answer(model_file, model, memory, ids, limit, args):
-    """Yields up to `limit` tokens after ids, each as an array of one. memory: `cache`, of `length`
-    slots, holds the tokens `ids`, so that only new ones are computed; all are where it is too short
-    or ids begin in another way, as where a template drops parts of earlier answers."""
+        return self.codec.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without the special ones."""
+        return self.codec.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@dataclass
+class Memory:
+    """What a model has computed of a conversation: the KV cache of the tokens `ids`."""
+
+    ids: list[int] = field(default_factory=list)
+    cache: tuple | None = None
+    length: int = 0  # slots of the cache
+
+
+def converse(model_file, model, mesh, tokenizer, stop_ids, args):
+    """Reads messages from the terminal and writes the answers, until Ctrl-D."""
+    import readline  # noqa: F401  (the arrow keys then work in `input`)
+
+    sys.stdin.reconfigure(errors="replace")
+    print(
+        f"{mesh.devices.flat[0].device_kind}, {model.dtype.name}; Ctrl-C stops an answer, "
+        "Ctrl-D ends the conversation",
+        file=sys.stderr,
+    )
+    context = model.config.max_position_embeddings
+    memory = Memory()
+    messages = []
+    while True:
+        try:
+            message = input("> ")
+        except EOFError:
+            print()
+            return
+        if not message.strip():
+            continue
+
+        messages.append({"role": "user", "content": message})
+        text = Text(tokenizer, messages, args.stop)
+        limit = min(args.max_new_tokens or ANSWER, context - len(text.prompt_ids))
+        if limit < 1:
+            messages.pop()
+            print(f"no room in the context of {context}: say less, or begin anew", file=sys.stderr)
+            continue
+
+        write_answer(model_file, model, memory, text, stop_ids, limit, args)
+        messages.append({"role": "assistant", "content": text.completion})
+
+
+def write_answer(model_file, model, memory, text, stop_ids, limit, args):
+    """Writes an answer as it is made. Ctrl-C ends it."""
+    written = 0
+    try:
+        for token in answer(model_file, model, memory, text.prompt_ids, limit, args):
+            text.add(token, stop_ids, limit)
+            print(text.completion[written:], end="", flush=True)
+            written = len(text.completion)
+            if text.reason:
+                break
+    except KeyboardInterrupt:
+        memory.length = 0  # the cache may have been donated to a step that did not finish
+    print()
+
+
+def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
+    """Yields up to `limit` tokens after ids, each as an array of one.
+
+    Only those of ids are computed that the memory does not hold yet. All are where it is too short,
+    or where ids begin in another way: some templates drop parts of earlier answers.
+    """
     graphdef, state = nnx.split(model)
-    options = {"keys": jax.random.fold_in(jax.random.key(args.seed), 0)[None],  # as a first row's
-               "sampling": sampling_of(args), "top_k": args.top_k}
-    prefill, decode = (partial(function, graphdef, state, **options)
-                       for function in (model_file.prefill, model_file.decode))
-    known, end = len(memory.ids), len(ids) + limit
-    if end > memory.length or known == len(ids) or memory.ids != ids[:known]:
-        known, memory.cache = 0, None  # the old one goes before the new one comes
-        memory.length = max(1024, 1 << (end - 1).bit_length())  # seldom another one to compile for
+    key = jax.random.fold_in(jax.random.key(args.seed), 0)  # the one of a first row
+    options = {"keys": key[None], "sampling": sampling_options(args), "top_k": args.top_k}
+    prefill = partial(model_file.prefill, graphdef, state, **options)
+    decode = partial(model_file.decode, graphdef, state, **options)
+
+    end = len(ids) + limit
+    known = len(memory.ids)
+    if end > memory.length or known >= len(ids) or memory.ids != ids[:known]:
+        known = 0
+        memory.cache = None  # the old one goes before the new one comes
+        memory.length = max(1024, 2 ** (end - 1).bit_length())  # each length is compiled for
         memory.cache = model_file.init_cache(model.config, 1, memory.length, model.dtype)
-    for T in (512, 64, 8, 1):  # in pieces of few lengths, as each is a program to compile
+
+    # In pieces of few different lengths, as each length is a program to compile.
+    for T in (512, 64, 8, 1):
         while len(ids) - known >= T:
-            memory.cache, token = prefill(memory.cache, np.array([ids[known : known + T]]), None)
+            piece = np.array([ids[known : known + T]])
+            memory.cache, token = prefill(memory.cache, piece, None)
             known += T
     memory.ids = list(ids)
+
     for _ in range(limit):
         yield np.asarray(token)
         memory.ids += token.tolist()
         memory.cache, token = decode(memory.cache, token, steps=1)
         token = token[:, 0]
-def converse(model_file, model, mesh, codec, stop_ids, args):
-    """Reads messages from the terminal and writes the answers, until Ctrl-D."""
-    import readline  # noqa: F401  (the arrow keys then work in `input`)
-    sys.stdin.reconfigure(errors="replace")
-    memory, messages = SimpleNamespace(ids=[], cache=None, length=0), []
-    context = model.config.max_position_embeddings
-    print(f"{mesh.devices.flat[0].device_kind}, {model.dtype.name}; Ctrl-C stops an answer, Ctrl-D "
-          "ends the conversation", file=sys.stderr)
-    while True:
-        try:
-            message = input("> ")
-        except EOFError:
-            return print()
-        if not message.strip():
-            continue
-        messages.append({"role": "user", "content": message})
-        text, written = Text(codec, messages, args.stop), 0
-        limit = min(args.max_new_tokens or 1000, context - len(text.prompt_ids))
-        if limit < 1:
-            messages.pop()
-            print(f"no room in the context of {context}: say less, or begin anew", file=sys.stderr)
-            continue
-        try:
-            for token in answer(model_file, model, memory, text.prompt_ids, limit, args):
-                text.add(token, stop_ids, limit)
-                print(text.completion[written:], end="", flush=True)
-                written = len(text.completion)
-                if text.reason:
-                    break
-        except KeyboardInterrupt:
-            memory.length = 0  # the cache may be donated to a step that was not finished
-        print()
-        messages.append({"role": "assistant", "content": text.completion})
-def write_texts(model_file, model, mesh, texts, stop_ids, args):
-    """Writes each text as it grows, one after the other, and in the end how long it took."""
-    timing = SimpleNamespace(compile=0.0, first=0.0, decode=0.0, steps=0)
-    room = model.config.max_position_embeddings - max(len(text.prompt_ids) for text in texts)
-    args.max_new_tokens = args.max_new_tokens or max(1, min(1000 if args.chat else 200, room))
-    shown, written = 0, 0  # texts that are out whole, and characters of the one after them
-    streaming, device = not (args.no_stream or args.json), mesh.devices.flat[0]
-    for new in generate(model_file, model, mesh, [text.prompt_ids for text in texts],
-                        args, streaming, timing):
-        if args.profile and (stats := device.memory_stats()):  # a CPU has none
-            used = {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use")}
-            with open(args.profile / "memory.jsonl", "a" if timing.steps else "w") as out:
-                print(json.dumps({"seconds": time.perf_counter() - timing.begin, **used}), file=out)
-        for text, ids in zip(texts, new, strict=True):
-            text.add(ids, stop_ids, args.max_new_tokens)
-        while shown < len(texts) and (streaming or texts[shown].reason):
-            text = texts[shown]
-            if args.json:
-                print(json.dumps(text.record(timing), ensure_ascii=False), flush=True)
-            else:
-                whole = text.completion if args.chat else text.prompt + text.completion
-                print(whole[written:], end="" if not text.reason else "\n", flush=True)
-                written = len(whole)
-            if not text.reason:
-                break
-            shown, written = shown + 1, 0
-            if shown < len(texts) and not args.json:
-                print("-" * 40)
-        if shown == len(texts):
-            break
-    prompt_tokens = sum(len(text.prompt_ids) for text in texts)
-    print(f"{mesh.size} x {device.device_kind}, {model.dtype.name}: compiled in "
-          f"{timing.compile:.1f} s, prefill {prompt_tokens / timing.first:,.0f} tokens/s, decode "
-          f"{len(texts) * timing.steps / (timing.decode or 1):,.1f} tokens/s", file=sys.stderr)
 
-# --------------------------------------------------------------------------------------------- main
-def main():
-    """From the command line to the last line on standard error."""
-    args = arguments()
-    if args.list:
-        return print_presets()
-    texts = read_prompts(args)
-    model_file = importlib.import_module(args.model or "gpt2")
+
+# ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
+
+AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"
+PARALLEL = rf"no|auto|pmap|{AXIS}(,{AXIS})*"  # what --parallel takes
+
+
+def fail(message) -> NoReturn:
+    """Exits with code 2 after one line that says what is wrong and what to do."""
+    one_line = " ".join(str(message).split())
+    print(f"{Path(__file__).name}: {one_line}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained(errors, message: str):
+    """Turns these exceptions into such an exit; {} in the message is the exception's text."""
     try:
-        return run(args, model_file, texts)
-    except model_file.InputError as error:
-        fail(error)
-def run(args, model_file, texts):
-    """Loads the model, and writes each text as it grows."""
-    devices = pick_devices(args.device, args.parallel)
-    if args.compile_cache != "off":
-        jax.config.update("jax_compilation_cache_dir", str(args.compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    default = next(iter(model_file.PRESETS))
-    name = args.weights or (default if args.model else "tiny")
-    if name == "tiny":
-        folder = HERE / "tiny" / model_file.__name__
-        GB = model_file.PRESETS[default].download_GB
-        print(f"This is the tiny model that comes with the project. The real one, {GB} GB from "
-              f"the Hub:\n    python sample.py --model {model_file.__name__}", file=sys.stderr)
-    else:
-        folder = checkout(model_file, name, args.revision)
-    dtype = args.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")
-    check_files(model_file, folder)
-    codec = chat_tokenizer(folder) if args.chat else model_file.tokenizer(folder)
-    config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    rows = 1 if texts is None else max(1, len(texts)) * args.num_samples
-    mesh = make_mesh(args.parallel, devices, config.num_attention_heads, size, rows)
-    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # which a Mixtral's routing reads
-    model = model_file.load(folder, dtype=jax.numpy.dtype(dtype), mesh=mesh)
-    stop_ids, file = model.config.eos_token_id, folder / "generation_config.json"
-    if file.exists():
-        stop_ids = json.loads(file.read_text()).get("eos_token_id", stop_ids)
-    stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-    if texts is None:
-        return converse(model_file, model, mesh, codec, stop_ids, args)
-    texts = texts or ["ROMEO:\n" if name == "tiny" else "Once upon a time"]
-    texts = [Text(codec, text, args.stop) for text in texts for _ in range(args.num_samples)]
-    write_texts(model_file, model, mesh, texts, stop_ids, args)
-    if args.profile:
-        jax.profiler.stop_trace()
-        print(f"a trace is in {args.profile}: see it by `xprof {args.profile}`", file=sys.stderr)
+        yield
+    except errors as error:
+        fail(message.replace("{}", str(error)))
+
+
+def pick_devices(name: str | None, parallel: str) -> list:
+    """The devices of --device: all of that kind, or one if it is numbered or --parallel is no.
+
+    The first of them on this host becomes JAX's default.
+    """
+    if not re.fullmatch(r"((cpu|gpu|tpu)(:\d+)?)?", name or ""):
+        fail(f"--device {name}: it must be cpu, gpu or tpu, or a numbered one such as gpu:1")
+    kind, _, index = (name or "").partition(":")
+
+    # Without this, JAX would start a GPU too and take its memory.
+    if kind == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+
+    with explained(RuntimeError, f"--device {name}: JAX finds no such device; leave it out"):
+        devices = jax.devices(kind or None)
+    number = int(index or 0)
+    if number >= len(devices):
+        fail(f"--device {name}: there are {len(devices)}, counted from 0")
+    if index or parallel == "no":
+        devices = [devices[number]]
+
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    jax.config.update("jax_default_device", own)
+    return devices
+
+
+def memory_of(device) -> float:
+    """The bytes that a device has; infinite where it does not say, as a CPU does not."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
+
+
+def make_mesh(parallel: str, devices: list, heads: int) -> jax.sharding.Mesh:
+    """Arranges the devices along the axes of --parallel, such as data:2,tensor:4.
+
+    An axis without a number takes the devices that the others leave.
+    """
+    axes = {}
+    for part in parallel.split(","):
+        axis, _, number = part.partition(":")
+        axes[axis] = int(number or 0)
+    taken = math.prod(number for number in axes.values() if number > 0)
+    for axis, number in axes.items():
+        axes[axis] = number or len(devices) // taken
+
+    count = math.prod(axes.values())
+    if not 0 < count <= len(devices):
+        fail(f"--parallel {parallel} does not fit {len(devices)} devices: lower its numbers")
+    if count < len(devices) and jax.process_count() > 1:
+        fail(f"--parallel {parallel} leaves devices out: of several hosts all must take part")
+    tensor = axes.get("tensor", 1)
+    if heads % tensor != 0:
+        fits = [n for n in range(1, heads + 1) if heads % n == 0]
+        fail(f"--parallel: {heads} heads split over tensor: {fits}, not over {tensor}")
+
+    return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
+
+
+# ---------------------------------------- The command line ----------------------------------------
+
+
+def parse_command_line() -> argparse.Namespace:
+    """The command line, checked as far as that needs no model."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        usage="python sample.py [--model NAME] [--weights WEIGHTS] [--prompt TEXT] [options]",
+    )
+    parser.error = fail
+    add_model_flags(parser)
+    add_text_flags(parser)
+    add_sampling_flags(parser)
+    add_machine_flags(parser)
+    add_output_flags(parser)
+
+    args = parser.parse_args()
+    check_text_flags(args)
+    check_sampling_flags(args)
+    check_machine_flags(args)
+    if args.model is None:
+        args.model = "gpt2"
+        args.weights = args.weights or "tiny"
+    return args
+
+
+def add_model_flags(parser):
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, help="which file (default: gpt2)")
+    model.add_argument(
+        "--weights",
+        metavar="WEIGHTS",
+        help="'tiny' (bundled), a Hub id, or a folder (default: the first preset of --model; "
+        "tiny if --model is not given either)",
+    )
+    model.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    model.add_argument(
+        "--list", action="store_true", help="print the published checkpoints and stop"
+    )
+
+
+def add_text_flags(parser):
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated"
+    )
+    text.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file as a prompt; may be repeated. Without either, standard input is one where it "
+        "is piped",
+    )
+    text.add_argument(
+        "--chat",
+        action="store_true",
+        help="let a model that was tuned for it answer: prompts, or messages on the terminal "
+        "(Ctrl-C stops an answer, Ctrl-D ends the conversation)",
+    )
+    text.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt"
+    )
+    text.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {CONTINUATION}, or {ANSWER} with --chat",
+    )
+    text.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text"
+    )
+
+
+def add_sampling_flags(parser):
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="0: greedy, always the likeliest token (default: %(default)s)",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, metavar="N", help="only among the N likeliest tokens"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="nucleus sampling: only among the likeliest that hold X together",
+    )
+    sampling.add_argument(
+        "--min-p", type=float, metavar="X", help="only those X times as likely as the likeliest"
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: repeats less (default: %(default)s)",
+    )
+    sampling.add_argument(
+        "--seed", type=int, default=0, help="same seed, same text (default: %(default)s)"
+    )
+
+
+def add_machine_flags(parser):
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: by the device"
+    )
+    machine.add_argument(
+        "--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1"
+    )
+    machine.add_argument(
+        "--parallel",
+        default="auto",
+        metavar="MODE",
+        help="over devices: pmap, data, fsdp, tensor, data:2,tensor:4 or no (default: data, or "
+        "tensor where the model does not fit one)",
+    )
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    machine.add_argument(
+        "--compile-cache",
+        default=caches / "jax-one-file-models",
+        metavar="DIR",
+        help="keeps compiled programs; or 'off'",
+    )
+
+
+def add_output_flags(parser):
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--no-stream", action="store_true", help="print a text only when it is complete"
+    )
+    output.add_argument("--json", action="store_true", help="one JSON object a line for each text")
+    output.add_argument(
+        "--profile", metavar="DIR", type=Path, help="write a trace of the generation into DIR"
+    )
+
+
+def check_text_flags(args):
+    for prompt in args.prompt:
+        # Bytes of the command line that are not UTF-8 are surrogates here.
+        if prompt.encode(errors="ignore").decode() != prompt:
+            fail("--prompt must be UTF-8 text")
+    if args.num_samples < 1:
+        fail("--num-samples must be 1 or more")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        fail("--max-new-tokens must be 1 or more")
+    if "" in args.stop:
+        fail("--stop must be a text; leave it out to go on to --max-new-tokens")
+
+
+def check_sampling_flags(args):
+    if not args.temperature >= 0:
+        fail("--temperature must be 0 (the likeliest token) or more")
+    if args.top_k is not None and args.top_k < 1:
+        fail("--top-k must be 1 or more")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        fail("--top-p must be above 0 and at most 1")
+    if args.min_p is not None and not 0 <= args.min_p <= 1:
+        fail("--min-p must be from 0 to 1")
+    if not args.repetition_penalty > 0:
+        fail("--repetition-penalty must be above 0")
+    if not 0 <= args.seed < 2**63:
+        fail("--seed must be from 0 to 2^63 - 1")
+
+
+def check_machine_flags(args):
+    if not re.fullmatch(PARALLEL, args.parallel):
+        fail("--parallel must be pmap, or like data, tensor:2 or data:2,tensor:4")
+    if args.profile is not None and not is_writable(args.profile):
+        fail("--profile must be a writable folder")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which need not exist yet."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):

@@ -1,19 +1,25 @@
-"""What is the same to the letter in several model files, and the command that keeps it so.
+"""What is the same to the letter in several files, and the command that keeps it so.
 
-    python tests/copies.py                  # says what differs
-    python tests/copies.py --write gpt2.py  # spreads the copies of gpt2.py to the other files
+    python tests/copies.py                    # says what differs
+    python tests/copies.py --write gpt2.py    # spreads the copies of gpt2.py to the model files
+    python tests/copies.py --write sample.py  # spreads the copies of sample.py to the programs
 
-The model files share no code, so that each can be read and copied alone. That has a price: a change
-to what they have in common is made in one of them, and spread by this command.
+The model files share no code, so that each can be read and copied alone; nor do the programs. That
+has a price: a change to what they have in common is made in one of them, and spread by this
+command. A copy is a function, a class, a method or a constant that a table below names, or a whole
+section of a model file: from a heading that says so to the next rule line.
 """
 
 import ast
+import re
 import sys
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ["gpt2", "opt", "llama", "gemma", "mistral"]
+PROGRAMS = ["sample", "train", "bench"]
 WITH_BIN = ["opt", "llama"]  # families whose repositories have pytorch_model.bin
 ROTARY = ["llama", "gemma", "mistral"]
 COPIES = {
@@ -52,17 +58,25 @@ COPIES = {
     "tokenizer": ["llama", "mistral"],
     "rotate": ROTARY,
 }
+PROGRAM_COPIES = dict.fromkeys(
+    ["AXIS", "PARALLEL", "fail", "explained", "pick_devices", "memory_of", "make_mesh"], PROGRAMS
+)
+RULE = re.compile(r"# -{5,}( (?P<heading>.+?)( -{5,})?)?")
+SECTION = "the same in every model file"  # how the heading of a section ends that is a copy
 
 
 @lru_cache
-def definitions(source: str) -> dict[str, tuple[int, int]]:
-    """Where each top-level name and each method of a model file stands: (first line, last line)."""
-    tree = ast.parse(source)
-    found = {}
+def places(source: str) -> dict[str, tuple[int, int]]:
+    """Where each name and each section that is a copy stands in a file: (first, last line).
+
+    The names are those of the top level, and the methods as Class.method; a section goes by its
+    heading.
+    """
+    found = sections(source)
 
     def add(node, prefix=""):
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        targets = getattr(node, "targets", [])
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
         for label in [getattr(node, "name", None), *(getattr(t, "id", None) for t in targets)]:
             if label:
                 found[prefix + label] = first, node.end_lineno
@@ -70,52 +84,92 @@ def definitions(source: str) -> dict[str, tuple[int, int]]:
             for child in node.body:
                 add(child, f"{node.name}.")
 
-    for node in tree.body:
+    for node in ast.parse(source).body:
         add(node)
     return found
 
 
+def sections(source: str) -> dict[str, tuple[int, int]]:
+    """Where each section that is a copy stands: heading -> (first line, last line with text)."""
+    lines = source.splitlines()
+    rules = [i for i, line in enumerate(lines) if RULE.fullmatch(line)]
+    found = {}
+    for begin, end in pairwise([*rules, len(lines)]):
+        heading = RULE.fullmatch(lines[begin])["heading"]
+        if heading and heading.endswith(SECTION):
+            while not lines[end - 1].strip():
+                end -= 1
+            found[heading] = begin + 1, end
+    return found
+
+
+def source_of(name: str) -> str | None:
+    """The text of a file, or None where it does not exist."""
+    path = ROOT / f"{name}.py"
+    return path.read_text() if path.exists() else None
+
+
 def text_of(name: str, what: str) -> str | None:
-    """The lines of a definition, or None where the file has none of that name."""
-    source = (ROOT / f"{name}.py").read_text()
-    if what not in (places := definitions(source)):
+    """The lines of a copy in a file, or None where the file has none of that name."""
+    source = source_of(name)
+    if source is None or what not in places(source):
         return None
-    first, last = places[what]
+    first, last = places(source)[what]
     return "\n".join(source.splitlines()[first - 1 : last])
 
 
+def copies() -> dict[str, list[str]]:
+    """All that is a copy: its name or heading -> the existing files that should have it."""
+    here = [name for name in ALL if source_of(name)]
+    headings = [heading for name in here for heading in sections(source_of(name))]
+    expected = {**COPIES, **PROGRAM_COPIES, **dict.fromkeys(headings, here)}
+    return {what: [name for name in names if source_of(name)] for what, names in expected.items()}
+
+
 def differing() -> list[tuple[str, str, str]]:
-    """(what, file, other file) for each copy that is not the same as in the first file it is in."""
-    here = {name for name in ALL if (ROOT / f"{name}.py").exists()}
+    """(what, file, other file) for each copy that is not the same as in the first file it is in.
+
+    A name that a file does not have is no difference; a section that it does not have is one.
+    """
     pairs = []
-    for what, names in COPIES.items():
-        first, *others = [name for name in names if name in here] or [None]
-        pairs += [
-            (what, first, other) for other in others if text_of(first, what) != text_of(other, what)
-        ]
+    for what, names in copies().items():
+        having = [name for name in names if text_of(name, what)]
+        for other in names if what.endswith(SECTION) else having:
+            if text_of(having[0], what) != text_of(other, what):
+                pairs.append((what, having[0], other))
     return pairs
 
 
 def spread(source: str) -> None:
-    """Writes what is a copy in `source` to the other files."""
-    for what, names in COPIES.items():
+    """Writes what is a copy in `source` to the other files that have it."""
+    for what, names in copies().items():
+        if source not in names or not text_of(source, what):
+            continue
         for name in names:
-            path = ROOT / f"{name}.py"
-            if source not in names or name == source or not path.exists():
+            if text_of(name, what) in (None, text_of(source, what)):
                 continue
-            if text_of(name, what) not in (None, text_of(source, what)):
-                first, last = definitions(path.read_text())[what]
-                lines = path.read_text().splitlines()
-                lines[first - 1 : last] = text_of(source, what).splitlines()
-                path.write_text("\n".join(lines) + "\n")
-                print(f"{name}.py: {what}")
+            first, last = places(source_of(name))[what]
+            lines = source_of(name).splitlines()
+            lines[first - 1 : last] = text_of(source, what).splitlines()
+            (ROOT / f"{name}.py").write_text("\n".join(lines) + "\n")
+            print(f"{name}.py: {what}")
+
+
+def main() -> int:
+    match sys.argv[1:]:
+        case []:
+            pass
+        case ["--write", file] if Path(file).stem in ALL + PROGRAMS:
+            spread(Path(file).stem)
+        case _:
+            files = ",".join(f"{name}.py" for name in ALL + PROGRAMS)
+            sys.exit(f"copies.py: python tests/copies.py [--write {{{files}}}]")
+
+    found = differing()
+    for what, first, other in found:
+        print(f"{what} differs between {first}.py and {other}.py")
+    return bool(found)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "--write" and Path(sys.argv[2]).stem in ALL:
-        spread(Path(sys.argv[2]).stem)
-    elif len(sys.argv) != 1:
-        sys.exit(f"copies.py: python tests/copies.py [--write {{{','.join(ALL)}}}.py]")
-    for what, first, other in differing():
-        print(f"{what} differs between {first}.py and {other}.py")
-    sys.exit(bool(differing()))
+    sys.exit(main())

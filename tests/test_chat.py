@@ -109,7 +109,7 @@ def test_a_prompt_is_answered_as_the_template_asks_and_only_the_answer_is_printe
 def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
     write_chat(tmp_path, template=None)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    ids = sample.chat_tokenizer(tmp_path).encode("Hi")
+    ids = sample.ChatTokenizer(tmp_path).encode("Hi")
     assert ids[0] == END - 1 and ids.count(END - 1) == 2 and ids.count(END) == 1
 
 
@@ -208,7 +208,7 @@ class Talk:
 
     def __init__(self, module, folder):
         self.module, self.model = module, module.load(folder)
-        self.memory, self.fed = SimpleNamespace(ids=[], cache=None, length=0), 0
+        self.memory, self.fed = sample.Memory(), 0
         self.args = SimpleNamespace(
             top_k=None, temperature=0, top_p=None, min_p=None, seed=0, repetition_penalty=1.0
         )
@@ -239,7 +239,7 @@ class Talk:
 def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_path, module):
     """In pieces, and for longer than the windows of 24 tokens."""
     folder = write_chat(tmp_path, module)
-    codec, talk, messages, known = sample.chat_tokenizer(folder), Talk(module, folder), [], 0
+    codec, talk, messages, known = sample.ChatTokenizer(folder), Talk(module, folder), [], 0
     for message in [
         "The first message is one of more than sixty-four letters, so of two pieces.",
         "A second.",
@@ -256,7 +256,7 @@ def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_pat
 
 
 def test_where_a_template_changes_earlier_turns_all_is_computed_anew(folder):
-    codec, talk = sample.chat_tokenizer(folder), Talk(llama, folder)
+    codec, talk = sample.ChatTokenizer(folder), Talk(llama, folder)
     for text in ["Hello", "Another beginning, not of the same ids"]:
         ids = codec.encode(text)
         assert talk.answer(ids, 20) == talk.anew(ids, 20)
@@ -266,7 +266,7 @@ def test_where_a_template_changes_earlier_turns_all_is_computed_anew(folder):
 @pytest.mark.wide
 def test_a_conversation_that_outgrows_its_cache_gets_a_longer_one(folder):
     """It begins with 1,024 slots."""
-    codec, talk = sample.chat_tokenizer(folder), Talk(llama, folder)
+    codec, talk = sample.ChatTokenizer(folder), Talk(llama, folder)
     ids = codec.encode("Hello")
     ids += talk.answer(ids, 20) + codec.encode("a" * 1000)
     assert talk.answer(ids, 20) == talk.anew(ids, 20)
@@ -281,7 +281,7 @@ def test_a_conversation_that_outgrows_its_cache_gets_a_longer_one(folder):
     [
         (None, ["--prompt", "Hi"], "has no chat template"),
         (CHATML, [], "--chat needs a terminal to converse on, or a --prompt"),
-        (CHATML, ["--prompt", "a" * 3000], "do not fit the context of 2048"),
+        (CHATML, ["--prompt", "a" * 3000], "do not fit the context"),
     ],
 )
 def test_what_a_chat_lacks_is_said_in_one_line(tmp_path, refused, template, options, said):
@@ -314,7 +314,7 @@ def test_the_same_message_again_is_answered_again(folder):
     args = SimpleNamespace(
         seed=0, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0
     )
-    memory, model = SimpleNamespace(ids=[], cache=None, length=0), llama.load(folder)
+    memory, model = sample.Memory(), llama.load(folder)
     once, again = (list(sample.answer(llama, model, memory, [5, 6, 7], 1, args)) for _ in "12")
     assert len(once) == 1 and once == again
 

@@ -270,7 +270,6 @@ def test_every_mode_draws_the_greedy_tokens_of_one_device(model):
 SHARES = """
 import importlib, json, sys
 from argparse import Namespace
-from types import SimpleNamespace
 import jax, numpy as np
 from flax import nnx
 import sample
@@ -285,10 +284,9 @@ held = dict.fromkeys(map(str, jax.devices()), 0)
 for array in placed:  # all that loading put on a device
     for shard in array.addressable_shards:
         held[str(shard.device)] += shard.data.nbytes
-args = Namespace(max_new_tokens=8, temperature=0, top_p=None, min_p=None, repetition_penalty=1,
-                 top_k=None, seed=0, profile=None)
-texts = sample.generate(module, model, mesh, [[5, 6]] * 4, args, False, SimpleNamespace(
-    compile=0, decode=0, steps=0))
+args = Namespace(temperature=0, top_p=None, min_p=None, repetition_penalty=1, top_k=None, seed=0,
+                 profile=None, json=True, no_stream=False)
+texts = sample.generate(module, model, mesh, [[5, 6]] * 4, 8, sample.Timing(), args)
 caches = [next(texts) is None or texts.gi_frame.f_locals["cache"] for _ in range(2)]
 def split(array):  # the axis along which each dimension is split
     spec = [axis[0] if isinstance(axis, tuple) else axis for axis in array.sharding.spec]
@@ -379,7 +377,7 @@ def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
         ("train.py", "--parallel pmap --multihost auto", "--prompt are for one host"),
         ("train.py", "--multihost here", "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
         ("train.py", "--multihost auto", "--multihost auto: coordinator_address should be defined"),
-        ("sample.py", "--parallel tensor:8", "--parallel tensor:8 is too much for 4 devices"),
+        ("sample.py", "--parallel tensor:8", "--parallel tensor:8 does not fit 4 devices"),
         ("sample.py", "--parallel tensor:3", "4 heads split over tensor: [1, 2, 4], not over 3"),
         ("sample.py", "--parallel rows", "--parallel must be pmap, or like data, tensor:2"),
     ],
