@@ -25,8 +25,10 @@ From "Open language models in JAX, one file each". MIT License, copyright (c) 20
 
 import json
 import math
+import pickle
 import re
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -950,7 +952,6 @@ RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # bare models lack the prefix
 # Ignored where a file has them: the token table again as the head, and RoPE's frequencies.
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
-FORMATS = {"model.safetensors": safetensors_in}
 
 
 def tokenizer(name, revision: str | None = None):
@@ -973,6 +974,95 @@ def tokenizer(name, revision: str | None = None):
         encode = partial(codec.encode, add_bos=True)
 
     return SimpleNamespace(encode=encode, decode=codec.decode)
+
+
+# pytorch_model.bin without PyTorch: the same in opt.py and llama.py
+#
+# The file is a zip archive. Its members data/0, data/1 and so on are the storages: plain numbers,
+# one after another. The member data.pkl is a pickle. For each tensor it says the name, the storage,
+# the offset at which the tensor starts in the storage, and its shape and strides.
+#
+# A pickle is a program for a small stack machine. Its instructions build lists and dicts, but they
+# can also look up any function of any package by name and call it, so a pickle from a stranger may
+# run any code. Here `find_class` answers each look-up. It has harmless stand-ins for the few names
+# that weights need, and refuses all others.
+
+STORAGES = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "BoolStorage": np.bool_,
+}
+
+
+def torch_tensors_in(file: Path) -> dict:
+    """The tensors of a pytorch_model.bin: name -> a function that reads one as a numpy array.
+
+    InputError: its pickle asks for more than weights need.
+    """
+    with zipfile.ZipFile(file) as archive:
+        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        folder = pickled.removesuffix("data.pkl")
+        return TorchUnpickler(archive.open(pickled), file, folder).load()
+
+
+class TorchUnpickler(pickle.Unpickler):
+    """Runs a data.pkl. The pickle module calls find_class and persistent_load as it goes."""
+
+    def __init__(self, stream, file: Path, folder: str):
+        super().__init__(stream)
+        self.file = file
+        self.folder = folder  # within the archive
+
+    def find_class(self, module: str, name: str):
+        """What the pickle gets when it looks up a class or a function."""
+        if name in STORAGES:
+            return name  # its kind
+        if name == "OrderedDict":
+            return Weights
+        if name == "_rebuild_tensor_v2":
+            return self.rebuild_tensor
+        if name == "_rebuild_parameter":
+            return lambda tensor, *_: tensor  # a parameter is read as its tensor
+        raise InputError(f"{self.file} asks for {module}.{name}, which weights do not need")
+
+    def persistent_load(self, reference):
+        """What the pickle gets for a storage: its kind, and its name in the archive."""
+        _, kind, number, _, _ = reference  # "storage", kind, number, device, size
+        return kind, f"{self.folder}data/{number}"
+
+    def rebuild_tensor(self, storage, offset, shape, strides, *_):
+        """The pickle calls this for each tensor, with the storage from persistent_load."""
+        kind, name = storage
+        return partial(read_tensor, self.file, kind, name, offset, shape, strides)
+
+
+class Weights(dict):
+    """Stands for OrderedDict."""
+
+    def __setstate__(self, attributes):
+        """The pickle sets an attribute, _metadata, which is not needed."""
+
+
+def read_tensor(file: Path, kind: str, name: str, offset: int, shape, strides):
+    """Reads a tensor from a storage. offset and strides count numbers, not bytes."""
+    with zipfile.ZipFile(file) as archive:
+        data = archive.read(name)
+    if kind not in STORAGES or not data:
+        raise InputError(f"{file} is damaged: no numbers in {name}")
+
+    # ndarray refuses a tensor that reaches beyond the storage.
+    dtype = np.dtype(STORAGES[kind])
+    strides = [stride * dtype.itemsize for stride in strides]
+    return np.ndarray(shape, dtype, data, offset * dtype.itemsize, strides)
+
+
+FORMATS = {  # files of weights, and what reads them
+    "model.safetensors": safetensors_in,
+    "pytorch_model.bin": torch_tensors_in,
+}
 
 
 # ------------------------------------------ Many devices ------------------------------------------

@@ -25,7 +25,10 @@ COPIES = [
     (ALL, ["Model.__call__", "write_slots", "sharding"]),
     (["gpt2", "opt"], ["Cache", "update_layer"]),
     (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask"]),
-    (["opt", "llama"], ["torch_tensors_in"]),  # families with repositories of pytorch_model.bin
+    (
+        ["opt", "llama"],
+        ["STORAGES", "torch_tensors_in", "TorchUnpickler", "Weights", "read_tensor"],
+    ),
     (["llama", "gemma", "mistral"], ["attend", "rotate"]),
     (["llama", "mistral"], ["rms_norm", "tokenizer"]),
     (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
