@@ -20,47 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ["gpt2", "opt", "llama", "gemma", "mistral"]
 PROGRAMS = ["sample", "train", "bench"]
-WITH_BIN = ["opt", "llama"]  # families whose repositories have pytorch_model.bin
-ROTARY = ["llama", "gemma", "mistral"]
-COPIES = {
-    **dict.fromkeys(
-        [
-            "InputError",
-            "product",
-            "Linear",
-            "attend_chunked",
-            "write",
-            "sample",
-            "generate_naive",
-            "prefill",
-            "STEPS",
-            "decode",
-            "round_up",
-            "batch_prompts",
-            "generate",
-            "fetch",
-            "safetensors_in",
-            "stored_tensors",
-            "named_parameters",
-            "load",
-            "save",
-            "sharding",
-            "Model.__call__",
-        ],
-        ALL,
-    ),
-    "attend": ROTARY,
-    "masked_scores": ["gpt2", "opt", "llama"],
-    "Cache": ["gpt2", "opt", "llama"],
-    "torch_tensors_in": WITH_BIN,
-    "norm": ["llama", "mistral"],
-    "remember": ["gemma", "mistral"],
-    "tokenizer": ["llama", "mistral"],
-    "rotate": ROTARY,
-}
-PROGRAM_COPIES = dict.fromkeys(
-    ["AXIS", "PARALLEL", "fail", "explained", "pick_devices", "memory_of", "make_mesh"], PROGRAMS
-)
+# Which files have the same definitions, beside the sections that are the same in every model file.
+COPIES = [
+    (ALL, ["Model.__call__", "write_slots", "sharding"]),
+    (["gpt2", "opt"], ["Cache", "update_layer"]),
+    (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask"]),
+    (["opt", "llama"], ["torch_tensors_in"]),  # families with repositories of pytorch_model.bin
+    (["llama", "gemma", "mistral"], ["attend", "rotate"]),
+    (["llama", "mistral"], ["rms_norm", "tokenizer"]),
+    (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
+    (PROGRAMS, ["AXIS", "PARALLEL", "fail", "explained", "pick_devices", "memory_of", "make_mesh"]),
+]
 RULE = re.compile(r"# -{5,}( (?P<heading>.+?)( -{5,})?)?")
 SECTION = "the same in every model file"  # how the heading of a section ends that is a copy
 
@@ -118,12 +88,15 @@ def text_of(name: str, what: str) -> str | None:
     return "\n".join(source.splitlines()[first - 1 : last])
 
 
-def copies() -> dict[str, list[str]]:
-    """All that is a copy: its name or heading -> the existing files that should have it."""
+def copies() -> list[tuple[str, list[str]]]:
+    """All that is a copy: its name or heading, and the existing files that should have it."""
     here = [name for name in ALL if source_of(name)]
     headings = [heading for name in here for heading in sections(source_of(name))]
-    expected = {**COPIES, **PROGRAM_COPIES, **dict.fromkeys(headings, here)}
-    return {what: [name for name in names if source_of(name)] for what, names in expected.items()}
+    pairs = [(heading, here) for heading in dict.fromkeys(headings)]
+    for names, definitions in COPIES:
+        existing = [name for name in names if source_of(name)]
+        pairs += [(what, existing) for what in definitions]
+    return pairs
 
 
 def differing() -> list[tuple[str, str, str]]:
@@ -132,7 +105,7 @@ def differing() -> list[tuple[str, str, str]]:
     A name that a file does not have is no difference; a section that it does not have is one.
     """
     pairs = []
-    for what, names in copies().items():
+    for what, names in copies():
         having = [name for name in names if text_of(name, what)]
         for other in names if what.endswith(SECTION) else having:
             if text_of(having[0], what) != text_of(other, what):
@@ -142,7 +115,7 @@ def differing() -> list[tuple[str, str, str]]:
 
 def spread(source: str) -> None:
     """Writes what is a copy in `source` to the other files that have it."""
-    for what, names in copies().items():
+    for what, names in copies():
         if source not in names or not text_of(source, what):
             continue
         for name in names:

@@ -39,11 +39,10 @@ def test_no_copy_differs():
     assert copies.differing() == []
 
 
-@pytest.mark.parametrize("what", [*copies.COPIES, *copies.PROGRAM_COPIES])
-def test_what_is_listed_as_a_copy_is_there(what):
-    for name in {**copies.COPIES, **copies.PROGRAM_COPIES}[what]:
-        if name in HERE:
-            assert copies.text_of(name, what), f"{name}.py has no {what}"
+@pytest.mark.parametrize(("what", "names"), copies.copies())
+def test_what_is_listed_as_a_copy_is_there(what, names):
+    for name in names:
+        assert copies.text_of(name, what), f"{name}.py has no {what}"
 
 
 def test_a_changed_copy_is_reported_and_restored(tree):
@@ -112,8 +111,7 @@ def fail():
 def made_up(tmp_path, monkeypatch):
     """Three model files and two programs, of which one does not have all copies yet."""
     monkeypatch.setattr(copies, "ROOT", tmp_path)
-    monkeypatch.setattr(copies, "COPIES", {})
-    monkeypatch.setattr(copies, "PROGRAM_COPIES", dict.fromkeys(["LIMIT", "fail"], copies.PROGRAMS))
+    monkeypatch.setattr(copies, "COPIES", [(copies.PROGRAMS, ["LIMIT", "fail"])])
     for width, name in enumerate(["gpt2", "opt", "llama"]):
         (tmp_path / f"{name}.py").write_text(MODEL.format(width=width, drawn=1))
     (tmp_path / "sample.py").write_text(PROGRAM.format(limit=1, words="a"))

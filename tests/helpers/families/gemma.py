@@ -73,9 +73,9 @@ GEMMA = Family(
             "self.gate_proj(x)",
         ),
         "scores not capped": Mutation(
-            "softcap=config.attn_logit_softcapping", "softcap=None", "second"
+            '"softcap": self.config.attn_logit_softcapping', '"softcap": None', "second"
         ),
-        "logits not capped": Mutation("logits if cap is None", "logits if True", "second"),
+        "logits not capped": Mutation("if cap is not None", "if False", "second"),
         "a window one longer": Mutation(
             "q_pos - k_pos < window", "q_pos - k_pos <= window", "second"
         ),
@@ -97,21 +97,19 @@ GEMMA = Family(
             "return x + self.post_feedforward_layernorm(y)", "return x + y", "third"
         ),
         "queries and keys not normed": Mutation(
-            "q, k = self.q_norm(q), self.k_norm(k)", "pass", "third"
+            "q = self.q_norm(q)\n            k = self.k_norm(k)", "pass", "third"
         ),
         "one theta for all": Mutation(
-            "config.rope_local_base_freq if self.sliding else config.rope_theta",
+            "config.rope_local_base_freq if sliding else config.rope_theta",
             "config.rope_theta",
             "third",
         ),
         "all layers slow": Mutation(
-            "speed if self.sliding else speed / config.rope_factor",
-            "speed / config.rope_factor",
+            "if not sliding:",
+            "if True:",
             "third, slow",
         ),
-        "no layer slow": Mutation(
-            "speed if self.sliding else speed / config.rope_factor", "speed", "third, slow"
-        ),
+        "no layer slow": Mutation("if not sliding:", "if False:", "third, slow"),
     },
     core="third",
     **ROTARY,

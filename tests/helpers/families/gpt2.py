@@ -36,8 +36,6 @@ def gpt2_hf_parts(hf, tokens, x):
     }
 
 
-QKV = "q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]"
-
 GPT2 = Family(
     module=gpt2,
     hf_config=GPT2Config,
@@ -84,21 +82,21 @@ GPT2 = Family(
             "use_fast_variance=True",
             seen=("parts", "norm far from zero"),
         ),
-        "scale by D and not Dh": Mutation("(D // config.n_head) ** -0.5", "D ** -0.5"),
-        "no scale": Mutation("(D // config.n_head) ** -0.5", "1.0"),
+        "scale by D and not Dh": Mutation("(D // H) ** -0.5", "D ** -0.5"),
+        "no scale": Mutation("(D // H) ** -0.5", "1.0"),
         "layers counted from 0": Mutation(
             "/= layer + 1", "/= max(layer, 1)", "four layers, scaled by layer"
         ),
         "a token does not see itself": Mutation(VISIBLE, VISIBLE.replace("<=", "<")),
         "a token sees the next one": Mutation("(k_pos <= q_pos)", "(k_pos <= q_pos + 1)"),
-        "q and k exchanged": Mutation(QKV, QKV.replace("q, k, v", "k, q, v")),
-        "k and v exchanged": Mutation(QKV, QKV.replace("q, k, v", "q, v, k")),
+        "q and k exchanged": Mutation("attend(q, k, v, positions", "attend(k, q, v, positions"),
+        "k and v exchanged": Mutation("= update_layer(past, k, v", "= update_layer(past, v, k"),
         "heads of c_attn interleaved": Mutation(
-            ".reshape(B, T, 3, self.n_head, D // self.n_head)",
-            ".reshape(B, T, self.n_head, 3, D // self.n_head).swapaxes(2, 3)",
+            ".reshape(B, T, 3, self.heads, D // self.heads)",
+            ".reshape(B, T, self.heads, 3, D // self.heads).swapaxes(2, 3)",
         ),
         "positions from 1": Mutation("jnp.maximum(positions, 0)", "jnp.maximum(positions, 0) + 1"),
-        "no final norm": Mutation("return self.ln_f(x), cache", "return x, cache"),
+        "no final norm": Mutation("x = self.ln_f(x)", "pass"),
         "one norm for both": Mutation("self.mlp(self.ln_2(x)", "self.mlp(self.ln_1(x)"),
         "MLP beside attention": Mutation("self.mlp(self.ln_2(x)", "self.mlp(self.ln_2(x - y)"),
         "attention's c_proj transposed": Mutation(

@@ -36,20 +36,18 @@ LLAMA = Family(
             "epsilon=config.rms_norm_eps", "epsilon=1e-6", "large epsilon and theta"
         ),
         "dynamic RoPE that does not grow": Mutation(
-            "(positions.max(axis=1) + 1)", "(positions.max(axis=1) * 0 + 1)", "dynamic RoPE"
+            "positions.max(axis=1) + 1", "positions.max(axis=1) * 0 + 1", "dynamic RoPE"
         ),
         "theta of Llama 1": Mutation(
-            "config.head_dim, config.rope_theta",
-            "config.head_dim, 10000.0",
+            "theta = config.rope_theta",
+            "theta = 10000.0",
             "large epsilon and theta",
         ),
         "keys not turned": Mutation(
-            "k = rotate(self.k_proj(x).reshape(B, T, -1, Dh), positions, speed)",
-            "k = self.k_proj(x).reshape(B, T, -1, Dh)",
+            "k = rotate(k, positions, inv_freq)",
+            "pass",
         ),
-        "linear scaling ignored": Mutation(
-            '(factor if kind == "linear" else 1)', "1", "linear RoPE"
-        ),
+        "linear scaling ignored": Mutation("inv_freq = inv_freq / factor", "pass", "linear RoPE"),
         "Llama 3.1's scaling ignored": Mutation('kind == "llama3"', "False", "llama3 RoPE"),
         "no transition between the bands": Mutation(
             "kept = np.clip((turns - low) / (high - low), 0, 1)",
@@ -58,8 +56,8 @@ LLAMA = Family(
         ),
         "scale by D and not Dh": Mutation("scale=Dh**-0.5", "scale=D**-0.5 if (D := 48) else 1"),
         "gate and up exchanged": Mutation(
-            "jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)",
-            "jax.nn.silu(self.up_proj(x)) * self.gate_proj(x)",
+            "x = gate * self.up_proj(x)",
+            "x = jax.nn.silu(self.up_proj(x)) * self.gate_proj(x)",
         ),
         "GELU for SiLU": Mutation("jax.nn.silu(", "jax.nn.gelu("),
         "one norm for both": Mutation(

@@ -53,23 +53,25 @@ MISTRAL = Family(
             "epsilon=config.rms_norm_eps", "epsilon=1e-6", "large epsilon and theta"
         ),
         "theta of Llama 1": Mutation(
-            "speed = config.rope_theta **", "speed = 10000.0 **", "large epsilon and theta"
+            "return config.rope_theta **", "return 10000.0 **", "large epsilon and theta"
         ),
         "a window one longer": Mutation(
-            "q_pos - k_pos < (window", "q_pos - k_pos <= (window", "window of 5"
+            "q_pos - k_pos < window", "q_pos - k_pos <= window", "window of 5"
         ),
         "a window one shorter": Mutation(
-            "q_pos - k_pos < (window", "q_pos - k_pos + 1 < (window", "window of 5"
+            "q_pos - k_pos < window", "q_pos - k_pos + 1 < window", "window of 5"
         ),
-        "GELU for SiLU": Mutation("down(jax.nn.silu(", "down(jax.nn.gelu("),
+        "GELU for SiLU": Mutation("jax.nn.silu(self.gate_proj", "jax.nn.gelu(self.gate_proj"),
         "w1 and w3 exchanged": Mutation(
-            'MLP(config, ("w1", "w3", "w2")', 'MLP(config, ("w3", "w1", "w2")', "8 experts"
+            "jax.nn.silu(self.w1(x))  # [..., F]\n        x = gate * self.w3(x)",
+            "jax.nn.silu(self.w3(x))\n        x = gate * self.w1(x)",
+            "8 experts",
         ),
         "scores of the chosen do not sum to 1": Mutation(
             "weights = weights / weights.sum(axis=-1, keepdims=True)", "", "8 experts"
         ),
         "one expert for two": Mutation(
-            "self.per_token, E = config.num_experts_per_tok", "self.per_token, E = 1", "8 experts"
+            "self.per_token = config.num_experts_per_tok", "self.per_token = 1", "8 experts"
         ),
         "own head transposed": Mutation(
             '"lm_head.weight", True', '"lm_head.weight", False', "square head"

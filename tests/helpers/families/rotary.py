@@ -80,19 +80,19 @@ def rope(kind, theta=10000.0, **scaling):
 ROTARY_FAULTS = {
     **MASK_FAULTS,
     "pairs side by side": Mutation(
-        "one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)",
-        "one, other = x[..., ::2], x[..., 1::2]",
+        "x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)",
+        "x1, x2 = x[..., ::2], x[..., 1::2]",
     ),
     "turned backwards": Mutation(
-        "one * cos - other * sin, other * cos + one * sin",
-        "one * cos + other * sin, other * cos - one * sin",
+        "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
+        "x1 * cos + x2 * sin, x2 * cos - x1 * sin",
     ),
     "query heads in another order": Mutation(
         "q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4)",
         "q.reshape(B, T, G, K, Dh).transpose(0, 3, 2, 1, 4)",
         "grouped heads",
     ),
-    "no final norm": Mutation("return self.norm(x), Cache", "return x, Cache"),
+    "no final norm": Mutation("x = self.norm(x)", "pass"),
     "o_proj not transposed": Mutation(
         "CHECKPOINT = [", ('CHECKPOINT = [(r"(.+o_proj)\\.kernel", r"model.\\1.weight", False),')
     ),
