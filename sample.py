@@ -6,7 +6,7 @@
     python sample.py --model llama --weights HuggingFaceTB/SmolLM2-135M-Instruct --chat
     python sample.py --list                              # what there is, and how large it is
 
-The text goes to standard output as it is made; what is said about it goes to standard error.
+The text goes to standard output while it is generated; all else goes to standard error.
 """
 
 import argparse
@@ -80,7 +80,10 @@ def main():
 
 
 def read_prompts(args) -> list[str] | None:
-    """The prompts of --prompt, --prompt-file or standard input; None: ask on the terminal."""
+    """The prompts: from --prompt and --prompt-file, or else from standard input, or else a default.
+
+    None stands for a conversation on the terminal.
+    """
     prompts = list(args.prompt)
     for file in args.prompt_file:
         with explained((OSError, UnicodeDecodeError), f"--prompt-file {file} cannot be read: {{}}"):
@@ -102,7 +105,7 @@ def read_prompts(args) -> list[str] | None:
 
 
 def read_standard_input() -> list[str]:
-    """What is piped in, as one prompt; no prompt where that is nothing."""
+    """Reads what is piped in, as one prompt. An empty input is no prompt."""
     ready, _, _ = select.select([0], [], [], 1)
     if not ready:
         print("reading the prompt from standard input ...", file=sys.stderr)
@@ -115,9 +118,9 @@ def read_standard_input() -> list[str]:
 
 
 def check_conversation(args):
-    """Stops where an option makes no sense in a conversation on the terminal."""
-    several_rows = args.num_samples > 1 or re.match("pmap|data|fsdp", args.parallel)
-    if several_rows or args.json or args.no_stream or args.profile:
+    """Exits where an option makes no sense in a conversation on the terminal."""
+    splits_rows = re.match("pmap|data|fsdp", args.parallel)
+    if args.num_samples > 1 or splits_rows or args.json or args.no_stream or args.profile:
         fail(
             "a conversation is one text, shown as it is made: leave --num-samples, --json, "
             "--no-stream, --profile and all --parallel but tensor out, or give a --prompt"
@@ -141,9 +144,9 @@ def print_presets():
 
 
 def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
-    """The folder of --weights: the bundled one, a folder, or one from the Hub, downloaded if new.
+    """The folder of a checkpoint: bundled, given as a folder, or of the Hub, downloaded if need be.
 
-    name None: the first preset of the model file.
+    name: what --weights says; None for the first preset of the model file.
     """
     default = next(iter(model_file.PRESETS))
     name = name or default
@@ -162,7 +165,7 @@ def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
 
 
 def find_cached(model_file, name: str, revision: str | None) -> Path | None:
-    """The folder of a Hub id in the cache; None where files are missing. Needs no network."""
+    """The cached folder of a Hub id, or None if files are missing. Needs no network."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -184,7 +187,7 @@ def find_cached(model_file, name: str, revision: str | None) -> Path | None:
 
 
 def download(model_file, name: str, revision: str | None) -> Path:
-    """Downloads a Hub id into the cache, after a line that says how large it is."""
+    """Downloads a checkpoint from the Hub into its cache, and says how large it is."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
@@ -201,9 +204,10 @@ def download(model_file, name: str, revision: str | None) -> Path:
 
 
 def wanted_patterns(model_file, names) -> list[str]:
-    """Which files of a repository to download: the weights in one format, and what goes with them.
+    """Patterns of the files to download from a repository: config, tokenizer and weights.
 
-    A repository may have its weights in several formats; the model file's first one is taken.
+    Many repositories have their weights in several formats. Only the first one that the model file
+    can read is downloaded.
     """
     for whole in model_file.FORMATS:
         pattern = whole.replace(".", "*.") + "*"  # also shards and their index
@@ -213,7 +217,7 @@ def wanted_patterns(model_file, names) -> list[str]:
 
 
 def why_no_download(error, name: str, revision: str | None) -> str:
-    """What the user can do about an error of the Hub."""
+    """Says what is wrong where the Hub gives an error, and what to do."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -235,7 +239,7 @@ def why_no_download(error, name: str, revision: str | None) -> str:
 
 
 def check_files(model_file, folder: Path):
-    """Stops where a checkpoint is damaged, incomplete, or made for another model file."""
+    """Exits where a checkpoint is damaged, incomplete, or of another model family."""
     weights = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     for file in [*folder.glob("*.json"), *weights]:
         check_file(file)
@@ -255,7 +259,7 @@ def check_files(model_file, folder: Path):
 
 
 def check_file(file: Path):
-    """Stops where a file of a checkpoint is not what its name says."""
+    """Exits where a file of a checkpoint is damaged, or is not what its name says."""
     from safetensors import SafetensorError, safe_open
 
     with open(file, "rb") as stream:
@@ -276,7 +280,7 @@ def check_file(file: Path):
 
 
 def is_from_pytorch(file: Path) -> bool:
-    """Whether it is a zip file as torch.save writes since PyTorch 1.6."""
+    """Whether it is a file of torch.save since PyTorch 1.6: a zip file with a pickle."""
     if not zipfile.is_zipfile(file):
         return False
     return any(name.endswith("/data.pkl") for name in zipfile.ZipFile(file).namelist())
@@ -286,13 +290,13 @@ def is_from_pytorch(file: Path) -> bool:
 
 
 def keep_compiled_programs(folder):
-    """JAX then reads a program from this folder where an earlier run has compiled it."""
+    """Lets JAX store compiled programs in a folder, and reuse the ones of earlier runs."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def load_model(model_file, folder: Path, devices: list, prompts: list[str] | None, args):
-    """Loads the model onto its devices -> (model, their mesh)."""
+    """Loads the weights onto the devices -> (model, mesh)."""
     config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
     heads = config.num_attention_heads
 
@@ -302,7 +306,7 @@ def load_model(model_file, folder: Path, devices: list, prompts: list[str] | Non
         size = sum(file.stat().st_size for file in folder.iterdir())
         parallel = choose_parallel(devices, heads, size, rows)
     mesh = make_mesh(parallel, devices, heads)
-    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # the experts of a Mixtral read it
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # Mixtral routes by it
 
     dtype = args.dtype
     if dtype is None:
@@ -311,9 +315,9 @@ def load_model(model_file, folder: Path, devices: list, prompts: list[str] | Non
 
 
 def choose_parallel(devices: list, heads: int, size: int, rows: int) -> str:
-    """What --parallel auto means: data, or tensor where one device has no room for the weights.
+    """What --parallel auto stands for: data, or tensor if the weights do not fit one device.
 
-    size: bytes of the weights; rows: how many texts are made at once.
+    size: of the weights in bytes. rows: the batch size.
     """
     if size > memory_of(devices[0]):
         most = max(n for n in range(1, len(devices) + 1) if heads % n == 0)
@@ -329,7 +333,7 @@ def choose_parallel(devices: list, heads: int, size: int, rows: int) -> str:
 
 
 def find_stop_ids(folder: Path, config) -> list[int]:
-    """The token ids that end a text, from generation_config.json or else from the config."""
+    """The token ids that end a text: from generation_config.json, or else from config.json."""
     ids = config.eos_token_id
     file = folder / "generation_config.json"
     if file.exists():
@@ -342,11 +346,11 @@ def find_stop_ids(folder: Path, config) -> list[int]:
     return list(ids)
 
 
-# ------------------------------------- Texts as they are made -------------------------------------
+# --------------------------------------------- Texts ----------------------------------------------
 
 
 def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
-    """Writes each text as it grows, one after the other, and in the end how long it took."""
+    """Continues each prompt --num-samples times and writes the texts; then how fast that was."""
     texts = []
     for prompt in prompts:
         for _ in range(args.num_samples):
@@ -371,12 +375,12 @@ def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
 
 
 def streams(args) -> bool:
-    """Whether texts are shown while they grow."""
+    """Whether texts are shown while they are generated."""
     return not (args.no_stream or args.json)
 
 
 def choose_limit(prompt_ids: list[list[int]], config, args) -> int:
-    """How many new tokens: --max-new-tokens, or its default, or what the context has room for."""
+    """How many tokens to generate: --max-new-tokens, or a default that the context has room for."""
     if args.max_new_tokens is not None:
         return args.max_new_tokens
     limit = ANSWER if args.chat else CONTINUATION
@@ -385,9 +389,9 @@ def choose_limit(prompt_ids: list[list[int]], config, args) -> int:
 
 
 class Text:
-    """A text as it grows: its tokens, and what of it can be shown.
+    """A prompt and its completion, token by token.
 
-    prompt: a text, or in a chat its messages. stops: the texts of --stop.
+    prompt: a text, or the messages of a chat. stops: the stop strings.
     """
 
     def __init__(self, tokenizer, prompt, stops):
@@ -396,18 +400,18 @@ class Text:
         self.stops = stops
         self.prompt_ids = tokenizer.encode(prompt)
         self.ids = []  # the new tokens
-        self.completion = ""  # their text
+        self.completion = ""  # their text, as far as it can be shown
         self.reason = None  # why it is complete: "stop" or "length"; None while it grows
         self.begin = len(tokenizer.decode(self.prompt_ids))  # of the completion, in the whole text
 
     def add(self, tokens, stop_ids, limit: int):
-        """Takes new tokens, up to a stop id, a stop text or the limit."""
+        """Appends new tokens, up to a stop id, a stop string or the limit of tokens."""
         for token in tokens:
             if self.reason is None:
                 self.add_token(int(token), stop_ids, limit)
 
     def add_token(self, token: int, stop_ids, limit: int):
-        """Takes a new token, and brings the completion up to date."""
+        """Appends a token and brings the completion up to date."""
         if token in stop_ids:
             self.reason = "stop"
         else:
@@ -415,7 +419,7 @@ class Text:
             if len(self.ids) == limit:
                 self.reason = "length"
 
-        # The prompt is decoded too, as a token's text may depend on the ones before it.
+        # Decoded with the prompt, because a token's text may depend on the tokens before it.
         whole = self.tokenizer.decode(self.prompt_ids + self.ids)[self.begin :]
         text = cut_at_stop(whole, self.stops)
         if len(text) < len(whole):
@@ -423,12 +427,12 @@ class Text:
         if self.reason is None:
             text = hold_back(text, self.stops)
 
-        # What was shown stays, also where the first bytes of the next character hide it.
+        # The first bytes of a character may hide the one before it. What was shown stays.
         if self.reason or text.startswith(self.completion):
             self.completion = text
 
     def record(self, timing) -> dict:
-        """What --json prints of this text."""
+        """The text as --json prints it."""
         speed = None
         if timing.steps > 0:
             speed = round(timing.steps / timing.decode, 2)
@@ -444,15 +448,15 @@ class Text:
 
 
 def cut_at_stop(text: str, stops: list[str]) -> str:
-    """The text before the first stop text in it; all of it where there is none."""
+    """The text before the first stop string, or all of it if there is none."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[: min(ends, default=len(text))]
 
 
 def hold_back(text: str, stops: list[str]) -> str:
-    """The text without what the next tokens may change.
+    """The text without its end, where the next tokens may change that.
 
-    That is a character of which bytes are missing, and the beginning of a stop text.
+    An incomplete character is held back, and the beginning of a stop string.
     """
     text = text.rstrip("\ufffd")
     held = 0
@@ -468,11 +472,11 @@ class Writer:
 
     def __init__(self, texts: list[Text], args):
         self.args = args
-        self.waiting = list(texts)  # those that are not written whole
+        self.waiting = list(texts)  # those that are not written to their end
         self.written = 0  # characters of the first of them
 
     def write(self, timing):
-        """Writes what there is of the first text, and of the next ones where it is complete."""
+        """Writes what is new: a streamed text as far as it goes, any other when it is complete."""
         while self.waiting and (streams(self.args) or self.waiting[0].reason):
             text = self.waiting[0]
             if self.args.json:
@@ -488,7 +492,7 @@ class Writer:
                 print("-" * 40)
 
     def write_new(self, text: Text):
-        """Writes the characters of a text that are new. A chat shows the answer alone."""
+        """Writes the new characters of a text; in a chat, of the answer alone."""
         whole = text.completion if self.args.chat else text.prompt + text.completion
         end = "\n" if text.reason else ""
         print(whole[self.written :], end=end, flush=True)
@@ -496,7 +500,7 @@ class Writer:
 
 
 def summary(model, mesh, prompt_ids: list[list[int]], timing) -> str:
-    """Devices, dtype and speed, in a line."""
+    """A line with the devices, the dtype and the speed."""
     prefill = sum(map(len, prompt_ids)) / timing.prefill
     decode = 0.0
     if timing.steps > 0:
@@ -523,10 +527,10 @@ class Timing:
 
 
 def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timing, args):
-    """Continues a batch of B prompts: yields new tokens [B, n] as they are drawn.
+    """Autoregressive generation for a batch of B prompts: yields new tokens [B, n] as they come.
 
-    The same as the model file's generate, but on all devices of a mesh and as a stream. Fills in
-    `timing`. InputError: see the model file's batch_prompts.
+    The same as the model file's generate, but over the devices of a mesh, as a stream, and with
+    its time in `timing`. InputError: prompts and `limit` new tokens exceed the context length.
     """
     cache, tokens, positions, keys = place(model_file, model, mesh, prompts, limit, args.seed)
     sampling = sampling_options(args)
@@ -535,7 +539,7 @@ def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timi
         model_file.prefill, cache, tokens, positions, keys, shared=[sampling]
     )
     if args.profile:
-        # The trace shows what runs: both programs are compiled before it begins.
+        # Both programs are compiled before the trace begins, so that it shows only what runs.
         first = tokens[..., 0]
         decode = programs.compile(model_file.decode, cache, first, keys, shared=[sampling, 1])
         start_profile(args.profile)
@@ -547,7 +551,7 @@ def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timi
     timing.prefill = time.perf_counter() - timing.begin
     yield new[: len(prompts)]
 
-    # The others. Compiled only now, so that the first one is shown early.
+    # The others. Their program is compiled only now, so that the first token is shown early.
     if not args.profile:
         decode = programs.compile(model_file.decode, cache, token, keys, shared=[sampling, 1])
     steps = 1 if streams(args) else model_file.STEPS
@@ -569,7 +573,7 @@ def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timi
 
 
 def sampling_options(args) -> dict:
-    """The options that the compiled programs take as inputs. One that is None is off."""
+    """The sampling options that are inputs of the compiled programs. None: off."""
     penalty = args.repetition_penalty
     return {
         "temperature": args.temperature or None,
@@ -580,12 +584,13 @@ def sampling_options(args) -> dict:
 
 
 def place(model_file, model, mesh, prompts: list[list[int]], limit: int, seed: int):
-    """Makes a batch of the prompts -> (cache, tokens, positions, keys), each on its devices.
+    """Puts a batch of prompts on the devices -> (KV cache, tokens, positions, random keys).
 
-    With pmap, all of them have a leading axis of devices.
+    With pmap, each array has a leading axis of devices.
     """
-    # The last prompt is repeated until each group of devices has as many rows.
-    groups = mesh.size // mesh.shape.get("tensor", 1)  # devices of a group share their rows
+    # All devices along the axis tensor share their rows; each such group gets as many rows. The
+    # last prompt is repeated where they do not divide.
+    groups = mesh.size // mesh.shape.get("tensor", 1)
     prompts = prompts + prompts[-1:] * (-len(prompts) % groups)
     rows = len(prompts)
 
@@ -605,7 +610,7 @@ def place(model_file, model, mesh, prompts: list[list[int]], limit: int, seed: i
         def empty_cache():
             return model_file.init_cache(model.config, rows, length, model.dtype)
 
-    # Several devices: no one of them need have room for the whole cache.
+    # Of several devices, none may have room for the whole cache: each makes its own part.
     if mesh.size > 1:
         shardings = shardings_of(mesh, jax.eval_shape(empty_cache))
         empty_cache = jax.jit(empty_cache, out_shardings=shardings)
@@ -614,10 +619,11 @@ def place(model_file, model, mesh, prompts: list[list[int]], limit: int, seed: i
 
 
 def shardings_of(mesh, arrays):
-    """How each array is split over the devices of a mesh.
+    """How arrays are split over the devices of a mesh: a sharding for each.
 
-    Rows, the first dimension, are split over all axes but tensor; KV heads, the third dimension of
-    the keys and values in a cache, over tensor. What does not divide is whole on each device.
+    Rows are the first dimension; they are split over all axes but tensor. KV heads are the third of
+    the four dimensions of keys and values; they are split over tensor. A dimension that does not
+    divide is not split.
     """
     tensor = mesh.shape.get("tensor", 1)
     row_axes = tuple(axis for axis in mesh.shape if axis != "tensor")
@@ -634,7 +640,7 @@ def shardings_of(mesh, arrays):
 
 
 class Programs:
-    """The compiled programs of a model; adds the time of compiling up in `timing`."""
+    """Compiles the programs of a model for a mesh, and adds up the time in `timing`."""
 
     def __init__(self, model, mesh, top_k: int | None, timing):
         self.graphdef, self.state = nnx.split(model)
@@ -643,10 +649,10 @@ class Programs:
         self.timing = timing
 
     def compile(self, function, cache, *batch, shared: list):
-        """Compiles a model file's prefill or decode for inputs such as these.
+        """Compiles a model file's prefill or decode for inputs of these shapes.
 
-        batch: inputs that have rows. shared: the others, which are the same on all devices. The
-        program takes (cache, *batch, *shared), and donates the cache.
+        batch: the inputs with rows. shared: inputs that are the same on all devices. The program
+        takes cache, *batch, *shared. The cache is donated: its memory is used for the new one.
         """
         start = time.perf_counter()
         function = partial(function, self.graphdef, top_k=self.top_k)
@@ -669,13 +675,13 @@ class Programs:
 
 
 def start_profile(folder: Path):
-    """Begins a trace of what the devices do."""
+    """Starts a trace of the programs that run."""
     folder.mkdir(parents=True, exist_ok=True)
     jax.profiler.start_trace(folder)
 
 
 def record_memory(folder: Path, device, timing):
-    """Adds the memory in use to memory.jsonl, where a device counts it, as a CPU does not."""
+    """Appends the memory in use to memory.jsonl. A CPU does not count it, and leaves no file."""
     stats = device.memory_stats()
     if not stats:
         return
@@ -691,7 +697,7 @@ def record_memory(folder: Path, device, timing):
 
 
 def stop_profile(folder: Path):
-    """Writes the trace, and says how to look at it."""
+    """Writes the trace and says how to look at it."""
     jax.profiler.stop_trace()
     print(f"a trace is in {folder}: see it by `xprof {folder}`", file=sys.stderr)
 
@@ -700,7 +706,7 @@ def stop_profile(folder: Path):
 
 
 class ChatTokenizer:
-    """A checkpoint's tokenizer, with its chat template around the messages."""
+    """The tokenizer of a checkpoint, with its chat template."""
 
     def __init__(self, folder: Path):
         # Otherwise transformers says that PyTorch is missing.
@@ -715,10 +721,10 @@ class ChatTokenizer:
             )
 
     def encode(self, messages: str | list[dict]) -> list[int]:
-        """The token ids of a conversation, up to where the answer begins.
+        """The token ids of a conversation, up to where the next answer begins.
 
-        A message is {"role": "user" or "assistant", "content": its text}. A text alone is the
-        first message of a user.
+        A message is {"role": "user" or "assistant", "content": its text}. A text stands for a
+        single message of the user.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -727,13 +733,13 @@ class ChatTokenizer:
         )
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without the special ones."""
+        """The text of token ids, without special tokens."""
         return self.codec.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @dataclass
 class Memory:
-    """What a model has computed of a conversation: the KV cache of the tokens `ids`."""
+    """The KV cache of a conversation, and the tokens whose keys and values it holds."""
 
     ids: list[int] = field(default_factory=list)
     cache: tuple | None = None
@@ -775,7 +781,7 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
 
 
 def write_answer(model_file, model, memory, text, stop_ids, limit, args):
-    """Writes an answer as it is made. Ctrl-C ends it."""
+    """Writes an answer while it is generated. Ctrl-C stops it."""
     written = 0
     try:
         for token in answer(model_file, model, memory, text.prompt_ids, limit, args):
@@ -790,13 +796,13 @@ def write_answer(model_file, model, memory, text, stop_ids, limit, args):
 
 
 def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
-    """Yields up to `limit` tokens after ids, each as an array of one.
+    """Yields up to `limit` tokens after ids, each as an array [1].
 
-    Only those of ids are computed that the memory does not hold yet. All are where it is too short,
-    or where ids begin in another way: some templates drop parts of earlier answers.
+    Computes only those of ids that the memory does not hold. It starts anew if the cache is too
+    short, or if ids begin differently: some templates drop parts of earlier answers.
     """
     graphdef, state = nnx.split(model)
-    key = jax.random.fold_in(jax.random.key(args.seed), 0)  # the one of a first row
+    key = jax.random.fold_in(jax.random.key(args.seed), 0)  # as the first row of a batch has
     options = {"keys": key[None], "sampling": sampling_options(args), "top_k": args.top_k}
     prefill = partial(model_file.prefill, graphdef, state, **options)
     decode = partial(model_file.decode, graphdef, state, **options)
@@ -805,11 +811,11 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
     known = len(memory.ids)
     if end > memory.length or known >= len(ids) or memory.ids != ids[:known]:
         known = 0
-        memory.cache = None  # the old one goes before the new one comes
-        memory.length = max(1024, 2 ** (end - 1).bit_length())  # each length is compiled for
+        memory.cache = None  # frees its memory before the new one is made
+        memory.length = max(1024, 2 ** (end - 1).bit_length())  # few lengths, so few programs
         memory.cache = model_file.init_cache(model.config, 1, memory.length, model.dtype)
 
-    # In pieces of few different lengths, as each length is a program to compile.
+    # In pieces of few different lengths, because each length is another program to compile.
     for T in (512, 64, 8, 1):
         while len(ids) - known >= T:
             piece = np.array([ids[known : known + T]])
@@ -908,7 +914,7 @@ def make_mesh(parallel: str, devices: list, heads: int) -> jax.sharding.Mesh:
 
 
 def parse_command_line() -> argparse.Namespace:
-    """The command line, checked as far as that needs no model."""
+    """Reads the command line, and checks what can be checked without a model."""
     parser = argparse.ArgumentParser(
         prog="sample.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -934,7 +940,7 @@ def parse_command_line() -> argparse.Namespace:
 
 def add_model_flags(parser):
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, help="which file (default: gpt2)")
+    model.add_argument("--model", choices=MODELS, help="model file (default: gpt2)")
     model.add_argument(
         "--weights",
         metavar="WEIGHTS",
@@ -950,15 +956,19 @@ def add_model_flags(parser):
 def add_text_flags(parser):
     text = parser.add_argument_group("text")
     text.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text to continue; may be repeated",
     )
     text.add_argument(
         "--prompt-file",
         action="append",
         default=[],
         metavar="FILE",
-        help="a file as a prompt; may be repeated. Without either, standard input is one where it "
-        "is piped",
+        help="a file with a text to continue; may be repeated. Without any prompt, standard input "
+        "is one if it is piped",
     )
     text.add_argument(
         "--chat",
@@ -967,16 +977,24 @@ def add_text_flags(parser):
         "(Ctrl-C stops an answer, Ctrl-D ends the conversation)",
     )
     text.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt"
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="completions of each prompt (default: 1)",
     )
     text.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"default: {CONTINUATION}, or {ANSWER} with --chat",
+        help=f"length of a completion (default: {CONTINUATION}, or {ANSWER} with --chat)",
     )
     text.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop string: end before this text; may be repeated",
     )
 
 
@@ -990,23 +1008,26 @@ def add_sampling_flags(parser):
         help="0: greedy, always the likeliest token (default: %(default)s)",
     )
     sampling.add_argument(
-        "--top-k", type=int, metavar="N", help="only among the N likeliest tokens"
+        "--top-k", type=int, metavar="N", help="draw only from the N likeliest tokens"
     )
     sampling.add_argument(
         "--top-p",
         type=float,
         metavar="X",
-        help="nucleus sampling: only among the likeliest that hold X together",
+        help="nucleus sampling: draw only from the likeliest tokens, of probability X together",
     )
     sampling.add_argument(
-        "--min-p", type=float, metavar="X", help="only those X times as likely as the likeliest"
+        "--min-p",
+        type=float,
+        metavar="X",
+        help="draw only from tokens at least X times as likely as the likeliest",
     )
     sampling.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1: repeats less (default: %(default)s)",
+        help="above 1: tokens that occurred become less likely (default: %(default)s)",
     )
     sampling.add_argument(
         "--seed", type=int, default=0, help="same seed, same text (default: %(default)s)"
@@ -1016,7 +1037,9 @@ def add_sampling_flags(parser):
 def add_machine_flags(parser):
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: by the device"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32 on a CPU, else bfloat16",
     )
     machine.add_argument(
         "--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1"
@@ -1025,15 +1048,15 @@ def add_machine_flags(parser):
         "--parallel",
         default="auto",
         metavar="MODE",
-        help="over devices: pmap, data, fsdp, tensor, data:2,tensor:4 or no (default: data, or "
-        "tensor where the model does not fit one)",
+        help="over several devices: pmap, data, fsdp, tensor, data:2,tensor:4 or no (default: "
+        "data, or tensor if the weights do not fit one device)",
     )
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     machine.add_argument(
         "--compile-cache",
         default=caches / "jax-one-file-models",
         metavar="DIR",
-        help="keeps compiled programs; or 'off'",
+        help="keeps compiled programs for the next run; or 'off' (default: %(default)s)",
     )
 
 
@@ -1042,7 +1065,7 @@ def add_output_flags(parser):
     output.add_argument(
         "--no-stream", action="store_true", help="print a text only when it is complete"
     )
-    output.add_argument("--json", action="store_true", help="one JSON object a line for each text")
+    output.add_argument("--json", action="store_true", help="print a line of JSON for each text")
     output.add_argument(
         "--profile", metavar="DIR", type=Path, help="write a trace of the generation into DIR"
     )
@@ -1050,7 +1073,7 @@ def add_output_flags(parser):
 
 def check_text_flags(args):
     for prompt in args.prompt:
-        # Bytes of the command line that are not UTF-8 are surrogates here.
+        # Python reads bytes that are not UTF-8 as surrogates.
         if prompt.encode(errors="ignore").decode() != prompt:
             fail("--prompt must be UTF-8 text")
     if args.num_samples < 1:
@@ -1084,7 +1107,7 @@ def check_machine_flags(args):
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, which need not exist yet."""
+    """Whether files can be written in a folder, or where it is yet to be made."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
