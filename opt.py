@@ -1,22 +1,27 @@
 """OPT in one file: read it from top to bottom, run it, copy it.
 
-OPT is Meta's retraining of GPT-3, and GPT-2 with small changes: query, key and value have their own
-projections, the MLP has a ReLU, position p is row p + 2 of its table, and a text begins with </s>.
-The 350M model differs: its norms come after each addition, not before attention and MLP, so the
-head needs none; and its token vectors are half as wide as the stream, with projections between.
+OPT is Meta's open reproduction of GPT-3: a decoder-only transformer like GPT-2, with few changes.
+Queries, keys and values have separate projections, the MLP uses ReLU, position p is row p + 2 of
+the position table, and every sequence begins with </s>. Only the 350M model is unlike the others.
+Its layer norms come after each addition to the residual stream (post-norm), with none at the end,
+and its token vectors are half as wide as the stream: one projection leads in, another one out.
 
 Paper: Zhang et al. 2022, "OPT: Open Pre-trained Transformer Language Models". Reference:
 modeling_opt.py of Hugging Face transformers.
 
-Shape letters:  B batch   T tokens of this call   S slots of the cache   D width of the stream
-                H heads   Dh width of a head      F width of the MLP     V vocabulary
-                E width of the token vectors
+Shape letters:  B batch   T query length: the tokens of this call   S cache length, in slots
+                D model width (the residual stream)   H heads   Dh head width
+                F MLP width   V vocabulary size   E width of the token vectors
+
+How to read this file: Config, Architecture and KV cache are the model; a reader may stop there.
+Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
+model file. Faster forms come last, `Linear` too: until then, read it as nnx.Linear.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
     python opt.py "Once upon a time"                      # downloads facebook/opt-125m
     python opt.py "Once upon a time" path/to/checkpoint   # any OPT in Hugging Face's format
 
-MIT License, copyright (c) 2026 the authors of "Open language models in JAX, one file each".
+From "Open language models in JAX, one file each". MIT License, copyright (c) 2026 its authors.
 """
 
 import json
@@ -39,36 +44,34 @@ from jax.nn.initializers import normal
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-# ------------------------------------------------------------------------------------------- config
-class InputError(ValueError):
-    """Something that the caller can fix; the message says what is wrong and what to do."""
+# --------------------------------------------- Config ---------------------------------------------
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False)}
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes and switches of one OPT, under the names of its config.json."""
-    vocab_size: int = 50272
-    max_position_embeddings: int = 2048  # the longest text
+    """The sizes and switches of one OPT, under the names that its config.json has for them."""
+
+    vocab_size: int = 50272  # V
+    max_position_embeddings: int = 2048  # context length
     hidden_size: int = 768  # D
-    num_hidden_layers: int = 12
+    num_hidden_layers: int = 12  # number of blocks
     num_attention_heads: int = 12  # H
     ffn_dim: int = 3072  # F
     word_embed_proj_dim: int | None = None  # E; None: hidden_size
     activation_function: str = "relu"
-    do_layer_norm_before: bool = True
-    layer_norm_elementwise_affine: bool = True  # norms have weights
-    enable_bias: bool = True
-    init_std: float = 0.006  # the paper's; config.json often says 0.02, a default
-    dropout: float = 0.1
-    tie_word_embeddings: bool = True
+    do_layer_norm_before: bool = True  # pre-norm; False: post-norm
+    layer_norm_elementwise_affine: bool = True  # layer norms have weights and biases
+    enable_bias: bool = True  # linear layers have biases
+    init_std: float = 0.006  # standard deviation of the initial weights; config.json often has 0.02
+    dropout: float = 0.1  # dropout of what a block adds to the residual stream
+    tie_word_embeddings: bool = True  # the head is the token table
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 2
-    padded_vocab_size: int | None = None  # for training: so many token vectors; save drops the rest
+    padded_vocab_size: int | None = None  # train with so many token vectors; save drops the rest
 
     @classmethod
     def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
-        """An OPT of these sizes, to be trained from scratch; `changes` are fields of the config."""
+        """An OPT of these sizes, to be trained from scratch; `changes` are further fields."""
         return cls(
             num_hidden_layers=layers,
             num_attention_heads=heads,
@@ -81,356 +84,732 @@ class Config:
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not an OPT, or an unsupported one."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        config = cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
-        kind, activation = values.get("model_type", "opt"), config.activation_function
-        if kind != "opt":
-            raise InputError(f"config.json: model_type {kind!r} is not 'opt', which opt.py reads")
-        if activation not in ACTIVATIONS:
-            raise InputError(f"config.json: activation_function {activation!r} is none of "
-                             f"{', '.join(ACTIVATIONS)}")
-        return config
+        return config_from_hf(values)
 
     def to_hf(self) -> dict:
         """The contents of a config.json that transformers and `from_hf` read."""
-        values = {"architectures": ["OPTForCausalLM"], "model_type": "opt", **asdict(self)}
-        del values["padded_vocab_size"]
-        return values
+        return config_to_hf(self)
 
-def sizes(D: int, layers: int, heads: int, **others) -> Config:
-    """The config of a published OPT: the MLP is always 4 * D wide."""
-    return Config(hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * D,
-                  **others)
 
-POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 512}
+# ------------------------------------------ Architecture ------------------------------------------
+
+
+@jax.named_scope("attend")
+def attend(q, k, v, q_positions, k_positions, scale):
+    """Each query takes a weighted mean of the values whose keys it may attend to.
+
+    q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    The softmax is in float32. Vaswani et al. 2017, equation (1).
+    """
+    T, S = q.shape[1], k.shape[1]
+    q = q.swapaxes(1, 2)  # [B, H, T, Dh]
+    k = k.swapaxes(1, 2)  # [B, H, S, Dh]
+    v = v.swapaxes(1, 2)
+
+    if is_long(T, S):
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, scale=scale)  # in less memory
+    else:
+        scores = attention_scores(q, k, q_positions, k_positions, scale)  # [B, H, T, S]
+        probs = jax.nn.softmax(scores)
+        x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
+
+    return x.swapaxes(1, 2)  # [B, T, H, Dh]
+
+
+def attention_scores(q, k, q_positions, k_positions, scale):
+    """Scaled and masked dot products: q [B, H, T, Dh], k [B, H, S, Dh] -> [B, H, T, S] float32."""
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = scores * scale
+
+    # Not -inf: a padding query may attend to nothing, and its softmax would be NaN.
+    mask = causal_mask(q_positions, k_positions)
+    return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+
+
+def causal_mask(q_positions, k_positions):
+    """Which keys each query may attend to: [B, T] and [B, S] -> [B, 1, T, S] bool.
+
+    Positions alone decide: a key must not be later than the query, and it must be real. Padding
+    and empty slots of the cache have position -1.
+    """
+    q_pos = q_positions[:, None, :, None]
+    k_pos = k_positions[:, None, None, :]
+    return (k_pos >= 0) & (k_pos <= q_pos)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention; queries, keys and values each have a projection."""
+
+    def __init__(self, config: Config, **options):
+        D = config.hidden_size
+        H = config.num_attention_heads
+        init = normal(config.init_std)
+        residual_init = normal(config.init_std / (2 * config.num_hidden_layers) ** 0.5)
+        linear = {"use_bias": config.enable_bias, **options}
+
+        self.heads = H
+        self.scale = (D // H) ** -0.5
+        self.q_proj = Linear(D, D, kernel_init=init, **linear)
+        self.k_proj = Linear(D, D, kernel_init=init, **linear)
+        self.v_proj = Linear(D, D, kernel_init=init, **linear)
+        self.out_proj = Linear(D, D, kernel_init=residual_init, **linear)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    @jax.named_scope("self_attn")
+    def __call__(self, x, positions, k_positions, past, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], what the cache keeps of this layer).
+
+        past: this layer of the cache; x is written to it from slot `start` on.
+        positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
+        """
+        B, T, D = x.shape
+        Dh = D // self.heads
+        q = self.q_proj(x).reshape(B, T, -1, Dh)  # [B, T, H, Dh]
+        k = self.k_proj(x).reshape(B, T, -1, Dh)
+        v = self.v_proj(x).reshape(B, T, -1, Dh)
+
+        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)  # [B, S, H, Dh]
+
+        x = attend(q, k, v, positions, k_positions, self.scale)  # [B, T, H, Dh]
+        x = self.out_proj(x.reshape(B, T, D))
+
+        if rngs is not None:
+            x = self.dropout(x, rngs=rngs)
+        return x, kept
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP. Pre-norm; the 350M model is post-norm."""
+
+    def __init__(self, config: Config, **options):
+        D = config.hidden_size
+        F = config.ffn_dim
+        init = normal(config.init_std)
+        residual_init = normal(config.init_std / (2 * config.num_hidden_layers) ** 0.5)
+        linear = {"use_bias": config.enable_bias, **options}
+
+        self.pre_norm = config.do_layer_norm_before
+        self.self_attn = Attention(config, **options)
+        self.self_attn_layer_norm = layer_norm(config, **options)
+        self.act = ACTIVATIONS[config.activation_function]
+        self.fc1 = Linear(D, F, kernel_init=init, **linear)
+        self.fc2 = Linear(F, D, kernel_init=residual_init, **linear)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.final_layer_norm = layer_norm(config, **options)
+
+    def __call__(self, x, positions, k_positions, past, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], kept); arguments and `kept` as for Attention."""
+        if self.pre_norm:
+            # Each reads a normed copy of the residual stream.
+            y = self.self_attn_layer_norm(x)
+            y, kept = self.self_attn(y, positions, k_positions, past, start, rngs)
+            x = x + y
+
+            y = self.mlp(self.final_layer_norm(x), rngs)
+            x = x + y
+        else:
+            # Post-norm: the residual stream itself is normed, after each addition.
+            y, kept = self.self_attn(x, positions, k_positions, past, start, rngs)
+            x = self.self_attn_layer_norm(x + y)
+
+            y = self.mlp(x, rngs)
+            x = self.final_layer_norm(x + y)
+        return x, kept
+
+    def mlp(self, x, rngs=None):
+        """x [B, T, D] -> [B, T, D]. As in GPT-2, but its two layers belong to the block itself."""
+        x = self.fc1(x)  # [B, T, F]
+        x = self.act(x)
+        x = self.fc2(x)  # [B, T, D]
+
+        if rngs is not None:
+            x = self.dropout(x, rngs=rngs)
+        return x
+
+
+class Model(nnx.Module):
+    """OPT: tokens [B, T] -> logits [B, T, V].
+
+    `dtype` is the type to compute in, `param_dtype` the type to store weights in. Layer norms,
+    attention scores, softmax and logits are float32 in any case. `remat` turns on gradient
+    checkpointing: the backward pass recomputes each block's activations instead of keeping them.
+
+    From scratch it has OPT's own initialisation (section 2.2 of the paper): normal(0.006), biases
+    0, norms 1. The two projections into the residual stream are scaled by
+    1 / sqrt(2 * num_hidden_layers), because 2 * num_hidden_layers of them add up.
+    """
+
+    def __init__(
+        self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat=False
+    ):
+        D = config.hidden_size
+        E = config.word_embed_proj_dim or D
+        V = config.padded_vocab_size or config.vocab_size
+        init = normal(config.init_std)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear = {"use_bias": False, "kernel_init": init, **options}
+
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.projected = E != D  # token vectors are not as wide as the residual stream
+
+        self.embed_tokens = nnx.Embed(V, E, embedding_init=init, **options)
+        # Position p is row p + 2, as in fairseq, which OPT was trained with: row 1 is for padding,
+        # whose position is -1, and row 0 is never used.
+        rows = config.max_position_embeddings + 2
+        self.embed_positions = nnx.Embed(rows, D, embedding_init=init, **options)
+        if self.projected:
+            self.project_in = Linear(E, D, **linear)
+        self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
+        if config.do_layer_norm_before:
+            self.final_layer_norm = layer_norm(config, **options)
+        if self.projected:
+            self.project_out = Linear(D, E, **linear)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(E, V, **linear)
+
+    def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
+        x, new_cache = self.hidden(tokens, positions, cache, rngs=rngs)
+        logits = self.head(x)
+        if cache is None:
+            return logits
+        return logits, new_cache
+
+    def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
+        """tokens [B, T] -> (x [B, T, E], cache): the final normed residual stream, for `head`.
+
+        positions [B, T]: -1 for padding. By default they follow the positions in the cache.
+        cache: needs T empty slots; by default a new one, which these tokens fill.
+        rngs: an nnx.Rngs, to train with dropout.
+        """
+        B, T = tokens.shape
+        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or in less memory
+        if cache is None:
+            check_length(self.config, T)
+            cache = init_cache(self.config, B, T, self.dtype)
+
+        # The new tokens take the slots from `start` on.
+        start = cache.filled
+        if positions is None:
+            positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
+        k_positions = write_slots(cache.positions, positions, start)  # [B, S]
+
+        x = self.embed_tokens(tokens)  # [B, T, E]
+        if self.projected:
+            x = self.project_in(x)  # [B, T, D]
+        x = x + self.embed_positions(positions + 2)  # [B, T, D]
+
+        layers = []
+        for i, block in enumerate(self.layers):
+            with jax.named_scope(f"layers.{i}"):  # its name in a profile
+                x, kept = run(block, x, positions, k_positions, cache.layers[i], start, rngs)
+            layers.append(kept)
+
+        if self.config.do_layer_norm_before:
+            x = self.final_layer_norm(x)
+        if self.projected:
+            x = self.project_out(x)  # [B, T, E]
+        tokens = write_slots(cache.tokens, tokens, start)
+        return x, Cache(tuple(layers), tokens, k_positions, start + T)
+
+    @jax.named_scope("head")
+    def head(self, x):
+        """x [..., E] -> logits [..., V] in float32."""
+        if self.config.tie_word_embeddings:
+            w = self.embed_tokens.embedding  # [V, E]
+        else:
+            w = self.lm_head.kernel.T
+        w = w.astype(x.dtype)
+
+        logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]  # without a padded vocabulary
+
+
+def layer_norm(config: Config, **options):
+    """LayerNorm over D, in float32 inside, with OPT's epsilon and the exact variance."""
+    affine = config.layer_norm_elementwise_affine
+    options = {"use_scale": affine, "use_bias": affine, **options}
+    return nnx.LayerNorm(config.hidden_size, epsilon=1e-5, use_fast_variance=False, **options)
+
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,  # all published OPTs were trained with it
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
+
+
+# -------------------------------------------- KV cache --------------------------------------------
+
+
+class Cache(NamedTuple):
+    """The KV cache: keys and values of all tokens so far, so that they are computed only once.
+
+    All rows fill the same slots; shorter prompts are padded on the left. The position of padding
+    and of empty slots is -1, which hides them from every query.
+    """
+
+    layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
+    tokens: jax.Array  # [B, S], for the repetition penalty
+    positions: jax.Array  # [B, S]
+    filled: jax.Array  # how many slots are filled, padding included: where the next token goes
+
+
+def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
+    """An empty cache of `length` slots."""
+    H = config.num_attention_heads
+    shape = (batch, length, H, config.hidden_size // H)
+    layers = []
+    for _ in range(config.num_hidden_layers):
+        layers.append((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    tokens = jnp.zeros((batch, length), int)
+    positions = jnp.full((batch, length), -1)
+    return Cache(tuple(layers), tokens, positions, jnp.array(0))
+
+
+def update_layer(past, k, v, k_positions, start):
+    """Writes new keys and values into a layer of the cache, from slot `start` on.
+
+    k and v [B, T, H, Dh] -> (k, v and k_positions to attend to, all of S slots; (k, v) to keep)
+    """
+    k = write_slots(past[0], k, start)
+    v = write_slots(past[1], v, start)
+    return k, v, k_positions, (k, v)
+
+
+def write_slots(slots, new, start):
+    """Writes new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+
+
+# ---------------------------- Generation: the same in every model file ----------------------------
+
+
+class InputError(ValueError):
+    """Something that the caller can fix; the message says what is wrong and what to do."""
+
+
+@jax.named_scope("sample")
+def sample(
+    logits,
+    rng_keys,
+    seen=None,
+    *,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=None,
+):
+    """Draws the next token of each row: logits [B, V], rng_keys [B], seen [B, V] bool -> [B].
+
+    An option that is None is off; temperature None is greedy (argmax). The order is the one of
+    transformers: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p, which is
+    nucleus sampling (Holtzman et al. 2019), and min-p (Nguyen et al. 2024).
+    """
+    # The penalty makes tokens that occurred in the row less likely.
+    if repetition_penalty is not None:
+        factor = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
+        logits = jnp.where(seen, logits * factor, logits)
+
+    if temperature is None:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits / temperature
+
+    # From here on there are only k logits, and `ids` says whose they are.
+    ids = None
+    if top_k is not None:
+        logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))  # [B, k]
+
+    best = logits.max(axis=-1, keepdims=True)
+    if top_p is not None:
+        bound = top_p_bound(logits, top_p)
+        logits = jnp.where((logits > bound) | (logits == best), logits, -jnp.inf)
+    if min_p is not None:
+        logits = jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)
+
+    choice = jax.vmap(jax.random.categorical)(rng_keys, logits)  # [B]
+    if ids is not None:
+        choice = jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+    return choice
+
+
+def top_p_bound(logits, top_p):
+    """The logit above which tokens are in the nucleus: logits [B, n] -> [B, 1].
+
+    A token is kept if the likelier ones sum to less than top_p. The bound is found by bisection,
+    which is faster than sorting the vocabulary.
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    best = logits.max(axis=-1, keepdims=True)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        above = jnp.where(logits > middle, probs, 0).sum(axis=-1, keepdims=True)
+        enough = above >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 40, halve, (best - 104, best))  # exp(-104) is 0 in float32
+    return low
+
+
+def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
+    """Autoregressive generation in its plainest form: recompute everything for each new token.
+
+    No cache, and a single prompt. `generate` gives the same tokens for the same key; `sampling`
+    is passed on to `sample`.
+    """
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+    ids = list(prompt)
+    end = len(prompt) + max_new_tokens
+
+    for n in range(len(prompt), end):
+        padded = np.array([ids + [0] * (end - n)])  # [1, end]; no token attends to later ones
+        logits = forward(state, padded)[:, n - 1]  # [1, V]
+        seen = np.isin(np.arange(model.config.vocab_size), ids)[None]
+        rng_keys = jax.random.fold_in(key, n)[None]
+        token = sample(logits, rng_keys, seen, **sampling)
+        ids.append(token.item())
+    return ids[len(prompt) :]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
+    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B])."""
+    model = nnx.merge(graphdef, state)
+    x, cache = model.hidden(tokens, positions, cache)
+    logits = model.head(x[:, -1])  # [B, V]
+
+    # Which tokens each row holds; padding does not count.
+    seen = None
+    if sampling["repetition_penalty"] is not None:
+        rows = jnp.arange(len(tokens))[:, None]
+        real = cache.positions >= 0
+        seen = jnp.zeros(logits.shape, bool).at[rows, cache.tokens].max(real)
+
+    # A row's random numbers depend on its own key and the position of the new token alone.
+    new_positions = 1 + cache.positions.max(axis=1)
+    rng_keys = jax.vmap(jax.random.fold_in)(keys, new_positions)
+    token = sample(logits, rng_keys, seen, top_k=top_k, **sampling)
+    return cache, token
+
+
+STEPS = 32  # tokens in one call of `decode`, at most; Ctrl-C and stop ids take effect in between
+
+
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
+    """Generates `steps` tokens after token [B], one at a time -> (cache, tokens [B, STEPS])."""
+
+    def step(i, carry):
+        cache, token, new = carry
+        cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
+        return cache, token, new.at[:, i].set(token)
+
+    new = jnp.zeros((len(token), STEPS), int)
+    cache, _, new = jax.lax.fori_loop(0, steps, step, (cache, token, new))
+    return cache, new
+
+
+def generate(
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    key,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=1.0,
+    stop_ids=(),
+) -> list[list[int]]:
+    """Continues each prompt by up to max_new_tokens; returns the new tokens only.
+
+    A row ends before its first stop id. It depends on its own prompt and key alone, but for
+    rounding. key: one jax.random.key for each row, or a single one, which is folded with the row
+    numbers. temperature 0: greedy. InputError: see `batch_prompts`.
+    """
+    sampling = {
+        "temperature": temperature or None,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
+    }
+    tokens, positions, length = batch_prompts(model.config, prompts, max_new_tokens)
+    B = len(prompts)
+    keys = key
+    if key.ndim == 0:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+
+    # The first new token comes from the prompts, the others one after another.
+    graphdef, state = nnx.split(model)
+    cache = init_cache(model.config, B, length, model.dtype)
+    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling, top_k)
+    new = np.asarray(token)[:, None]  # [B, 1]
+    stop_ids = list(stop_ids)
+    while new.shape[1] < max_new_tokens and not np.isin(new, stop_ids).any(axis=1).all():
+        steps = min(STEPS, max_new_tokens - new.shape[1])
+        cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps, top_k)
+        new = np.concatenate([new, more[:, :steps]], axis=1)
+
+    return [until_stop(row, stop_ids) for row in new.tolist()]
+
+
+def until_stop(row: list[int], stop_ids: list[int]) -> list[int]:
+    """The tokens of a row before the first stop id."""
+    for i, token in enumerate(row):
+        if token in stop_ids:
+            return row[:i]
+    return row
+
+
+def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
+    """Makes one batch of ragged prompts: (tokens [B, T], positions [B, T], cache length).
+
+    Shorter prompts are padded on the left, at position -1. T is a power of two from 64 on and the
+    cache length a multiple of 128, since each new shape is compiled; both may exceed the context
+    length. InputError: no tokens, too many of them, or ids outside the vocabulary.
+    """
+    if not prompts or min(map(len, prompts)) == 0 or max_new_tokens < 1:
+        raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
+    longest = max(map(len, prompts))
+    check_length(config, longest, max_new_tokens)
+    T = max(64, 2 ** (longest - 1).bit_length())
+
+    tokens = np.zeros((len(prompts), T), int)
+    positions = np.full((len(prompts), T), -1)
+    for row, prompt in enumerate(prompts):
+        first = T - len(prompt)
+        tokens[row, first:] = prompt
+        positions[row, first:] = np.arange(len(prompt))
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
+    return tokens, positions, round_up(T + max_new_tokens, 128)
+
+
+def check_length(config, tokens: int, new_tokens: int = 0) -> None:
+    """InputError where so many tokens exceed the context length."""
+    context = config.max_position_embeddings
+    if tokens + new_tokens > context:
+        total = f"{tokens} + {new_tokens}" if new_tokens > 0 else f"{tokens}"
+        raise InputError(f"{total} tokens do not fit the context length of {context}")
+
+
+def round_up(n, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least n."""
+    return math.ceil(n / multiple) * multiple
+
+
+# --------------------------- Checkpoints: the same in every model file ----------------------------
+
+
 class Preset(NamedTuple):
     """A checkpoint that is published on the Hugging Face Hub."""
 
     parameters: int
     download_GB: float
-    gated: bool  # whether its terms must be accepted first
+    gated: bool  # whether one must accept its terms first
     config: Config
 
+
+def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None):
+    """The model in a folder or under a Hub id. Weights are read one tensor at a time.
+
+    dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
+    float32 to train. mesh: a jax.sharding.Mesh (not of jax.make_mesh); each tensor goes straight
+    to its devices, as SHARDING says. InputError: another kind of model, or tensors that are
+    missing, unexpected or of the wrong shape.
+    """
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    folder = fetch(source, revision)
+    config = Config.from_hf(json.loads((folder / "config.json").read_text()))
+    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
+    stored = stored_tensors(folder)
+    check_names(folder, state, stored)
+
+    # The largest come first: while a tensor is converted, there are two more copies of it.
+    by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
+    for path, param, name, transposed in by_size:
+        read = stored[name]
+        tensor = read()
+        if transposed:
+            tensor = tensor.T
+        if tensor.shape != param.shape:
+            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
+        tensor = tensor.astype(param.dtype, copy=False)
+
+        where = None
+        if mesh is not None:
+            where = sharding(mesh, config, path, param.shape)
+        param.set_value(jax.device_put(tensor, where))
+    return nnx.merge(graphdef, state)
+
+
+def save(model, folder) -> None:
+    """Writes config.json and model.safetensors, which transformers and `load` read."""
+    tensors = {}
+    for path, param, name, transposed in named_parameters(nnx.state(model)):
+        tensor = np.asarray(param[...])
+        if transposed:
+            tensor = tensor.T
+        if path in VOCABULARY:
+            tensor = tensor[: model.config.vocab_size]  # without a padded vocabulary
+        tensors[name] = np.ascontiguousarray(tensor)
+
+    dtype = next(iter(tensors.values())).dtype
+    values = {**model.config.to_hf(), "dtype": str(dtype)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def skeleton(config: Config, **options):
+    """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # nothing is drawn; faster than Rngs
+    return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
+
+
+def named_parameters(state):
+    """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter.
+
+    The name comes from the first row of CHECKPOINT whose pattern matches the path.
+    """
+    for parts, param in nnx.to_flat_state(state):
+        path = ".".join(str(part) for part in parts)
+        for pattern, template, transposed in CHECKPOINT:
+            if re.fullmatch(pattern, path):
+                yield path, param, re.sub(pattern, template, path), transposed
+                break
+
+
+def check_names(folder: Path, state, stored: dict) -> None:
+    """InputError where the checkpoint lacks tensors of the model, or has others."""
+    wanted = {name for _, _, name, _ in named_parameters(state)}
+    missing = wanted - stored.keys()
+    extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
+    for problem, names in [("lacks", missing), ("has unexpected", extra)]:
+        if names:
+            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {min(names)}")
+
+
+def fetch(name, revision: str | None = None, weights=True) -> Path:
+    """The folder of a checkpoint: `name` itself if it is one, else the Hub's cache.
+
+    What the cache lacks is downloaded, of the weights only the first format of FORMATS there is.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+
+    from huggingface_hub import snapshot_download  # respects HF_HOME and HF_TOKEN
+
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+    if weights:
+        for whole in FORMATS:
+            pattern = whole.replace(".", "*.") + "*"  # the shards and their index, too
+            snapshot_download(name, revision=revision, allow_patterns=pattern)
+            if any(folder.glob(pattern)):
+                break
+    return folder
+
+
+def stored_tensors(folder: Path) -> dict:
+    """The tensors of a checkpoint: name -> a function that reads one as a numpy array.
+
+    They are in one file, or in shards that an index lists. FileNotFoundError: in neither.
+    """
+    for whole, tensors_in in FORMATS.items():
+        index = folder / f"{whole}.index.json"
+        files = []
+        if (folder / whole).exists():
+            files = [whole]
+        elif index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+        stored = {}
+        for file in files:
+            for name, read in tensors_in(folder / file).items():
+                stored[re.sub(*RENAMED, name)] = read
+        if stored:
+            return stored
+    raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
+
+
+def safetensors_in(file: Path) -> dict:
+    """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
+
+    # The file is opened again for each tensor: pages of an open file count as memory in use.
+    def reader(name):
+        return lambda: safe_open(file, "np").get_tensor(name)
+
+    return {name: reader(name) for name in list(safe_open(file, "np").keys())}
+
+
+def known_fields(values: dict) -> dict:
+    """The entries of a config.json that are fields of Config; lists become tuples."""
+    known = {}
+    for field in fields(Config):
+        if field.name in values:
+            value = values[field.name]
+            known[field.name] = tuple(value) if isinstance(value, list) else value
+    return known
+
+
+def check_supported(name: str, value, supported) -> None:
+    """InputError where a value in config.json is none that this file supports."""
+    if value not in supported:
+        options = ", ".join(map(repr, supported))
+        file = Path(__file__).name
+        raise InputError(f"config.json: {name} is {value!r}, but {file} supports only {options}")
+
+
+# --------------------------------------- Checkpoints of OPT ---------------------------------------
+
+
+def preset(parameters: int, download_GB: float, *, D, layers, H, E=None, pre_norm=True) -> Preset:
+    """A published OPT. The MLP is always 4 * D wide."""
+    config = Config(
+        hidden_size=D,
+        num_hidden_layers=layers,
+        num_attention_heads=H,
+        ffn_dim=4 * D,
+        word_embed_proj_dim=E,
+        do_layer_norm_before=pre_norm,
+    )
+    return Preset(parameters, download_GB, gated=False, config=config)
+
+
 PRESETS = {  # by id on the Hub; the first is the default
-    "facebook/opt-125m": Preset(125_239_296, 0.25, False, sizes(768, 12, 12)),
-    "facebook/opt-350m": Preset(331_196_416, 0.66, False, sizes(1024, 24, 16, **POST_NORM)),
-    "facebook/opt-1.3b": Preset(1_315_758_080, 2.63, False, sizes(2048, 24, 32)),
-    "facebook/opt-2.7b": Preset(2_651_596_800, 5.30, False, sizes(2560, 32, 32)),
-    "facebook/opt-6.7b": Preset(6_658_473_984, 13.32, False, sizes(4096, 32, 32)),
-    "facebook/opt-13b": Preset(12_853_473_280, 25.71, False, sizes(5120, 40, 40)),
-    "facebook/opt-30b": Preset(29_974_540_288, 59.95, False, sizes(7168, 48, 56)),
-    "facebook/opt-66b": Preset(65_719_701_504, 131.44, False, sizes(9216, 64, 72)),
+    "facebook/opt-125m": preset(125_239_296, 0.25, D=768, layers=12, H=12),
+    "facebook/opt-350m": preset(331_196_416, 0.66, D=1024, layers=24, H=16, E=512, pre_norm=False),
+    "facebook/opt-1.3b": preset(1_315_758_080, 2.63, D=2048, layers=24, H=32),
+    "facebook/opt-2.7b": preset(2_651_596_800, 5.30, D=2560, layers=32, H=32),
+    "facebook/opt-6.7b": preset(6_658_473_984, 13.32, D=4096, layers=32, H=32),
+    "facebook/opt-13b": preset(12_853_473_280, 25.71, D=5120, layers=40, H=40),
+    "facebook/opt-30b": preset(29_974_540_288, 59.95, D=7168, layers=48, H=56),
+    "facebook/opt-66b": preset(65_719_701_504, 131.44, D=9216, layers=64, H=72),
 }
 
-# -------------------------------------------------------------------------------------------- model
-def norm(config: Config, **options):
-    """LayerNorm over D, in float32 inside; OPT's epsilon and variance formula, not flax's."""
-    affine = dict.fromkeys(["use_scale", "use_bias"], config.layer_norm_elementwise_affine)
-    options = {"epsilon": 1e-5, "use_fast_variance": False, **affine, **options}
-    return nnx.LayerNorm(config.hidden_size, **options)
 
-def product(x, kernel, _, **options):
-    """x [..., D] times kernel [D, F] -> [..., F], made for XLA on a CPU. x becomes a matrix, or the
-    kernel's gradient would copy it; a vector is cut into 16 parts, or only one core would work."""
-    D, F = kernel.shape
-    if x.size > D or D % 16 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
-        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
-    else:
-        y = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F)).sum(axis=0)
-    return y.reshape(*x.shape[:-1], F)
+def config_from_hf(values: dict) -> Config:
+    """The Config for the contents of a config.json; see Config.from_hf."""
+    check_supported("model_type", values.get("model_type", "opt"), ["opt"])
+    config = Config(**known_fields(values))
+    check_supported("activation_function", config.activation_function, ACTIVATIONS)
+    return config
 
-Linear = partial(nnx.Linear, dot_general=product)
 
-@jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, scale):
-    """Each query gathers the values of the keys at its own and at earlier positions.
-    q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
-    Softmax in float32. Vaswani et al. 2017, equation (1)."""
-    T, S = q.shape[1], k.shape[1]
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T or S, Dh]: batches first
-    if T * S >= LONG**2 and T > 1:
-        x = attend_chunked(q, k, v, q_positions, k_positions, scale=scale)
-    else:
-        probs = jax.nn.softmax(masked_scores(q, k, q_positions, k_positions, scale))
-        x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
-    return x.swapaxes(1, 2)
+def config_to_hf(config: Config) -> dict:
+    """The contents of config.json for a Config; see Config.to_hf."""
+    values = {"architectures": ["OPTForCausalLM"], "model_type": "opt", **asdict(config)}
+    del values["padded_vocab_size"]
+    return values
 
-def masked_scores(q, k, q_positions, k_positions, scale):
-    """How well each key fits each query, in float32: [B, H, T, Dh], [B, H, S, Dh] -> [B, H, T, S].
-    A key is visible where 0 <= its position <= the query's; padding and empty slots are at -1."""
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * scale
-    q_pos, k_pos = q_positions[:, None, :, None], k_positions[:, None, None, :]
-    visible = (k_pos >= 0) & (k_pos <= q_pos)  # [B, 1, T, S]
-    # Not -inf: for padding, which sees no key, softmax is then uniform and not NaN.
-    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
-LONG, CHUNK = 2048, 256  # from LONG queries times LONG keys on, CHUNK keys at a time
-
-def attend_chunked(q, k, v, q_positions, k_positions, **options):
-    """What `attend` computes, a chunk of keys at a time: no [T, S] is ever held. The largest score
-    and the sum that softmax needs are carried along, and what was gathered shrinks when a larger
-    score comes: Milakov and Gimelshein 2018; Rabe and Staats 2021."""
-    def chunks(x, axis, fill):  # [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]
-        pad = [(0, -n % CHUNK * (i == axis)) for i, n in enumerate(x.shape)]
-        x = jnp.pad(x, pad, constant_values=fill)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :]), axis, 0)
-    @jax.checkpoint  # or its gradient would keep the scores of every chunk
-    def add(carry, chunk):
-        gathered, total, largest = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
-        k, v, k_positions = chunk
-        scores = masked_scores(q, k, q_positions, k_positions, **options)
-        new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
-        weights, shrink = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
-        total = total * shrink + weights.sum(axis=-1, keepdims=True)
-        gathered = gathered * shrink + jnp.einsum("bhts,bhsd->bhtd", weights, v)
-        return (gathered, total, new_largest), None
-    x = jnp.zeros_like(q, jnp.float32)
-    keys = chunks(k, 2, 0), chunks(v, 2, 0), chunks(k_positions, 1, -1)
-    (gathered, total, _), _ = jax.lax.scan(add, (x, x[..., :1], x[..., :1] - jnp.inf), keys)
-    return (gathered / total).astype(v.dtype)
-
-class Attention(nnx.Module):
-    """Causal self-attention with H heads, each with its own slice of query, key and value."""
-    def __init__(self, config: Config, **options):
-        D, std = config.hidden_size, config.init_std
-        self.heads = config.num_attention_heads, D // config.num_attention_heads
-        linear = {"use_bias": config.enable_bias, **options}
-        self.q_proj = Linear(D, D, kernel_init=normal(std), **linear)
-        self.k_proj = Linear(D, D, kernel_init=normal(std), **linear)
-        self.v_proj = Linear(D, D, kernel_init=normal(std), **linear)
-        proj_std = std / (2 * config.num_hidden_layers) ** 0.5
-        self.out_proj = Linear(D, D, kernel_init=normal(proj_std), **linear)
-
-    @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (k, v)): `past` with those of x written from `start` on."""
-        B, T, D = x.shape
-        q = self.q_proj(x).reshape(B, T, *self.heads)  # [B, T, H, Dh]
-        k = self.k_proj(x).reshape(B, T, *self.heads)
-        v = self.v_proj(x).reshape(B, T, *self.heads)
-        k, v = write(past[0], k, start), write(past[1], v, start)  # [B, S, H, Dh]
-        x = attend(q, k, v, positions, k_positions, self.heads[1] ** -0.5)  # [B, T, H, Dh]
-        return self.out_proj(x.reshape(B, T, D)), (k, v)
-
-class Block(nnx.Module):
-    """One layer: attention, then an MLP of two layers, each added to the stream x. There are norms
-    before both or, in 350M, after each addition."""
-    def __init__(self, config: Config, **options):
-        D, F, std, bias = config.hidden_size, config.ffn_dim, config.init_std, config.enable_bias
-        proj_std = std / (2 * config.num_hidden_layers) ** 0.5
-        self.norm_first = config.do_layer_norm_before
-        self.act = ACTIVATIONS[config.activation_function]
-        self.self_attn = Attention(config, **options)
-        self.self_attn_layer_norm = norm(config, **options)
-        self.fc1 = Linear(D, F, use_bias=bias, kernel_init=normal(std), **options)
-        self.fc2 = Linear(F, D, use_bias=bias, kernel_init=normal(proj_std), **options)
-        self.final_layer_norm = norm(config, **options)
-        self.dropout = nnx.Dropout(config.dropout)
-
-    def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], this layer's (k, v)); arguments as for Attention."""
-        drop = {"deterministic": rngs is None, "rngs": rngs}
-        y = self.self_attn_layer_norm(x) if self.norm_first else x
-        y, kv = self.self_attn(y, positions, k_positions, past, start)
-        x = x + self.dropout(y, **drop)
-        x = x if self.norm_first else self.self_attn_layer_norm(x)
-        y = self.final_layer_norm(x) if self.norm_first else x
-        y = self.fc2(self.act(self.fc1(y)))  # D -> F -> D
-        x = x + self.dropout(y, **drop)
-        return x if self.norm_first else self.final_layer_norm(x), kv
-
-class Model(nnx.Module):
-    """OPT: tokens [B, T] -> logits [B, T, V].
-
-    From scratch with OPT's own initialisation (section 2.2 of the paper): normal(0.006), biases 0,
-    norms 1, and the projections back into the stream scaled by 1 / sqrt(2 * num_hidden_layers).
-    `dtype` is what is computed in, `param_dtype` what is stored; norms, attention scores, softmax
-    and logits are float32 regardless. `remat` recomputes a block's activations for its gradient.
-    """
-    def __init__(self, config: Config, *, rngs, dtype=jnp.float32, param_dtype=jnp.float32,
-                 remat=False):
-        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        D, V = config.hidden_size, config.padded_vocab_size or config.vocab_size
-        E, init = config.word_embed_proj_dim or D, normal(config.init_std)
-        linear = {"use_bias": False, "kernel_init": init, **options}
-        self.embed_tokens = nnx.Embed(V, E, embedding_init=init, **options)
-        rows = 2 + config.max_position_embeddings  # as in fairseq: row 0 is unused, row 1 padding's
-        self.embed_positions = nnx.Embed(rows, D, embedding_init=init, **options)
-        self.project_in = Linear(E, D, **linear) if E != D else None
-        self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
-        self.final_layer_norm = norm(config, **options) if config.do_layer_norm_before else None
-        self.project_out = Linear(D, E, **linear) if E != D else None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(E, V, **linear)
-
-    def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
-        """tokens [B, T] -> (x [B, T, E], cache): the end of the stream, which `head` reads.
-
-        positions [B, T]: below the context, -1 for padding; default: counts on from the cache,
-        which must have T slots left. rngs: an nnx.Rngs, to train with dropout.
-        """
-        (B, T), layers = tokens.shape, []
-        if cache is None and (context := self.config.max_position_embeddings) < T:
-            raise InputError(f"{T} tokens, but the context is {context}")
-        # XLA on a CPU computes half precision in float32, and would convert the weights of all
-        # blocks before the first runs. So each is in a branch that XLA cannot know to be taken.
-        fenced = cache and self.dtype != jnp.float32 and jax.default_backend() == "cpu"
-        cache = init_cache(self.config, B, T, self.dtype) if cache is None else cache
-        if positions is None:
-            positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
-        start, k_positions = cache.filled, write(cache.positions, positions, cache.filled)
-        x = self.embed_tokens(tokens)  # [B, T, E]
-        x = x if self.project_in is None else self.project_in(x)  # [B, T, D]
-        x = x + self.embed_positions(positions + 2)
-        call = nnx.remat(Block.__call__) if self.remat and not fenced else Block.__call__
-        for block, past in zip(self.layers, cache.layers, strict=True):
-            run = partial(call, block, x, positions, k_positions, past, start, rngs)
-            run = jax.named_scope(f"layers.{len(layers)}")(run)  # its name in a profile
-            x, kv = jax.lax.cond(start >= 0, run, partial(tuple, (x, past))) if fenced else run()
-            layers.append(kv)
-        tokens = write(cache.tokens, tokens, start)
-        cache = Cache(tuple(layers), tokens, k_positions, start + T)
-        x = x if self.final_layer_norm is None else self.final_layer_norm(x)
-        return x if self.project_out is None else self.project_out(x), cache
-
-    @jax.named_scope("head")
-    def head(self, x):
-        """x [..., E] -> logits [..., V] in float32, without those of a padded vocabulary."""
-        w = self.lm_head.kernel.T if hasattr(self, "lm_head") else self.embed_tokens.embedding
-        x = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-        return x[..., : self.config.vocab_size]
-
-    def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
-        """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
-        x, new_cache = self.hidden(tokens, positions, cache, rngs=rngs)
-        return self.head(x) if cache is None else (self.head(x), new_cache)
-
-class Cache(NamedTuple):
-    """The keys and values of all tokens so far, so that a new token computes only its own. All rows
-    fill the same slots: shorter ones are padded on the left. Padding and empty slots are at -1."""
-    layers: tuple  # for each layer (k, v), each [B, S, heads, Dh]
-    tokens: jax.Array  # [B, S], for the repetition penalty
-    positions: jax.Array  # [B, S]
-    filled: jax.Array  # how many slots are written, padding included: where the next go
-
-def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
-    """An empty cache of `length` slots."""
-    H = config.num_attention_heads
-    shape = batch, length, H, config.hidden_size // H
-    layers = [tuple(jnp.zeros((2, *shape), dtype)) for _ in range(config.num_hidden_layers)]
-    tokens, positions = jnp.zeros(shape[:2], int), jnp.full(shape[:2], -1)
-    return Cache(tuple(layers), tokens, positions, jnp.array(0))
-
-def write(slots, new, start):
-    """Puts new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
-
-# ----------------------------------------------------------------------------------- the next token
-@jax.named_scope("sample")
-def sample(logits, rng_keys, occurred=None, *, top_k=None, temperature=1.0, top_p=None, min_p=None,
-           repetition_penalty=None):
-    """Draws a token for each row: logits [B, V], rng_keys [B], occurred [B, V] -> [B]. What is None
-    is left out, but temperature None takes the likeliest. In transformers' order: penalty (Keskar
-    2019), temperature, top_k, top_p (Holtzman 2019), min_p (Nguyen 2024)."""
-    if repetition_penalty is not None:
-        factor = jnp.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
-        logits = jnp.where(occurred, logits * factor, logits)
-    if temperature is None:
-        return jnp.argmax(logits, axis=-1)
-    logits, ids = logits / temperature, None
-    if top_k is not None:  # from here on only k logits, of the tokens `ids`
-        logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
-    probs, best = jax.nn.softmax(logits, axis=-1), logits.max(axis=-1, keepdims=True)
-    if top_p is not None:  # keep a token if likelier ones sum to less than top_p
-        def bisect(_, bounds):  # for the least logit that is kept: far faster than to sort them
-            middle = (bounds[0] + bounds[1]) / 2
-            more = jnp.where(logits > middle, probs, 0).sum(axis=-1, keepdims=True) >= top_p
-            return jnp.where(more, middle, bounds[0]), jnp.where(more, bounds[1], middle)
-        below, _ = jax.lax.fori_loop(0, 40, bisect, (best - 104, best))  # exp(-104) is 0
-        logits = jnp.where((logits > below) | (logits == best), logits, -jnp.inf)
-    if min_p is not None:
-        logits = jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)
-    choice = jax.vmap(jax.random.categorical)(rng_keys, logits)
-    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
-
-def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
-    """One row of `generate`, of this prompt and key, without a cache; sampling as for `sample`."""
-    graphdef, state = nnx.split(model)
-    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
-    ids, end = list(prompt), len(prompt) + max_new_tokens
-    for n in range(len(prompt), end):
-        padded = np.array([ids + [0] * (end - n)])  # one length for all; no token sees later ones
-        occurred = np.isin(np.arange(model.config.vocab_size), ids)[None]
-        rng_keys = jax.random.fold_in(key, n)[None]
-        ids += sample(forward(state, padded)[:, n - 1], rng_keys, occurred, **sampling).tolist()
-    return ids[len(prompt) :]
-
-@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
-def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Puts tokens [B, T] into the cache, draws the token after the last -> (cache, token [B])."""
-    model = nnx.merge(graphdef, state)
-    x, cache = model.hidden(tokens, positions, cache)
-    logits, occurred = model.head(x[:, -1]), None
-    if sampling["repetition_penalty"] is not None:
-        row, real = jnp.arange(len(tokens))[:, None], cache.positions >= 0
-        occurred = jnp.zeros(logits.shape, bool).at[row, cache.tokens].max(real)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, 1 + cache.positions.max(axis=1))  # by position
-    return cache, sample(logits, rng_keys, occurred, top_k=top_k, **sampling)
-
-STEPS = 32  # the most tokens of one call of `decode`; Ctrl-C and stop ids take effect between calls
-
-@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
-def decode(graphdef, state, cache: Cache, token, keys, sampling: dict, steps, top_k):
-    """`steps` tokens after token [B], each by a `prefill` of one -> (cache, tokens [B, STEPS])."""
-    def step(i, carry):
-        cache, token, new = carry
-        cache, token = prefill(graphdef, state, cache, token[:, None], None, keys, sampling, top_k)
-        return cache, token, new.at[:, i].set(token)
-    new = jnp.zeros((len(token), STEPS), int)
-    return jax.lax.fori_loop(0, steps, step, (cache, token, new))[::2]
-
-def round_up(n, multiple: int) -> int:
-    """The least multiple of `multiple` that is n or more."""
-    return math.ceil(n / multiple) * multiple
-
-def batch_prompts(config: Config, prompts: list[list[int]], max_new_tokens: int):
-    """Ragged prompts as one batch, padded on the left: (tokens [B, T], positions [B, T], S). T is a
-    power of two from 64 on, S, the length of the cache, a multiple of 128 (both may pass the
-    context), as each B, T and S is compiled. InputError: no tokens, foreign ids, or too many."""
-    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
-    if not prompts or not all(map(len, prompts)) or max_new_tokens < 1:
-        raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
-    if longest + max_new_tokens > context:
-        raise InputError(f"{longest} + {max_new_tokens} tokens do not fit the context of {context}")
-    T = max(64, 1 << (longest - 1).bit_length())
-    tokens = np.array([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
-    positions = np.array([np.maximum(np.arange(T) - T + len(prompt), -1) for prompt in prompts])
-    return tokens, positions, round_up(T + max_new_tokens, 128)
-
-def generate(model: Model, prompts: list[list[int]], max_new_tokens: int, *, key, temperature=1.0,
-             top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=()):
-    """Continues each prompt by up to max_new_tokens -> list[list[int]], the new tokens only. A row
-    ends before its first stop id, and depends on its own prompt and key alone (but for rounding).
-    key: a jax.random.key for each row, or one, folded with their numbers. temperature 0: greedy."""
-    sampling = {"temperature": temperature or None, "top_p": top_p, "min_p": min_p,
-                "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty}
-    tokens, positions, S = batch_prompts(model.config, prompts, max_new_tokens)
-    B, stops = len(prompts), list(stop_ids)
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    graphdef, state = nnx.split(model)
-    cache = init_cache(model.config, B, S, model.dtype)
-    cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling, top_k)
-    new = np.asarray(token)[:, None]
-    while new.shape[1] < max_new_tokens and not np.isin(new, stops).any(axis=1).all():
-        steps = min(STEPS, max_new_tokens - new.shape[1])
-        cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps, top_k)
-        new = np.concatenate([new, more[:, :steps]], axis=1)
-    return [row[: next((i for i, t in enumerate(row) if t in stops), None)] for row in new.tolist()]
-
-# -------------------------------------------------------------------------------------- checkpoints
 # Parameter path -> its name in a checkpoint, and whether it is transposed there.
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
@@ -438,141 +817,16 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale)", r"model.decoder.\1.weight", False),
     (r"(.+)\.bias", r"model.decoder.\1.bias", False),
 ]
-VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # their padded rows are not saved
+VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # saved without a padded vocabulary
 RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # bare models lack the prefix
-IGNORED = r"lm_head\.weight"  # skipped where a file has it: a copy of the token table
+IGNORED = r"lm_head\.weight"  # ignored where a file has it: the token table again as the head
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
-def fetch(name, revision: str | None = None, weights=True) -> Path:
-    """The folder of a checkpoint: `name` if it is one, else the Hub's cache, filled if need be."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download  # heeds HF_HOME and HF_TOKEN
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
-    for whole in FORMATS if weights else []:  # the first format that there is
-        pattern = whole.replace(".", "*.") + "*"  # also shards and their index
-        snapshot_download(name, revision=revision, allow_patterns=pattern)
-        if any(folder.glob(pattern)):
-            break
-    return folder
 
-def safetensors_in(file: Path) -> dict:
-    """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
-    anew = partial(safe_open, file, "np")  # for each, as the pages of an open file count as memory
-    return {name: lambda name=name: anew().get_tensor(name) for name in list(anew().keys())}
-
-STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,
-            "DoubleStorage": np.float64, "LongStorage": np.int64, "BoolStorage": np.bool_}
-
-def torch_tensors_in(file: Path) -> dict:
-    """The same for a pytorch_model.bin, without torch. The file is a zip of raw storages and a
-    pickle, which may use only what is in `names`, so that no code of a file ever runs."""
-    def read(kind, name, offset, shape, strides):
-        data = zipfile.ZipFile(file).read(name)
-        if kind not in STORAGES or not data:
-            raise InputError(f"{file} is damaged: no numbers in {name}")
-        dtype = np.dtype(STORAGES[kind])  # ndarray refuses what lies outside of the data
-        strides = [dtype.itemsize * stride for stride in strides]
-        return np.ndarray(shape, dtype, data, dtype.itemsize * offset, strides)
-    names = {"OrderedDict": type("Weights", (dict,), {}),  # as a dict takes no _metadata
-             **{name: name for name in STORAGES}, "_rebuild_parameter": lambda tensor, *_: tensor,
-             "_rebuild_tensor_v2": lambda storage, *more: partial(read, *storage, *more[:3])}
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if name not in names:
-                raise InputError(f"{file} asks for {module}.{name}, which weights do not need")
-            return names[name]
-        def persistent_load(self, reference):  # ("storage", kind, key, device, size)
-            return reference[1], pickled.replace("data.pkl", f"data/{reference[2]}")
-    with zipfile.ZipFile(file) as archive:
-        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        return Unpickler(archive.open(pickled)).load()
-
-def flax_tensors_in(file: Path) -> dict:
-    """The same for a flax_model.msgpack, under the names and in the layout of PyTorch."""
-    stored = traverse_util.flatten_dict(serialization.msgpack_restore(file.read_bytes()), sep=".")
-    return {re.sub(r"(kernel|scale|embedding)$", "weight", name):
-            partial(np.transpose if name.endswith("kernel") else np.asarray, tensor)
-            for name, tensor in stored.items()}
-
-FORMATS = {"model.safetensors": safetensors_in, "pytorch_model.bin": torch_tensors_in,
-           "flax_model.msgpack": flax_tensors_in}  # the first of these that there is
-
-def stored_tensors(folder: Path) -> dict:
-    """The tensors of a checkpoint, one file or shards with an index: name -> function, as above."""
-    for whole, tensors_in in FORMATS.items():
-        index, files = folder / f"{whole}.index.json", [whole] if (folder / whole).exists() else []
-        if index.exists() and not files:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if stored := [item for file in files for item in tensors_in(folder / file).items()]:
-            return {re.sub(*RENAMED, name): read for name, read in stored}
-    raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
-
-def named_parameters(state):
-    """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter."""
-    for parts, param in nnx.to_flat_state(state):
-        path = ".".join(map(str, parts))
-        pattern, name, transposed = next(row for row in CHECKPOINT if re.fullmatch(row[0], path))
-        yield path, param, re.sub(pattern, name, path), transposed
-
-def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None) -> Model:
-    """The model in a folder or under a Hub id, read a tensor at a time.
-    dtype: float32 on a CPU and bfloat16 elsewhere; param_dtype: as dtype; take float32 to train.
-    mesh: as jax.sharding.Mesh makes it, not jax.make_mesh; each tensor goes straight to its parts.
-    InputError: another kind of model; tensors missing, unexpected or of the wrong shape."""
-    folder = fetch(source, revision)
-    config = Config.from_hf(json.loads((folder / "config.json").read_text()))
-    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # faster than Rngs; nothing is drawn
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
-    stored = stored_tensors(folder)
-    wanted = {name for _, _, name, _ in named_parameters(state)}
-    extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
-    for problem, names in [("lacks", wanted - stored.keys()), ("has unexpected", extra)]:
-        if names:
-            raise InputError(f"{folder} {problem} {len(names)} tensors, such as {sorted(names)[0]}")
-    # The largest first: while it is converted there are two more copies of it.
-    for path, param, name, transposed in sorted(named_parameters(state), key=lambda p: -p[1].size):
-        tensor = stored[name]().T if transposed else stored[name]()
-        if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
-        where = mesh and sharding(mesh, config, path, param.shape)
-        param.set_value(jax.device_put(tensor.astype(param.dtype, copy=False), where))
-    return nnx.merge(graphdef, state)
-
-def save(model: Model, folder) -> None:
-    """Writes config.json and model.safetensors, which transformers and `load` read."""
-    tensors, V = {}, model.config.vocab_size
-    for path, param, name, transposed in named_parameters(nnx.state(model)):
-        tensor = np.asarray(param[...]).T if transposed else np.asarray(param[...])
-        tensors[name] = np.ascontiguousarray(tensor[:V] if path in VOCABULARY else tensor)
-    config = {**model.config.to_hf(), "dtype": str(next(iter(tensors.values())).dtype)}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-# Which dimensions of a parameter are split over a mesh that has axes "fsdp" and "tensor".
-SHARDING = [
-    (r"embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r"embed_positions\.embedding", (None, "fsdp")),
-    (r".+\.(q_proj|k_proj|v_proj|fc1)\.kernel|lm_head\.kernel", ("fsdp", "tensor")),
-    (r".+\.(q_proj|k_proj|v_proj|fc1)\.bias", ("tensor",)),
-    (r".+\.(out_proj|fc2)\.kernel", ("tensor", "fsdp")),
-    (r".+", ()),
-]
-def sharding(mesh, config: Config, path: str, shape):
-    """Where the parts of the parameter at `path` go: a dimension that its axis divides is split."""
-    axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)  # never cut in two
-    shape = *shape[:-1], heads if re.search("[kv]_proj", path) else shape[-1]
-    axes = [axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=False)]
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 def tokenizer(name, revision: str | None = None):
-    """An object with encode(text) -> ids and decode(ids) -> text. OPT begins each text with </s>.
+    """An object with encode(text) -> ids and decode(ids) -> text. The BOS token of OPT is </s>.
 
-    Reads tokenizer.json, else vocab.json and merges.txt, of a folder or a Hub id.
+    It is read from the tokenizer.json, else the vocab.json and merges.txt, of a folder or Hub id.
     """
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
@@ -582,14 +836,259 @@ def tokenizer(name, revision: str | None = None):
     else:
         codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
         codec.add_special_tokens(["<pad>", "</s>"])
-    bos = [codec.token_to_id("</s>")] if "</s>" in codec.get_vocab() else []
-    return SimpleNamespace(decode=codec.decode, encode=lambda text: (
-        bos + codec.encode(text, add_special_tokens=False).ids))
+    bos = codec.token_to_id("</s>")  # None in a vocabulary that has no </s>
+
+    def encode(text: str) -> list[int]:
+        ids = codec.encode(text, add_special_tokens=False).ids
+        if bos is not None:
+            ids = [bos, *ids]
+        return ids
+
+    return SimpleNamespace(encode=encode, decode=codec.decode)
+
+
+def flax_tensors_in(file: Path) -> dict:
+    """The tensors of a flax_model.msgpack: name -> a function that gives one as a numpy array.
+
+    Names and layout become those of PyTorch, which CHECKPOINT expects.
+    """
+    tree = serialization.msgpack_restore(file.read_bytes())
+    readers = {}
+    for path, tensor in traverse_util.flatten_dict(tree, sep=".").items():
+        read = partial(np.asarray, tensor)
+        if path.endswith("kernel"):
+            read = partial(np.transpose, tensor)
+        name = re.sub(r"(kernel|scale|embedding)$", "weight", path)
+        readers[name] = read
+    return readers
+
+
+# pytorch_model.bin without PyTorch: the same in opt.py and llama.py
+#
+# The file is a zip archive. Its members data/0, data/1 and so on are the storages: plain numbers,
+# one after another. The member data.pkl is a pickle. For each tensor it says the name, the storage,
+# the offset at which the tensor starts in the storage, and its shape and strides.
+#
+# A pickle is a program for a small stack machine. Its instructions build lists and dicts, but they
+# can also look up any function of any package by name and call it, so a pickle from a stranger may
+# run any code. Here `find_class` answers each look-up. It has harmless stand-ins for the few names
+# that weights need, and refuses all others.
+
+STORAGES = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "BoolStorage": np.bool_,
+}
+
+
+def torch_tensors_in(file: Path) -> dict:
+    """The tensors of a pytorch_model.bin: name -> a function that reads one as a numpy array.
+
+    InputError: its pickle asks for more than weights need.
+    """
+    with zipfile.ZipFile(file) as archive:
+        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        folder = pickled.removesuffix("data.pkl")
+        return TorchUnpickler(archive.open(pickled), file, folder).load()
+
+
+class TorchUnpickler(pickle.Unpickler):
+    """Runs a data.pkl. The pickle module calls find_class and persistent_load as it goes."""
+
+    def __init__(self, stream, file: Path, folder: str):
+        super().__init__(stream)
+        self.file = file
+        self.folder = folder  # within the archive
+
+    def find_class(self, module: str, name: str):
+        """What the pickle gets when it looks up a class or a function."""
+        if name in STORAGES:
+            return name  # its kind
+        if name == "OrderedDict":
+            return Weights
+        if name == "_rebuild_tensor_v2":
+            return self.rebuild_tensor
+        if name == "_rebuild_parameter":
+            return lambda tensor, *_: tensor  # a parameter is read as its tensor
+        raise InputError(f"{self.file} asks for {module}.{name}, which weights do not need")
+
+    def persistent_load(self, reference):
+        """What the pickle gets for a storage: its kind, and its name in the archive."""
+        _, kind, number, _, _ = reference  # "storage", kind, number, device, size
+        return kind, f"{self.folder}data/{number}"
+
+    def rebuild_tensor(self, storage, offset, shape, strides, *_):
+        """The pickle calls this for each tensor, with the storage from persistent_load."""
+        kind, name = storage
+        return partial(read_tensor, self.file, kind, name, offset, shape, strides)
+
+
+class Weights(dict):
+    """Stands for OrderedDict."""
+
+    def __setstate__(self, attributes):
+        """The pickle sets an attribute, _metadata, which is not needed."""
+
+
+def read_tensor(file: Path, kind: str, name: str, offset: int, shape, strides):
+    """Reads a tensor from a storage. offset and strides count numbers, not bytes."""
+    with zipfile.ZipFile(file) as archive:
+        data = archive.read(name)
+    if kind not in STORAGES or not data:
+        raise InputError(f"{file} is damaged: no numbers in {name}")
+
+    # ndarray refuses a tensor that reaches beyond the storage.
+    dtype = np.dtype(STORAGES[kind])
+    strides = [stride * dtype.itemsize for stride in strides]
+    return np.ndarray(shape, dtype, data, offset * dtype.itemsize, strides)
+
+
+FORMATS = {  # files of weights, and what reads them
+    "model.safetensors": safetensors_in,
+    "pytorch_model.bin": torch_tensors_in,
+    "flax_model.msgpack": flax_tensors_in,
+}
+
+
+# ------------------------------------------ Many devices ------------------------------------------
+
+# How each dimension of a parameter is split over a mesh with the axes "fsdp" and "tensor".
+SHARDING = [
+    (r"embed_tokens\.embedding", ("tensor", "fsdp")),
+    (r"embed_positions\.embedding", (None, "fsdp")),
+    (r".+\.(q_proj|k_proj|v_proj|fc1)\.kernel|lm_head\.kernel", ("fsdp", "tensor")),
+    (r".+\.(q_proj|k_proj|v_proj|fc1)\.bias", ("tensor",)),
+    (r".+\.(out_proj|fc2)\.kernel", ("tensor", "fsdp")),
+    (r".+", ()),
+]
+
+
+def sharding(mesh, config: Config, path: str, shape):
+    """The jax.sharding.NamedSharding of the parameter at `path`.
+
+    A dimension is split over an axis of the mesh if the axis divides it; heads stay whole.
+    """
+    axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
+
+    # The keys and values are split by whole KV heads.
+    sizes = list(shape)
+    if re.search("[kv]_proj", path):
+        sizes[-1] = getattr(config, "num_key_value_heads", config.num_attention_heads)
+
+    spec = []
+    for axis, size in zip(axes, sizes, strict=False):
+        fits = axis in mesh.shape and size % mesh.shape[axis] == 0
+        spec.append(axis if fits else None)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+# --------------------------- Faster forms: the same in every model file ---------------------------
+# A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
+# and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
+
+
+def linear_dot(x, kernel, dimension_numbers, **options):
+    """x [..., D] times kernel [D, F] -> [..., F]: the product in nnx.Linear, for XLA on a CPU."""
+    D, F = kernel.shape
+    one_vector = x.size == D and x.dtype == jnp.float32
+    if one_vector and D % 16 == 0 and jax.default_backend() == "cpu":
+        # Vector times matrix runs on a single core: 16 parts of the sum keep all cores busy.
+        parts = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F))
+        y = parts.sum(axis=0)
+    else:
+        # As a matrix [rows, D]: the kernel's gradient would copy an x of more dimensions.
+        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
+    return y.reshape(*x.shape[:-1], F)
+
+
+Linear = partial(nnx.Linear, dot_general=linear_dot)
+
+
+def how_to_run(model, with_cache: bool):
+    """The function that runs a block: Block.__call__, or a form that takes less memory."""
+    if with_cache and model.dtype != jnp.float32 and jax.default_backend() == "cpu":
+        return run_fenced
+    if model.remat:
+        return nnx.remat(Block.__call__)
+    return Block.__call__
+
+
+def run_fenced(block, x, positions, k_positions, past, start, *rngs):
+    """Block.__call__ inside of a branch that XLA cannot know to be taken.
+
+    XLA on a CPU computes half precision in float32. Without the branches it would convert the
+    weights of all blocks before the first one runs, and hold them all in memory.
+    """
+
+    def run():
+        return block(x, positions, k_positions, past, start, *rngs)
+
+    def skip():
+        return x, past
+
+    return jax.lax.cond(start >= 0, run, skip)
+
+
+LONG = 2048  # sequences are attended to in chunks from LONG queries times LONG keys on
+CHUNK = 256  # keys in a chunk
+
+
+def is_long(T: int, S: int) -> bool:
+    """Whether T queries and S keys are so many that their scores should not all be held at once."""
+    return T > 1 and T * S >= LONG**2
+
+
+def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
+    """What `attend` computes, by an online softmax over chunks of keys: no [T, S] is ever held.
+
+    q [B, H, T, Dh], k and v [B, H, S, Dh] -> [B, H, T, Dh]; options as for attention_scores.
+    The maximum and the normalizer of the softmax are carried from chunk to chunk; a new maximum
+    rescales the sums so far. Milakov and Gimelshein 2018; Rabe and Staats 2021. The same idea is
+    behind flash attention.
+    """
+
+    @jax.checkpoint  # otherwise the backward pass would keep the scores of every chunk
+    def add_chunk(carry, chunk):
+        out, normalizer, maximum = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        k, v, k_positions = chunk
+        scores = attention_scores(q, k, q_positions, k_positions, **options)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_maximum)
+        rescale = jnp.exp(maximum - new_maximum)
+
+        normalizer = normalizer * rescale + weights.sum(axis=-1, keepdims=True)
+        out = out * rescale + jnp.einsum("bhts,bhsd->bhtd", weights, v)
+        return (out, normalizer, new_maximum), None
+
+    zeros = jnp.zeros_like(q, jnp.float32)
+    start = (zeros, zeros[..., :1], zeros[..., :1] - jnp.inf)
+    chunks = (in_chunks(k, 2), in_chunks(v, 2), in_chunks(k_positions, 1, fill=-1))
+    (out, normalizer, _), _ = jax.lax.scan(add_chunk, start, chunks)
+    return (out / normalizer).astype(v.dtype)
+
+
+def in_chunks(x, axis: int, fill=0):
+    """Splits an axis of keys into chunks: [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, -x.shape[axis] % CHUNK)
+    x = jnp.pad(x, pad, constant_values=fill)
+    x = x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+# --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     text = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
     name = sys.argv[2] if len(sys.argv) > 2 else next(iter(PRESETS))
-    codec, model = tokenizer(name), load(name)
-    [new] = generate(model, [codec.encode(text)], 100, key=jax.random.key(0), temperature=0.8,
-                     top_k=50, stop_ids=np.ravel(model.config.eos_token_id))
-    print(codec.decode(codec.encode(text) + new))
+
+    codec = tokenizer(name)
+    model = load(name)
+    prompt = codec.encode(text)
+    key = jax.random.key(0)
+    stop_ids = np.ravel(model.config.eos_token_id)
+    [new] = generate(model, [prompt], 100, key=key, temperature=0.8, top_k=50, stop_ids=stop_ids)
+    print(codec.decode(prompt + new))

@@ -96,7 +96,9 @@ def test_a_window_bounds_what_is_read_of_the_cache():
 
 
 def test_random_weights_have_the_shapes_and_types_that_were_asked_for():
-    model = bench.random_model(gpt2, gpt2.sizes(32, 1, 2), "bfloat16", "bfloat16")
+    model = bench.random_model(
+        gpt2, gpt2.Config(n_embd=32, n_layer=1, n_head=2), "bfloat16", "bfloat16"
+    )
     assert model.h[0].mlp.c_fc.kernel[...].dtype == jnp.bfloat16
     assert abs(float(model.wte.embedding[...].astype("float32").std()) - 0.02) < 1e-3
     assert (np.asarray(model.ln_f.scale[...]) == 1).all()

@@ -17,7 +17,7 @@ N, D, F, E, CHOSEN = 96, 16, 24, 8, 2
 @pytest.fixture(scope="module")
 def experts():
     config = mistral.Config("mixtral", hidden_size=D, intermediate_size=F, initializer_range=0.3)
-    return [mistral.MLP(config, ("w1", "w3", "w2"), rngs=nnx.Rngs(e)) for e in range(E)]
+    return [mistral.Expert(config, rngs=nnx.Rngs(e)) for e in range(E)]
 
 
 def choices(n, seed=0):

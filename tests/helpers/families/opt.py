@@ -12,7 +12,7 @@ def opt_parts(model, tokens, x):
     block, positions = model.layers[-1], np.tile(np.arange(x.shape[1]), (x.shape[0], 1))
     parts = {
         "attention": block.self_attn(x, positions, positions, slots(opt, model, x), 0)[0],
-        "mlp": block.fc2(block.act(block.fc1(x))),
+        "mlp": block.mlp(x),
         "norm": block.self_attn_layer_norm(x),
         "second norm": block.final_layer_norm(x),
         "norm far from zero": block.final_layer_norm(x + 100),
@@ -20,10 +20,10 @@ def opt_parts(model, tokens, x):
         "position table": model.embed_positions(positions + 2),
         "head": model.head(x[..., : model.embed_tokens.features]),
     }
-    if model.project_in:
+    if model.projected:
         parts["project_in"] = model.project_in(x[..., : model.embed_tokens.features])
         parts["project_out"] = model.project_out(x)
-    if model.final_layer_norm:
+    if model.config.do_layer_norm_before:
         parts["final norm"] = model.final_layer_norm(x)
     return parts
 
@@ -49,7 +49,6 @@ def opt_hf_parts(hf, tokens, x):
     return parts
 
 
-HEADS = ".reshape(B, T, *self.heads)"
 OPT = Family(
     module=opt,
     hf_config=OPTConfig,
@@ -86,27 +85,24 @@ OPT = Family(
         "positions from row 0": Mutation(
             "embed_positions(positions + 2)", "embed_positions(positions)"
         ),
-        "no ReLU": Mutation("self.act(self.fc1(y))", "self.fc1(y)"),
+        "no ReLU": Mutation("x = self.act(x)", "pass"),
         "GELU for ReLU": Mutation('"relu": jax.nn.relu', '"relu": jax.nn.gelu'),
         "tanh for erf in GELU": Mutation("approximate=False", "approximate=True", "gelu, one head"),
-        "epsilon of flax": Mutation('"epsilon": 1e-5', '"epsilon": 1e-6'),
+        "epsilon of flax": Mutation("epsilon=1e-5", "epsilon=1e-6"),
         "variance of flax": Mutation(
-            '"use_fast_variance": False',
-            '"use_fast_variance": True',
+            "use_fast_variance=False",
+            "use_fast_variance=True",
             seen=("parts", "norm far from zero"),
         ),
-        "scale by D and not Dh": Mutation("self.heads[1] ** -0.5", "D ** -0.5"),
-        "no scale": Mutation("self.heads[1] ** -0.5", "1.0"),
+        "scale by D and not Dh": Mutation("(D // H) ** -0.5", "D ** -0.5"),
+        "no scale": Mutation("(D // H) ** -0.5", "1.0"),
         "a token does not see itself": Mutation(VISIBLE, VISIBLE.replace("<=", "<")),
         "a token sees the next one": Mutation("(k_pos <= q_pos)", "(k_pos <= q_pos + 1)"),
-        "q and k exchanged": Mutation("x = attend(q, k, v,", "x = attend(k, q, v,"),
-        "k and v exchanged": Mutation(
-            "write(past[0], k, start), write(past[1], v, start)",
-            "write(past[0], v, start), write(past[1], k, start)",
-        ),
+        "q and k exchanged": Mutation("attend(q, k, v, positions", "attend(k, q, v, positions"),
+        "k and v exchanged": Mutation("= update_layer(past, k, v", "= update_layer(past, v, k"),
         "heads of v interleaved": Mutation(
-            f"self.v_proj(x){HEADS}",
-            "self.v_proj(x).reshape(B, T, *self.heads[::-1]).swapaxes(2, 3)",
+            "self.v_proj(x).reshape(B, T, -1, Dh)",
+            "self.v_proj(x).reshape(B, T, Dh, -1).swapaxes(2, 3)",
         ),
         "norms after for before": Mutation(
             "= config.do_layer_norm_before", "= not config.do_layer_norm_before"
@@ -117,19 +113,17 @@ OPT = Family(
             "norms after, narrow tokens",
         ),
         "no norm after attention": Mutation(
-            "x = x if self.norm_first else self.self_attn_l",
-            "x = x if True else self.self_attn_l",
-            "norms after, narrow tokens",
+            "x = self.self_attn_layer_norm(x + y)", "x = x + y", "norms after, narrow tokens"
         ),
         "no norm after the MLP": Mutation(
-            "return x if self.norm_first", "return x if True", "norms after, narrow tokens"
+            "x = self.final_layer_norm(x + y)", "x = x + y", "norms after, narrow tokens"
         ),
-        "no final norm": Mutation("x if self.final_layer_norm is None", "x if True"),
+        "no final norm": Mutation("x = self.final_layer_norm(x)", "pass"),
         "one norm for both": Mutation(
-            "y = self.final_layer_norm(x)", "y = self.self_attn_layer_norm(x)"
+            "self.mlp(self.final_layer_norm(x)", "self.mlp(self.self_attn_layer_norm(x)"
         ),
         "MLP beside attention": Mutation(
-            "y = self.final_layer_norm(x)", "y = self.final_layer_norm(x - y)"
+            "self.mlp(self.final_layer_norm(x)", "self.mlp(self.final_layer_norm(x - y)"
         ),
         "own head transposed": Mutation(  # square, so that no shape tells
             '"lm_head.weight", True', '"lm_head.weight", False', "square head"
