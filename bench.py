@@ -659,8 +659,11 @@ def main(args) -> int:
     """Starts a process for each task, collects what they print -> the exit code."""
     parts = [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
     if args.every:  # the largest model of each file
-        parts = [["--model", name, "--preset", max(import_module(name).PRESETS.items(),
-                                                   key=lambda x: x[1].parameters)[0]] for name in MODELS]
+        parts = []
+        for name in MODELS:
+            presets = import_module(name).PRESETS
+            largest = max(presets, key=lambda x: presets[x].parameters)
+            parts.append(["--model", name, "--preset", largest])
     if args.suite:
         lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
         parts = [["--weights", args.given or "random", "--dtype", dtype, *shlex.split(line)]

@@ -865,7 +865,8 @@ def pick_devices(name: str | None, parallel: str) -> list:
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
 
-    with explained(RuntimeError, f"--device {name}: JAX finds no such device; leave it out"):
+    missing = f"--device {name}: JAX finds no such device; leave it out"
+    with explained(RuntimeError, missing if name else "JAX finds no device: {}"):
         devices = jax.devices(kind or None)
     number = int(index or 0)
     if number >= len(devices):

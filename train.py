@@ -5,10 +5,13 @@
     python train.py --model llama --weights HuggingFaceTB/SmolLM2-135M --lora 8 --data 'my/*.txt'
     python sample.py --model gpt2 --weights runs/mine        # what has it learned?
 
-The end of the text, a tenth at most, is not trained on: the loss on it, the validation loss, tells
+The end of the text, a tenth at most, is not trained on. The loss on it, the validation loss, tells
 how well the model predicts what it has not seen. Ctrl-C stops a run, and the same command with
---resume goes on from there, on a CPU bit for bit. The finished folder is a checkpoint as Hugging
-Face has them, or an adapter as PEFT has.
+--resume goes on from there, on a CPU bit for bit. The finished folder is a checkpoint in Hugging
+Face's format, or a LoRA adapter in PEFT's.
+
+How to read this file: `main` is its table of contents, `train` is the training loop, `train_step`
+is one update of the weights. Each later section can be read alone.
 """
 
 import argparse
@@ -29,9 +32,12 @@ import tempfile
 import time
 import timeit
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -49,812 +55,1945 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-AXIS, JOIN = r"(data|fsdp|tensor)(:[1-9]\d*)?", 300  # of --parallel; seconds to wait for hosts
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
-MODELS = [name for name in ("gpt2", "opt", "llama", "gemma", "mistral")
-          if (HERE / f"{name}.py").exists()]
+MODELS = [
+    name for name in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{name}.py").exists()
+]
 
-# --------------------------------------------------------------------------------- the command line
-FLAGS = {  # name: (default, what it says). A type has no default; of a tuple it is the first.
-    "text": {
-        "--data": (str, "text, .jsonl, nanoGPT's .bin or shakespeare (default: Python's source)"),
-        "--dataset": (str, "NAME[:SUBSET] on the Hub, its train split; needs the package datasets"),
-        "--tokens": (str, "bpe (learned from the text; the default), char, bytes or gpt2"),
-        "--vocab-size": (1024, "how many pieces bpe learns, the 256 bytes included")},
-    "model": {
-        "--model": ("gpt2", f"model file: {', '.join(MODELS)}"),
-        "--weights": (str, "folder or Hub id to go on from (default: from scratch, with:)"),
-        "--layers": (4, "blocks, one after the other"),
-        "--heads": (4, "attention heads of a block"),
-        "--width": (128, "length of a token's vector"),
-        "--block": (64, "tokens seen at once; from scratch, the model's context"),
-        "--dropout": (0.0, "share of the activations that each step leaves out (gpt2, opt)"),
-        "--experts": (0, "MLPs of a block, of which a token takes two (mistral); 0: one for all"),
-        "--lora": (0, "rank of what is trained beside each matrix, instead of all weights; 0: off"),
-        "--lora-targets": (r".*\.(c_attn|c_proj|c_fc|\w+_proj|fc[12])", "paths of these matrices"),
-        "--merge": (False, "write LoRA's result as a whole checkpoint, not as an adapter")},
-    "training": {
-        "--steps": (2000, "updates of the weights"),
-        "--batch": (12, "rows of --block tokens in a step"),
-        "--accumulate": (1, "parts of a batch that follow each other, to save memory"),
-        "--optimizer": (("adamw", "lion", "adafactor", "muon"), "lion wants a tenth of --lr"),
-        "--lr": (float, "highest learning rate (default: 3e-3; of --weights 3e-5, of LoRA 3e-4)"),
-        "--schedule": (("cosine", "linear", "wsd"), "how it falls; wsd: in the last fifth alone"),
-        "--min-lr": (float, "what it falls to (default: a tenth of the highest)"),
-        "--warmup": (int, "steps in which it rises first (default: a twentieth of all)"),
-        "--weight-decay": (0.1, "of matrices only"),
-        "--beta1": (0.9, "share of the mean of gradients that each step keeps"),
-        "--beta2": (0.99, "the same of the mean of squared gradients (lion: of gradients)"),
-        "--clip": (1.0, "longest gradient, all of it taken as one vector"),
-        "--ema": (0.0, "evaluate and write a running mean of the weights that keeps this share"),
-        "--seed": (0, "of the first weights, the rows and dropout")},
-    "output": {
-        "--out": (Path, "folder for the model and its checkpoints (default: runs/MODEL)"),
-        "--resume": (False, "go on from the newest checkpoint in --out"),
-        "--eval-every": (250, "steps between estimates of the validation loss"),
-        "--save-every": (500, "steps between checkpoints; 0: only the model at the end"),
-        "--keep": (2, "how many of the last checkpoints stay, beside the best"),
-        "--save-dtype": (("float32", "bfloat16", "float16"), "of the finished model's weights"),
-        "--prompt": (str, "show at each estimate how the model goes on after this"),
-        "--profile": (Path, "folder for a trace of five steps, for Perfetto or xprof")},
-    "machine": {
-        "--device": (str, "cpu, gpu or tpu; gpu:1 is the second GPU (default: the best there is)"),
-        "--parallel": ("auto", "over devices: pmap, data, fsdp, tensor, data:2,tensor:4 or no"),
-        "--multihost": (str, "ADDRESS:PORT,HOSTS,HOST: of the first, how many, this one; or auto"),
-        "--dtype": (("auto", "float32", "bfloat16", "float16"), "computed in; auto: by the device"),
-        "--remat": (False, "save memory: compute each block again for its gradient")}}
-def check(fits, message):
-    """Ends with exit code 2 and a line that says what is wrong and what to do, unless it fits."""
-    if not fits:
-        print("train.py: " + " ".join(str(message).split()), file=sys.stderr)
-        sys.exit(2)
-@contextlib.contextmanager
-def explained(errors, message: str):
-    """Makes such errors that line, with what they say for {}."""
-    try:
-        yield
-    except errors as error:
-        check(False, message.replace("{}", str(error)))
-def arguments():
-    """The command line, read and checked as far as that needs neither the text nor a device."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    parser.error = partial(check, False)
-    for title, flags in FLAGS.items():
-        add = parser.add_argument_group(title).add_argument
-        for flag, (default, about) in flags.items():
-            known = {"default": default, "help": f"{about} (default: %(default)s)"}
-            if default is False:
-                add(flag, action="store_true", help=about)
-            elif isinstance(default, tuple):
-                add(flag, choices=default, **known | {"default": default[0]})
-            elif isinstance(default, type):
-                add(flag, type=default, help=about, nargs="+" if flag == "--data" else None)
-            else:
-                add(flag, type=type(default), **known)
-    args = parser.parse_args()
-    args.data, args.out = args.data or [], args.out or Path("runs", args.model)
-    local = HERE / "tiny" / args.model if args.weights == "tiny" else Path(args.weights or "")
-    args.weights = str(local.resolve()) if args.weights and local.is_dir() else args.weights
-    rate = 3e-4 if args.lora else 3e-5 if args.weights else 3e-3
-    args.lr = rate if args.lr is None else args.lr
-    args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
-    args.warmup = args.steps // 20 if args.warmup is None else args.warmup
-    bins = any(file.endswith(".bin") for x in args.data for file in (glob.glob(x) or [x]))
-    kinds = ["its own"] if args.weights else ["gpt2"] if bins else ["bpe", "char", "bytes", "gpt2"]
-    args.tokens = args.tokens or kinds[0]
-    stored = any(path.name.isdigit() for path in args.out.glob("checkpoints/*"))
-    least = {1: "layers heads width block steps batch accumulate eval_every keep",
-             256: "vocab_size", 0: "seed save_every lora weight_decay min_lr warmup"}
-    modes, axes = rf"no|auto|pmap|{AXIS}(,{AXIS})*", re.findall("[a-z]+", args.parallel)
-    for fits, rule in [
-        (args.model in MODELS, f"no model file for {args.model!r}; there are: {', '.join(MODELS)}"),
-        *[(vars(args)[name] >= n, f"--{name.replace('_', '-')} must be {n} or more")
-          for n, names in least.items() for name in names.split()],
-        *[(0 <= vars(args)[x] < 1, f"--{x}: 0 to below 1") for x in
-          ("dropout", "beta1", "beta2", "ema")],
-        (args.tokens in kinds, f"--tokens {args.tokens}: it must be {' or '.join(kinds)} here"),
-        (args.width % max(1, args.heads) == 0, "--width must be a multiple of --heads"),
-        (not args.dropout or args.model in ("gpt2", "opt"), f"{args.model}.py has no --dropout"),
-        (not args.experts or args.model == "mistral", "--experts are of --model mistral"),
-        (args.experts != 1, "--experts must be 0, or 2 or more"),
-        (not args.lora or args.weights, "--lora adds to trained weights: name them with --weights"),
-        (not args.merge or args.lora, "--merge is for --lora"),
-        (re.fullmatch(modes, args.parallel) and len(set(axes)) == len(axes),
-         "--parallel: pmap, or like fsdp or data:2,tensor:4"),
-        (not args.multihost or (args.parallel != "no" and ":" not in (args.device or "")),
-         "--multihost takes all devices: leave --parallel no and the number of --device out"),
-        (not args.multihost or not (args.parallel == "pmap" or args.prompt),
-         "--parallel pmap and --prompt are for one host"),
-        (re.fullmatch(r"auto|[^,]+:\d+,\d+,\d+", args.multihost or "auto"),
-         "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
-        (not args.dataset or find_spec("datasets"), "--dataset needs: pip install datasets"),
-        (args.warmup < args.steps, "--warmup must be below --steps"),
-        (not args.profile or args.steps > 14, "--profile traces five steps after ten: --steps 15"),
-        (args.clip > 0 < args.lr >= args.min_lr, "--lr, --clip: above 0; --min-lr: at most --lr"),
-        ((args.dtype, args.model) != ("float16", "gemma"), "gemma.py leaves the range of float16"),
-        (not args.out.exists() or args.out.is_dir(), f"--out {args.out} is a file: name a folder"),
-        (stored or not args.resume, f"{args.out} has no checkpoints: leave --resume out to begin"),
-        (args.resume or not (stored or any(args.out.glob("*.safetensors"))),
-         f"{args.out} holds a run already: add --resume to go on, or choose another --out")]:
-        check(fits, rule)
-    return args
 
-# ------------------------------------------------------------------------------------------ devices
-def meet(address: str, hosts: int, host: int):
-    """Waits for all hosts at the address of the first, which tells the others who is missing. JAX
-    would end the process without a word about it."""
-    (name, port), end, came, missing = address.rsplit(":", 1), time.monotonic() + JOIN, {}, [0]
-    check(host < hosts, f"--multihost: there is no host {host} of {hosts}, counted from 0")
-    if host == 0:
-        with socket.create_server(("", int(port))) as server, contextlib.suppress(TimeoutError):
-            while len(came) < hosts - 1:
-                server.settimeout(max(0.01, end - time.monotonic()))
-                link, _ = server.accept()
-                came[int(link.recv(99))] = link
-        missing = [i for i in range(1, hosts) if i not in came]
-        for link in came.values():
-            link.sendall(json.dumps(missing).encode())
-    while host and missing == [0] and time.monotonic() < end:  # the first is, until it has answered
-        with contextlib.suppress(OSError, ValueError), socket.create_connection(
-                (name, port), 1) as link:
-            link.settimeout(JOIN)
-            link.sendall(str(host).encode())
-            missing = json.loads(link.recv(9999))
-        time.sleep(0.2)
-    check(not missing, f"--multihost {address}: {missing} of {hosts} did not come in {JOIN} s")
-def join_hosts(where: str):
-    """Joins the other hosts of --multihost; only the first goes on to print."""
-    known = ([kind(x) for kind, x in zip((str, int, int), where.split(","), strict=True)]
-             if where != "auto" else [])
-    known and meet(*known)
-    with explained(ValueError, f"--multihost {where}: {{}}"):
-        jax.distributed.initialize(*known)
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-def pick_devices(name: str, parallel: str) -> list:
-    """The devices of --device; a single one if it is numbered, or --parallel is no."""
-    check(re.fullmatch(r"((cpu|gpu|tpu)(:\d+)?)?", name), f"--device {name}: it must be cpu, gpu, "
-          "tpu, or a numbered one such as gpu:1")
-    kind, _, index = name.partition(":")
-    if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # or a GPU is started, and its memory taken
-    with explained(RuntimeError, f"--device {name}: JAX does not find it; leave it out"):
-        devices = jax.devices(kind or None)
-    check(int(index or 0) < (n := len(devices)), f"--device {name}: there are {n}, counted from 0")
-    return [devices[int(index or 0)]] if parallel == "no" or index else devices
-def make_mesh(parallel: str, devices: list, heads: int, need) -> jax.sharding.Mesh:
-    """The devices along the axes of --parallel. An axis without a number takes what is left; auto
-    is data, or tensor where the `need()` bytes of the training state do not fit one device."""
-    if parallel in ("no", "auto"):
-        own = next(device for device in devices if device.process_index == jax.process_index())
-        parallel, room = "data", (own.memory_stats() or {}).get("bytes_limit", np.inf)
-        if len(devices) > 1:
-            most = max(n for n in range(1, len(devices) + 1) if heads % n == 0)
-            parallel, why = (f"tensor:{most}", "more") if need() > room else ("data", "less")
-            print(f"--parallel {parallel}: the state takes {why} than the memory of one device")
-    axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
-    left = len(devices) // math.prod(n for n in axes.values() if n)
-    axes = {name: n or left for name, n in axes.items()}
-    check(0 < (count := math.prod(axes.values())) <= len(devices), f"--parallel {parallel}: there "
-          f"are {len(devices)} devices; say how many along all axes but one, and no more")
-    check(count == len(devices) or jax.process_count() == 1,
-          f"--parallel {parallel} leaves devices out: of several hosts all must take part")
-    n, fit = axes.get("tensor", 1), [n for n in range(2, heads + 1) if heads % n == 0]
-    check(n == 1 or n in fit, f"--parallel: {heads} heads split over tensor: {fit}, not over {n}")
-    return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
-def place(mesh, parts: int, shape, read):
-    """Rows [(parts,) n, rows, T + 1] on the devices: a group for each, or for each set of them that
-    shares a model by tensor. Each host reads those of its own: read(slices) -> their tokens."""
-    axes = tuple(axis for axis in mesh.shape if axis != "tensor")
-    spec = jax.P(*[None] * parts, axes)
-    return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), read)
+def main() -> int:
+    """Trains as the command line says; returns the exit code."""
+    args = parse_command_line()
+    module = importlib.import_module(args.model)
+    if args.multihost:
+        join_hosts(args.multihost)
+    devices = pick_devices(args.device, args.parallel)
+    if args.dtype == "auto":
+        args.dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
+
+    # OSError: of the Hub, or of a folder.
+    message = f"--weights {args.weights}: {{}}" if args.weights else "{}"
+    with explained((OSError, module.InputError), message):
+        folder = find_weights(args, module)
+        data = prepare_data(args, module, folder)
+        model, adapters, mesh = make_model(args, module, folder, data, devices)
+
+    run = set_up(args, module, data, model, adapters, mesh)
+    del model  # the first step takes its memory for the new state
+    train(run, Stop())
+    return finish(run)
+
+
+# ---------------------------------------- The training run ----------------------------------------
+
+
+@dataclass
+class Run:
+    """A training run: what its steps need, and what they change."""
+
+    args: argparse.Namespace
+    module: Any  # the model file
+    data: "Data"
+    mesh: jax.sharding.Mesh
+    graphdef: nnx.GraphDef  # the model without its arrays
+    frozen: nnx.State  # the arrays that are not trained: with LoRA, the weights of the checkpoint
+    adapters: dict  # with LoRA, what `add_adapters` returned; else empty
+    prompt: list[int]  # the tokens of --prompt
+    train_step: Callable  # compiled
+    eval_step: Callable  # compiled
+    learning_rate: Callable  # step -> learning rate
+    peak_per_token: float  # the share of the devices' peak FLOP/s that one token/s takes
+    settings: dict  # what --resume compares
+    checkpoints: ocp.CheckpointManager
+    state: dict  # all that a step changes: see `first_state`
+    step: int = 0  # steps done
+    first: int = 0  # steps that were done before, where the run was resumed
+    metrics: "Metrics" = None
+    waiting: list = field(default_factory=list)  # metrics of steps that the device may still do
+    clock: "Clock" = None
+    val_loss: float = math.nan  # the last estimate
+    trouble: str = ""  # why the run must stop
+    stopped: bool = False  # by a signal
+
+    @property
+    def learned(self):
+        """The weights to evaluate and to write: the running mean, if there is one."""
+        return self.state.get("ema", self.state["params"])
+
+    @property
+    def model(self):
+        """The model with these weights."""
+        return nnx.merge(self.graphdef, self.learned, self.frozen)
+
+
+def train(run: Run, stop: "Stop") -> None:
+    """The training loop: until --steps, a signal, or a loss that diverges."""
+    key = jax.random.key(run.args.seed)
+    run.val_loss, _ = evaluate(run, run.learned, some_batches(run))
+    print(f"validation loss before step {run.step + 1}: {run.val_loss:.4f}", flush=True)
+
+    while run.step < run.args.steps and not run.stopped:
+        start_trace(run)  # with --profile
+        batch = next_batch(run)
+        run.state, found = run.train_step(run.state, run.frozen, batch, key)
+        run.step += 1
+        run.waiting.append(found)  # loss, accuracy and gradient norm: nothing waits for them yet
+        wait_where_needed(run, found)
+
+        due = what_is_due(run, stop)
+        run.stopped = due.stop
+        if not due.log:
+            continue
+
+        # From here on the host waits for the device.
+        log_steps(run)
+        run.trouble = run.metrics.diverged()
+        if run.trouble:
+            break
+        if due.evaluate or due.save:
+            log_validation(run)
+        if due.evaluate or sys.stderr.isatty():
+            print_progress(run, end="\n" if due.evaluate else "\r")
+        if due.evaluate and run.prompt:
+            print_sample(run, key)
+        if due.save or due.stop:
+            save_checkpoint(run, val_loss=run.val_loss if due.save else None)
+        run.clock.go_on()
+
+
+def finish(run: Run) -> int:
+    """Ends the run -> the exit code: writes the finished model, or says how to go on."""
+    end_trace(run)
+    run.metrics.close()
+    with writing(run.args.out):
+        run.checkpoints.wait_until_finished()
+
+    if run.trouble:
+        newest = run.checkpoints.latest_step() or 0
+        print(
+            f"train.py: {run.trouble}; newest checkpoint: of step {newest}; "
+            "try a lower --lr, a longer --warmup or a smaller --clip",
+            file=sys.stderr,
+        )
+        return 1
+    if run.step < run.args.steps:
+        print(
+            f"stopped after step {run.step}: the same command with --resume goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+
+    # The best weights, as they are written: in --save-dtype.
+    best = run.checkpoints.best_step()
+    if best not in (None, run.step):
+        run.state = restore_checkpoint(run, best)
+        print(f"the validation loss was lowest at step {best}: its weights are written")
+    dtype = run.args.save_dtype
+    params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), run.learned)
+    loss, accuracy = evaluate(run, params, run.data.val_batches)
+
+    frozen = run.frozen
+    if run.args.multihost:  # each host gets all of them
+        params, frozen = process_allgather((params, frozen), tiled=True)
+    if jax.process_index() == 0:
+        write_model(run, nnx.merge(run.graphdef, params, frozen))
+    print(
+        f"finished: {run.args.out}, in {dtype}\n"
+        f"validation loss: {loss:.4f} a token over all of the text; "
+        f"perplexity {np.exp(loss):.2f}, accuracy {accuracy:.1%}"
+    )
+    return 0
+
+
+class Stop:
+    """Whether Ctrl-C (SIGINT) or SIGTERM has asked the run to stop.
+
+    The step that runs is finished, a checkpoint is saved, and then the program ends. A second
+    Ctrl-C ends it at once.
+    """
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass
+class Due:
+    """What is to be done after a step."""
+
+    log: bool  # read the metrics of the last steps, which waits for the device
+    evaluate: bool
+    save: bool
+    stop: bool
+
+
+def what_is_due(run: Run, stop: Stop) -> Due:
+    """What --eval-every, --save-every and the signals ask for after this step."""
+    args, step = run.args, run.step
+    last = step == args.steps
+    evaluate = step % args.eval_every == 0 or last
+    save = args.save_every > 0 and (step % args.save_every == 0 or last)
+    stopping = stop.asked
+    if args.multihost:
+        stopping = any_host_stops(step, stopping)
+    log = evaluate or save or stopping or step % 10 == 0 or step == run.first + 1
+    return Due(log, evaluate, save, stopping)
+
+
+def any_host_stops(step: int, stopping: bool) -> bool:
+    """Whether one of the hosts was asked to stop; they agree on it every 10 steps."""
+    if step % 10 != 0:
+        return False
+    return bool(process_allgather(np.array(stopping)).any())
+
+
+def next_batch(run: Run):
+    """The rows of the next step on their devices: tokens [parts, groups, rows, T + 1].
+
+    parts: of gradient accumulation; groups: of devices, where each has its own rows.
+    """
+    args = run.args
+    numbers = np.arange(args.batch).reshape(args.accumulate, groups_of(run.mesh), -1)
+    numbers = numbers + run.step * args.batch  # rows are numbered from the begin of the run
+
+    def read(index):
+        return rows_of(run.data.train, numbers[index[:3]], args.block, args.seed)
+
+    return place(run.mesh, 1, (*numbers.shape, args.block + 1), read)
+
+
+def wait_where_needed(run: Run, found) -> None:
+    """Waits for the step on emulated devices, which share a CPU's cores and lock up with several
+    steps in flight; and at the end of a trace."""
+    if run.mesh.size > 1 and own_device(run.mesh).platform == "cpu":
+        jax.block_until_ready(found)
+    end_trace_after_five(run, found)
+
+
+class Clock:
+    """The time that steps take, without their compilation, evaluations and checkpoints."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.started = None
+
+    def stop(self):
+        """After the metrics of the last steps were read. The first step is mostly compilation."""
+        if self.started is not None:
+            self.seconds += timeit.default_timer() - self.started
+
+    def go_on(self):
+        """Before the next step."""
+        self.started = timeit.default_timer()
+
+
+def log_steps(run: Run) -> None:
+    """Adds the metrics of the steps since the last call to metrics.jsonl; waits for the device."""
+    rows = []
+    for step, found in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
+        learning_rate = float(run.learning_rate(step - 1))
+        rows.append({"step": step, "lr": learning_rate, **jax.tree.map(float, found)})
+    run.metrics.add(rows)
+    run.waiting = []
+    run.clock.stop()
+
+
+def log_validation(run: Run) -> None:
+    """Estimates the validation loss, adds it to metrics.jsonl, and draws curves.png."""
+    run.val_loss, accuracy = evaluate(run, run.learned, some_batches(run))
+    memory = own_device(run.mesh).memory_stats() or {}  # a CPU counts none
+    row = {"step": run.step, "val_loss": run.val_loss, "val_accuracy": accuracy, **memory}
+    run.metrics.add([row])
+    run.metrics.draw()
+
+
+def print_progress(run: Run, end: str) -> None:
+    """The progress line on standard error; of several hosts, the first prints it."""
+    if jax.process_index() != 0:
+        return
+
+    # The mean training loss since the last estimate.
+    args, step = run.args, run.step
+    losses = [row["loss"] for row in run.metrics.rows[-2 * args.eval_every :] if "loss" in row]
+    losses = losses[-1 - (step - 1) % args.eval_every :]
+
+    # The first step does not count: it is mostly compilation.
+    speed = 0.0
+    if run.clock.seconds > 0:
+        speed = (step - run.first - 1) / run.clock.seconds  # steps/s
+    tokens_per_second = speed * args.batch * args.block
+    left = (args.steps - step) / (speed or 1e9)
+    print(
+        f"step {step:>6}/{args.steps}  train {np.mean(losses):.4f}  val {run.val_loss:.4f}  "
+        f"lr {run.learning_rate(step - 1):.2e}  {tokens_per_second:>9,.0f} tokens/s  "
+        f"MFU {run.peak_per_token * tokens_per_second:5.1%}{usage(own_device(run.mesh))}  "
+        f"{left // 60:3.0f}:{left % 60:02.0f} left",
+        end=end,
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def usage(device) -> str:
+    """The most memory that a device has used and how busy it is, as far as it tells."""
+    text = ""
+    stats = device.memory_stats()
+    if stats:
+        text += f"  {stats['peak_bytes_in_use'] / 1e9:.2f} GB"
+    if device.platform == "gpu" and find_spec("pynvml"):
+        pynvml = importlib.import_module("pynvml")
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(device.local_hardware_id)
+        text += f"  {pynvml.nvmlDeviceGetUtilizationRates(handle).gpu} % busy"
+    return text
+
+
+def print_sample(run: Run, key) -> None:
+    """Prints how the model continues --prompt."""
+    model = run.model
+    length = min(100, model.config.max_position_embeddings - len(run.prompt))
+    [new] = run.module.generate(model, [run.prompt], length, key=key)
+    text = run.module.tokenizer(run.data.tokenizer).decode(run.prompt + new)
+    print(f"--- step {run.step}: {text}", flush=True)
+
+
+def start_trace(run: Run) -> None:
+    """With --profile, begins to trace before the eleventh step, when all is compiled."""
+    if run.args.profile and run.step == run.first + 10:
+        jax.profiler.start_trace(run.args.profile)
+
+
+def end_trace_after_five(run: Run, found) -> None:
+    """Ends the trace after five steps."""
+    if run.args.profile and run.step == run.first + 15:
+        jax.block_until_ready(found)
+        jax.profiler.stop_trace()
+        print(f"five steps are traced: run `xprof {run.args.profile}`", file=sys.stderr)
+
+
+def end_trace(run: Run) -> None:
+    """Ends a trace that Ctrl-C interrupted."""
+    if run.args.profile:
+        with contextlib.suppress(RuntimeError):  # raised where no trace is running
+            jax.profiler.stop_trace()
+
+
+# ------------------------------------------- Setting up -------------------------------------------
+
+
+def set_up(args, module, data: "Data", model, adapters: dict, mesh) -> Run:
+    """Makes the optimizer, compiles the steps, and opens the checkpoints, or resumes from one."""
+    check_batch(args, mesh)
+    prompt = []
+    if args.prompt:
+        prompt = module.tokenizer(data.tokenizer).encode(args.prompt)[: args.block // 2]
+    graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if adapters else nnx.Param, ...)
+    peak_per_token = describe(args, module, model, params, data, mesh)
+
+    optimizer, learning_rate = make_optimizer(args)
+    state = first_state(args, optimizer, params, mesh)
+    merge = merge_on(mesh, graphdef, args.dtype, state["params"], frozen)
+    step = Step(merge, optimizer, balance_of(module, model.config), args.ema)
+    train_step, eval_step = compile_steps(step, mesh, state)
+    data.val_batches = validation_batches(args, data.val, mesh)
+
+    if args.profile:
+        with explained(OSError, f"--profile {args.profile}: {{}}"):
+            args.profile.mkdir(parents=True, exist_ok=True)
+
+    run = Run(
+        args=args,
+        module=module,
+        data=data,
+        mesh=mesh,
+        graphdef=graphdef,
+        frozen=frozen,
+        adapters=adapters,
+        prompt=prompt,
+        train_step=train_step,
+        eval_step=eval_step,
+        learning_rate=learning_rate,
+        peak_per_token=peak_per_token,
+        settings=settings_of(args, data),
+        checkpoints=open_checkpoints(args.out, args.keep),
+        state=state,
+        clock=Clock(),
+    )
+    if args.resume:
+        run.step = run.first = run.checkpoints.latest_step()
+        run.state = restore_checkpoint(run, run.step)
+    if args.profile and args.steps - run.step < 15:
+        fail(
+            f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
+            "raise --steps"
+        )
+    run.metrics = Metrics(args.out, run.step)
+    return run
+
+
+def check_batch(args, mesh):
+    """Stops where --batch does not split over devices and --accumulate."""
+    groups = groups_of(mesh)
+    parts = groups * args.accumulate
+    if args.batch % parts != 0:
+        fail(
+            f"--batch {args.batch} does not split over {groups} devices (or groups of them) in "
+            f"--accumulate {args.accumulate} parts: choose a multiple of {parts}"
+        )
+
+
+def settings_of(args, data: "Data") -> dict:
+    """What must be the same when a run is resumed: see SETTINGS."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    checksum = zlib.crc32(data.val, zlib.crc32(data.train))
+    settings["data"] = f"with checksum {checksum}"
+    return settings
+
+
+def describe(args, module, model, params, data: "Data", mesh) -> float:
+    """Prints what is trained on what -> the share of the devices' peak that one token/s takes.
+
+    Training takes 6 FLOPs for each weight of a matrix and token, LoRA 4: it needs no gradients of
+    the frozen weights. Attention adds 12 L D T for each token.
+    """
+    config = model.config
+    devices = [*mesh.devices.flat]
+    peak = measure_peak(devices, args.dtype)
+    per_weight = 4 if args.lora else 6
+
+    # The weights that a token meets in matrix products. Of experts, that is those it chooses.
+    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    matrices = "kernel" if hasattr(model, "lm_head") else "kernel|wte|embed_tokens"
+    N = 0
+    for path, param in jax.tree.leaves_with_path(nnx.state(model, nnx.Param)):
+        if re.search(matrices, str(path)):
+            N += param.size * (chosen if "experts" in str(path) else 1)
+    N = round(N)
+
+    layers = jax.eval_shape(lambda: module.init_cache(config, 1, 1, jnp.float32)).layers
+    L = len(layers)
+    D = layers[0][0].shape[-1] * config.num_attention_heads
+    T = args.block
+    trained = sum(param.size for param in jax.tree.leaves(params))
+    print(
+        f"model  {args.model}.py, {trained:,} parameters trained, in {args.dtype} "
+        f"on {len(devices)} x {devices[0].device_kind}\n"
+        f"text   {len(data.train):,} tokens to train on, {len(data.val):,} to validate on; "
+        f"vocabulary size {config.vocab_size:,}\n"
+        f"MFU    ({per_weight} N + 12 L D T) x tokens/s / peak: N {N:,}, L {L}, D {D}, T {T}, "
+        f"{peak / 1e9:,.0f} GFLOP/s",
+        flush=True,
+    )
+    return (per_weight * N + 12 * L * D * T) / peak
+
+
 def measure_peak(devices: list, dtype) -> float:
     """FLOP/s that the devices reach in the product of two large square matrices."""
     n = 2048 if devices[0].platform == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
     seconds = timeit.repeat(lambda: (a @ a).block_until_ready(), number=1, repeat=4)
-    return len(devices) * 2 * n**3 / np.median(seconds[1:])  # the first one compiles too
+    return len(devices) * 2 * n**3 / np.median(seconds[1:])  # the first one is compiled, too
 
-# --------------------------------------------------------------------------------------------- text
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-END, WIDTH = "<|endoftext|>", ["u4", "u2"]  # bytes of a token id: two, as nanoGPT's, if they do
+
+def balance_of(module, config) -> Callable | None:
+    """What a Mixtral adds to the loss, as a function of the cache: its load-balancing loss."""
+    if getattr(config, "model_type", "") != "mixtral":
+        return None
+    return lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)
+
+
+# ---------------------------------------- A training step -----------------------------------------
+
+LOGITS = (
+    2**28
+)  # the most logits at once, 1 GiB; more are made in parts, and again in the backward pass
+
+
+def token_losses(model, tokens, rngs=None):
+    """The cross-entropy of each next token: tokens [B, T + 1] -> (losses, correct, the cache).
+
+    losses float32 [B, T]; correct [B, T]: whether the target was the likeliest token, for the
+    accuracy. Both are 0 where the target is -1.
+    """
+
+    def of_token(x, target):  # [D], a token id
+        logits = model.head(x)  # [V]
+        label = logits[jnp.maximum(target, 0)]
+        loss = jnp.where(target < 0, 0, jax.nn.logsumexp(logits) - label)
+        correct = (target >= 0) & (label >= logits.max())
+        return loss, correct
+
+    x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
+    targets = tokens[:, 1:]
+    of_column = jax.vmap(of_token)  # [B, D], [B]
+    B, T = targets.shape
+    most = max(1, LOGITS // (B * model.config.vocab_size))  # columns of B logits at once
+    if most >= T:
+        losses, correct = jax.vmap(of_column)(x, targets)
+        return losses, correct, cache
+
+    @jax.checkpoint
+    def of_columns(column):
+        return of_column(*column)
+
+    columns = (x.swapaxes(0, 1), targets.T)
+    losses, correct = jax.lax.map(of_columns, columns, batch_size=most)
+    return losses.T, correct.T, cache
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step is made of, beside its inputs."""
+
+    merge: Callable  # (params, frozen) -> model
+    optimizer: optax.GradientTransformation
+    balance: Callable | None  # of `balance_of`
+    ema: float  # how much of the running mean of the weights each step keeps; 0: there is none
+    remat: Callable | None = None  # changes what the loss keeps for the backward pass
+    axis: str | None = None  # the name of pmap's axis of devices
+
+
+def train_step(how: Step, state: dict, frozen, tokens, key):
+    """One update of the weights: tokens [parts, ..., T + 1] -> (state, metrics).
+
+    parts: gradient accumulation, one after another. metrics: the mean loss, the accuracy and the
+    norm of the gradient. In float16, a step whose gradient is not finite changes nothing but the
+    loss scale: Micikevicius et al. 2018.
+    """
+    loss_and_accuracy, gradients = mean_gradients(how, state, frozen, tokens, key)
+    if "scale" in state:
+        gradients = jax.tree.map(lambda g: g / state["scale"], gradients)
+    norm = optax.tree.norm(gradients)
+
+    params = state["params"]
+    updates, optimizer_state = how.optimizer.update(gradients, state["optimizer"], params)
+    new = state | {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
+    if "ema" in state:
+        new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - how.ema)
+    if "scale" in state:
+        new, norm = rescale(state, new, norm)
+    new["step"] = state["step"] + 1
+    return new, loss_and_accuracy | {"norm": norm}
+
+
+def mean_gradients(how: Step, state: dict, frozen, tokens, key):
+    """({mean loss, accuracy}, gradients of the mean loss) over all parts, rows and devices."""
+    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [parts, B, T + 1]
+    params = state["params"]
+
+    # Dropout differs from step to step, from device to device and from part to part.
+    key = jax.random.fold_in(key, state["step"])
+    if how.axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(how.axis))
+    keys = jax.random.split(key, len(tokens))
+
+    # With pmap the all-reduce over devices is written here. In all other modes the program is for
+    # all rows, and XLA puts the same all-reduce in where rows are split over devices.
+    def all_reduce(x):
+        if how.axis is None:
+            return x
+        return jax.lax.psum(x, how.axis)
+
+    targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
+    shares = all_reduce(len(tokens))  # parts of all devices
+
+    def mean_loss(params, rows, key):
+        model = how.merge(params, frozen)
+        losses, correct, cache = token_losses(model, rows, nnx.Rngs(dropout=key))
+        loss = losses.sum() / targets
+        balance = 0
+        if how.balance is not None:
+            # Of the choices on all devices: it is not a sum over devices.
+            if how.axis is not None:
+                cache = cache._replace(layers=jax.lax.pmean(cache.layers, how.axis))
+            balance = how.balance(cache) / shares
+        found = {"loss": loss, "accuracy": correct.sum() / targets}
+        return state.get("scale", 1) * (loss + balance), found
+
+    # Gradient accumulation: the gradients of the parts are summed.
+    if how.remat is not None:
+        mean_loss = how.remat(mean_loss)
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+
+    def add_part(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+    total = gradient(params, tokens[0], keys[0])
+    if len(tokens) > 1:
+        total, _ = jax.lax.scan(add_part, total, (tokens[1:], keys[1:]))
+    (_, found), gradients = all_reduce(total)
+    return found, gradients
+
+
+def rescale(state: dict, new: dict, norm):
+    """float16's loss scale: (the new state, or the old one if the gradient overflowed; the norm).
+
+    The scale keeps small gradients from becoming 0. It is halved after an overflow, and doubled
+    every 1,000 steps.
+    """
+    scale = state["scale"]
+    finite = jnp.isfinite(norm) | (scale < 1)
+    new, norm = jax.tree.map(partial(jnp.where, finite), (new, norm), (state, 0.0))
+    growth = jnp.where(state["step"] % 1000 == 999, 2.0, 1.0)
+    new["scale"] = scale * jnp.where(finite, growth, 0.5)
+    return new, norm
+
+
+def eval_step(how: Step, params, frozen, tokens):
+    """tokens [..., T + 1] -> the sum of all losses, and the number of correct predictions."""
+    model = how.merge(params, frozen)
+    losses, correct, _ = token_losses(model, tokens.reshape(-1, tokens.shape[-1]))
+    found = losses.sum(), correct.sum()
+    if how.axis is not None:
+        found = jax.lax.psum(found, how.axis)
+    return found
+
+
+def compile_steps(how: Step, mesh, state: dict):
+    """(train_step, eval_step) as compiled programs, for tokens of `place`.
+
+    The first overwrites the state that it is given.
+    """
+    if "pmap" in mesh.shape:
+        return compile_steps_pmap(how, mesh)
+
+    # One program for all devices. XLA splits it as the state and the rows are split.
+    if "fsdp" in mesh.shape:
+        # What FSDP gathers for the forward pass is dropped, and gathered again for the backward.
+        policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
+        how = replace(how, remat=partial(jax.checkpoint, policy=policy))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    train = jax.jit(partial(train_step, how), donate_argnums=0, out_shardings=(shardings, None))
+    return train, jax.jit(partial(eval_step, how))
+
+
+def compile_steps_pmap(how: Step, mesh):
+    """The same with pmap: each device runs the program on its own rows, on a copy of the state.
+
+    The sums over devices are those that the steps write out.
+    """
+    how = replace(how, axis="pmap")
+    options = {"axis_name": "pmap", "out_axes": None, "devices": [*mesh.devices.flat]}
+    rows_of_train = (None, None, 1, None)  # state, frozen, tokens, key
+    rows_of_eval = (None, None, 0)  # params, frozen, tokens
+    train = jax.pmap(partial(train_step, how), in_axes=rows_of_train, donate_argnums=0, **options)
+    return train, jax.pmap(partial(eval_step, how), in_axes=rows_of_eval, **options)
+
+
+def merge_on(mesh, graphdef, dtype, params, frozen) -> Callable:
+    """The function (params, frozen) -> model for use inside of a program.
+
+    What is split along the axis fsdp is all-gathered, in `dtype`, where a block needs it.
+    """
+    shardings = jax.tree.map(lambda p: p.sharding, (params, frozen))
+
+    def gather(p, sharding):
+        if "fsdp" not in sharding.spec:
+            return p
+        whole = [None if axis == "fsdp" else axis for axis in sharding.spec]
+        whole = jax.NamedSharding(mesh, jax.P(*whole))
+        p = jax.lax.with_sharding_constraint(p.astype(dtype), whole)
+        return checkpoint_name(p, "gathered")
+
+    def merge(*parts):
+        return nnx.merge(graphdef, *jax.tree.map(gather, parts, shardings))
+
+    return merge
+
+
+def evaluate(run: Run, params, batches) -> tuple:
+    """(mean loss, accuracy) over all targets of some validation batches."""
+    sums = []
+    for batch in batches:
+        tokens = place(run.mesh, 0, batch.shape, batch.__getitem__)
+        sums.append(jax.device_get(run.eval_step(params, run.frozen, tokens)))
+    targets = np.count_nonzero(batches[..., 1:] >= 0)
+    loss, accuracy = np.sum(sums, axis=0) / targets
+    return loss, accuracy
+
+
+# ----------------------------------------- The optimizer ------------------------------------------
+
+
+def make_optimizer(args) -> tuple:
+    """(the optimizer of --optimizer behind a clipped gradient, step -> learning rate).
+
+    Weight decay is for matrices alone. To add an optimizer, add it to the table, and its name to
+    OPTIMIZERS.
+    """
+    rate = learning_rate(args)
+    decay = args.weight_decay
+    decayed = {"weight_decay": decay, "mask": matrices}
+    make = {
+        "adamw": partial(optax.adamw, b1=args.beta1, b2=args.beta2, **decayed),
+        "lion": partial(optax.lion, b1=args.beta1, b2=args.beta2, **decayed),
+        "adafactor": partial(
+            optax.adafactor,
+            weight_decay_rate=lambda step: decay * rate(step),
+            weight_decay_mask=matrices,
+        ),
+        "muon": partial(
+            optax.contrib.muon,
+            beta=args.beta1,
+            adam_b2=args.beta2,
+            weight_decay=decay,
+            weight_decay_mask=matrices,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_dimensions,
+        ),
+    }[args.optimizer]
+    return optax.chain(optax.clip_by_global_norm(args.clip), make(rate)), jax.jit(rate)
+
+
+OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
+
+
+def learning_rate(args) -> Callable:
+    """The schedule of --schedule: it rises for --warmup steps, then falls from --lr to --min-lr."""
+    steps = args.steps - args.warmup
+    if args.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(args.lr, steps, args.min_lr / args.lr)
+    elif args.schedule == "linear":
+        fall = optax.linear_schedule(args.lr, args.min_lr, steps)
+    else:
+        level = steps - args.steps // 5  # wsd: falls in the last fifth alone
+        fall = optax.linear_schedule(args.lr, args.min_lr, steps - level, level)
+    rise = optax.linear_schedule(args.lr / (args.warmup + 1), args.lr, args.warmup)
+    return optax.join_schedules([rise, fall], [args.warmup])
+
+
+def matrices(params):
+    """Which parameters decay: those of two dimensions and more."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def muon_dimensions(params):
+    """Which parameters Muon updates: the kernels. A table of vectors is no matrix to it."""
+
+    def of_param(path, p):
+        if p.ndim == 2 and "kernel" in str(path):
+            return optax.contrib.MuonDimensionNumbers()
+        return None
+
+    return jax.tree.map_with_path(of_param, params)
+
+
+def first_state(args, optimizer, params, mesh) -> dict:
+    """All that a step changes, before the first step."""
+    state = {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params)}
+    if args.ema:
+        state["ema"] = jax.tree.map(jnp.copy, params)  # a running mean of the weights
+    if args.dtype == "float16":
+        state["scale"] = jnp.array(2.0**15)  # the loss scale
+
+    # What is not split as its parameter is goes to all devices.
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def place_on_all(x):
+        if isinstance(x.sharding, jax.NamedSharding):
+            return x
+        return jax.device_put(x, everywhere)
+
+    return jax.tree.map(place_on_all, state)
+
+
+# -------------------------------------------- The text --------------------------------------------
+
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_HASH = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+END = "<|endoftext|>"
+
+
+@dataclass
+class Data:
+    """The tokens of a run, and the folder of their tokenizer."""
+
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: Path
+    val_batches: np.ndarray = None  # of `validation_batches`
+
+
+def prepare_data(args, module, folder: Path | None) -> Data:
+    """The tokens of --data or --dataset, split into those to train on and those to validate on.
+
+    Text is encoded once: tokens and tokenizer are kept in the cache folder. folder: of --weights,
+    whose tokenizer is used.
+    """
+    files = []
+    if args.data or not args.dataset:
+        files = find_files(args.data)
+    encoded = [file for file in files if file.suffix == ".bin"]
+    if encoded and (encoded != files or len(files) > 2 or args.dataset):
+        fail("--data: a .bin stands alone, or before the one to validate on")
+
+    texts = []
+    if not encoded:
+        for file in files:
+            texts += read_texts(file)
+    if args.dataset:
+        texts += read_dataset(args.dataset)
+
+    cached = encode_once(args, module, folder, texts, has_tokens=bool(encoded))
+    V, _ = vocabulary(folder or cached)
+    parts = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
+    if len(parts) == 1:
+        parts = split_validation(parts[0])
+    train, val = parts
+
+    if min(len(train), len(val)) <= args.block:
+        fail(
+            f"--block {args.block} is longer than the text: {len(train)} tokens to train on, "
+            f"{len(val)} to validate on; shorten it, or give more"
+        )
+    largest = max(train.max(), val.max())
+    if largest >= V:
+        fail(f"the text has token {largest}, the model has {V}: encode it for this model")
+    return Data(train, val, folder or cached)
+
+
 def find_files(names: list[str]) -> list[Path]:
     """The files that --data names, in that order; without any, Python's own but for its tests."""
-    library, files = Path(os.__file__).parent, []
+    if not names:
+        return python_source()
+
+    files = []
     for name in names:
         found = [Path(file) for file in sorted(glob.glob(name, recursive=True)) or [name]]
         found = [file for file in found if file.is_file()]
         if not found and name == "shakespeare":
             with explained((OSError, ValueError), f"--data {name}: {{}}; name a file of yours"):
-                found = [Path(pooch.retrieve(*SHAKESPEARE, "tinyshakespeare.txt", CACHE))]
-        check(found, f"--data {name}: no such file: name text, .jsonl, .bin or shakespeare")
+                file = pooch.retrieve(SHAKESPEARE, SHAKESPEARE_HASH, "tinyshakespeare.txt", CACHE)
+                found = [Path(file)]
+        if not found:
+            fail(f"--data {name}: no such file: name text, .jsonl, .bin or shakespeare")
         files += found
-    return files or sorted(file for file in library.rglob("*.py") if not re.search(
-        "(site|dist)-packages|/(idle_)?tests?/", str(file.relative_to(library.parent))))
-def texts_in(file: Path) -> list[str]:
-    """The texts of a file: all of it, or those in the lines of a .jsonl."""
-    with explained(OSError, f"--data {file}: {{}}: name files that can be read"), explained(
-            UnicodeDecodeError, f"--data {file} is not UTF-8 text: {{}}: convert it first"):
-        text, texts = file.read_bytes().decode(), []  # as reading text would turn \r\n into \n
-    for i, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else [], 1):
-        with explained((ValueError, KeyError, TypeError, AttributeError),
-                       f'--data {file}, line {i}: it must be like {{"text": "..."}}'):
-            texts += [json.loads(line)["text"].encode().decode()] if line.strip() else []
-    return texts if file.suffix == ".jsonl" else [text]
+    return files
+
+
+def python_source() -> list[Path]:
+    """The files of Python's standard library."""
+    library = Path(os.__file__).parent
+    others = re.compile("(site|dist)-packages|/(idle_)?tests?/")
+    files = sorted(library.rglob("*.py"))
+    return [file for file in files if not others.search(str(file.relative_to(library.parent)))]
+
+
+def read_texts(file: Path) -> list[str]:
+    """The texts of a file: all of it is one, or each line of a .jsonl has one."""
+    unreadable = explained(OSError, f"--data {file}: {{}}: name files that can be read")
+    no_text = explained(
+        UnicodeDecodeError, f"--data {file} is not UTF-8 text: {{}}: convert it first"
+    )
+    with unreadable, no_text:
+        text = file.read_bytes().decode()  # as bytes: reading text would turn \r\n into \n
+    if file.suffix != ".jsonl":
+        return [text]
+
+    texts = []
+    for i, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        errors = (ValueError, KeyError, TypeError, AttributeError)
+        with explained(errors, f'--data {file}, line {i}: it must be like {{"text": "..."}}'):
+            texts.append(json.loads(line)["text"].encode().decode())  # no half of a character
+    return texts
+
+
+def read_dataset(name: str) -> list[str]:
+    """The texts of the train split of a dataset on the Hub: NAME[:SUBSET]."""
+    from datasets import load_dataset
+
+    errors = (ValueError, OSError, KeyError, RuntimeError)
+    with explained(errors, f"--dataset {name}: {{}}"):
+        texts = list(load_dataset(*name.split(":"), split="train")["text"])
+    if not all(isinstance(text, str) for text in texts):
+        fail(f"--dataset {name}: not all is text")
+    return texts
+
+
+def encode_once(args, module, folder: Path | None, texts: list[str], has_tokens: bool) -> Path:
+    """The cache folder of the tokenizer and the tokens of these texts; written if it is new.
+
+    Its name is a checksum of all that the tokens depend on, the code included.
+    """
+    inputs = [Path(__file__), Path(module.__file__), *(folder.iterdir() if folder else ())]
+    inputs = [file for file in inputs if re.search("(py|json|txt|model)$", file.name)]
+    parts = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in inputs), *texts]
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+    cached = CACHE / "tokens" / digest[:16]
+    with writing(cached):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        if cached.exists():
+            return cached
+
+        # Under another name until it is complete: all of it is there, or nothing.
+        with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as part:
+            if folder is None:
+                write_tokenizer(Path(part), args.tokens, args.vocab_size, texts)
+            if not has_tokens:
+                write_tokens(Path(part), module, folder or Path(part), texts)
+            if not cached.exists():  # another run may have been faster
+                Path(part).rename(cached)
+    return cached
+
+
 def pieces(texts):
-    """Yields (piece of a text, does the text end with it); no token of ours crosses a cut."""
+    """Yields (piece of a text, whether the text ends with it); no token crosses a cut.
+
+    Long texts are cut at a newline, so that several cores can encode them.
+    """
     for text in texts:
         found = re.findall(r"(?s).{16384}.*?\S(?=\n)|.+", text) or [""]
-        yield from ((piece, i == len(found)) for i, piece in enumerate(found, 1))
-def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts):
-    """Writes a tokenizer of a kind of --tokens, which gives a text back as it was; where there are
-    several, with a token that ends one. bpe learns its pieces from the first nine tenths."""
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []  # char, bytes: no merges
+        for i, piece in enumerate(found, 1):
+            yield piece, i == len(found)
+
+
+def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: list[str]):
+    """Writes the tokenizer of --tokens. All kinds give a text back as it was.
+
+    Where there are several texts, it has a token that ends one.
+    """
     if kind == "gpt2":
-        from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
-        with explained(OSError, "GPT-2's vocabulary cannot be downloaded: run once online, with a "
-                       "folder in TIKTOKEN_CACHE_DIR, or choose other --tokens"):
-            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # bytes -> id
-        letters = bytes_to_unicode()
-        alphabet = ["".join(map(letters.get, x)) for x in sorted(ranks, key=ranks.get)]
-        merges = generate_merges({x: i for i, x in enumerate(alphabet)}, None)
-    elif kind == "char":  # later it drops what is not in this text
-        alphabet = sorted(set().union(*texts))
-    codec = Tokenizer(models.BPE({x: i for i, x in enumerate(alphabet)}, merges))
-    codec.decoder = decoders.Fuse() if kind == "char" else decoders.ByteLevel()
-    if kind != "char":
-        codec.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=kind != "bytes")
-    if kind == "bpe":
-        learned = "".join(texts)[: int(0.9 * sum(map(len, texts)))]
-        codec.train_from_iterator((x for x, _ in pieces([learned])), trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet))
+        codec = gpt2_tokenizer()
+    elif kind == "char":
+        codec = char_tokenizer(texts)
+    elif kind == "bytes":
+        codec = byte_tokenizer()
+    else:
+        codec = bpe_tokenizer(texts, vocab_size)
+
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if kind == "gpt2" or len(texts) > 1:
         codec.add_special_tokens([END])
         about |= {"bos_token": END, "eos_token": END}
     (folder / "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-def vocabulary(folder, written: Path) -> tuple:
-    """(size, token that ends a text or None) of the checkpoint in a folder, or what was written."""
-    if folder:
-        config = json.loads((folder / "config.json").read_text())
-        config |= config.get("text_config", {})  # of Gemma 3 with pictures
-        return config["vocab_size"], next(iter(np.ravel(config.get("eos_token_id"))), None)
-    codec = Tokenizer.from_file(f"{written}/tokenizer.json")
-    return codec.get_vocab_size(), codec.token_to_id(END)
-def write_tokens(part: Path, module, folder: Path, V: int, end: int | None, texts):
-    """Writes tokens.bin, the tokens of all texts, each between what begins and what ends a text."""
-    codec, file, fresh = module.tokenizer(folder), folder / "tokenizer.json", True
-    fast = Tokenizer.from_file(str(file)) if file.exists() else None  # so that all cores encode
-    fast and (fast.no_truncation(), fast.no_padding())  # which a tokenizer.json may ask for
-    todo, begin, after = pieces(texts), codec.encode(""), [] if end is None else [end]
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's byte-level BPE, from tiktoken's copy of its vocabulary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
+
+    offline = (
+        "GPT-2's vocabulary cannot be downloaded: run once online, with a folder in "
+        "TIKTOKEN_CACHE_DIR, or choose other --tokens"
+    )
+    with explained(OSError, offline):
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # bytes -> token id
+    letters = bytes_to_unicode()
+    words = ["".join(map(letters.get, word)) for word in sorted(ranks, key=ranks.get)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return byte_level(vocabulary, generate_merges(vocabulary, None), use_regex=True)
+
+
+def char_tokenizer(texts: list[str]) -> Tokenizer:
+    """A token for each character of the texts. Later it drops characters that are not in them."""
+    letters = sorted(set().union(*texts))
+    codec = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    codec.decoder = decoders.Fuse()
+    return codec
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token for each of the 256 bytes."""
+    return byte_level(byte_vocabulary(), [], use_regex=False)
+
+
+def bpe_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, learned from the first nine tenths of the texts: not from what validates."""
+    codec = byte_level(byte_vocabulary(), [], use_regex=True)
+    text = "".join(texts)[: int(0.9 * sum(map(len, texts)))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=list(byte_vocabulary())
+    )
+    codec.train_from_iterator((piece for piece, _ in pieces([text])), trainer)
+    return codec
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """The 256 bytes, as the letters that byte-level tokenizers write for them."""
+    return {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def byte_level(vocabulary: dict[str, int], merges: list, use_regex: bool) -> Tokenizer:
+    """A byte-level tokenizer; use_regex: no token crosses the end of a word."""
+    codec = Tokenizer(models.BPE(vocabulary, merges))
+    codec.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=use_regex)
+    codec.decoder = decoders.ByteLevel()
+    return codec
+
+
+def vocabulary(folder: Path) -> tuple[int, int | None]:
+    """(vocabulary size, the token that ends a text) of a checkpoint, or of a tokenizer of ours."""
+    config = folder / "config.json"
+    if not config.exists():
+        codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        return codec.get_vocab_size(), codec.token_to_id(END)
+
+    values = json.loads(config.read_text())
+    values |= values.get("text_config", {})  # of a multimodal Gemma 3
+    end = np.ravel(values.get("eos_token_id"))
+    return values["vocab_size"], next(iter(end), None)
+
+
+def write_tokens(part: Path, module, folder: Path, texts: list[str]):
+    """Writes tokens.bin: the tokens of all texts, each between what begins and what ends a text."""
+    V, end = vocabulary(folder)
+    begin = module.tokenizer(folder).encode("")
+    encode = batch_encoder(module, folder)
+    todo = pieces(texts)
+    starts = True  # whether the next piece starts a text
     bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
     with bar, open(part / "tokens.bin", "wb") as out:
         while batch := list(itertools.islice(todo, 1000)):
-            parts = [text for text, _ in batch]
-            rows = ([row.ids for row in fast.encode_batch_fast(parts, add_special_tokens=False)]
-                    if fast else [codec.encode(text)[len(begin) :] for text in parts])
-            for (text, ends), ids in zip(batch, rows, strict=True):
-                np.array(begin * fresh + ids + after * ends, WIDTH[V <= 2**16]).tofile(out)
-                fresh = ends
-                bar.update(len(text))
-def prepare(args, module, folder) -> tuple:
-    """The text's tokens, encoded once and kept in the cache folder -> (those to train on, those to
-    validate on, the folder of their tokenizer)."""
-    files = find_files(args.data) if args.data or not args.dataset else []
-    binary = [file for file in files if file.suffix == ".bin"]
-    check(not binary or (binary == files and len(files) < 3 and not args.dataset),
-          "--data: a .bin stands alone, or before the one to validate on")
-    texts = [text for file in files if not binary for text in texts_in(file)]
-    if args.dataset:
-        from datasets import load_dataset
-        errors = ValueError, OSError, KeyError, RuntimeError
-        with explained(errors, f"--dataset {args.dataset}: {{}}"):
-            texts += load_dataset(*args.dataset.split(":"), split="train")["text"]
-        check(all(isinstance(x, str) for x in texts), f"--dataset {args.dataset}: not all is text")
-    read = [Path(__file__), Path(module.__file__), *(folder.iterdir() if folder else ())]
-    about = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in read if
-                                                     re.search("(py|json|txt|model)$", file.name))]
-    digest = hashlib.sha256("\0".join(map(str, [*about, *texts])).encode())
-    cached = CACHE / "tokens" / digest.hexdigest()[:16]
-    with writing(cached):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        if not cached.exists():  # all of it is there, or nothing
-            with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as part:
-                if not folder:
-                    write_tokenizer(Path(part), args.tokens, args.vocab_size, texts)
-                V, end = vocabulary(folder, part)
-                if not binary:
-                    write_tokens(Path(part), module, folder or Path(part), V, end, texts)
-                cached.exists() or Path(part).rename(cached)  # of another run, meanwhile
-    V, _ = vocabulary(folder, cached)
-    kind, found = WIDTH[V <= 2**16], []
-    for file in binary or [cached / "tokens.bin"]:
-        size = file.stat().st_size
-        check(size % np.dtype(kind).itemsize == 0, f"--data {file} ends in the middle of a token")
-        found.append(np.memmap(file, kind, "r") if size else np.zeros(0, int))
-    cut = max(int(0.9 * len(found[0])), len(found[0]) - 2**20)
-    train, val = found if len(found) > 1 else np.split(found[0], [cut])
-    check(min(len(train), len(val)) > args.block, f"--block {args.block} is longer than the text: "
-          f"{len(train)} tokens to train on, {len(val)} to validate on; shorten it, or give more")
-    top = max(train.max(), val.max())
-    check(top < V, f"the text has token {top}, the model has {V}: encode it for this model")
-    return train, val, folder or cached
-@lru_cache(maxsize=2)
-def shuffled(length: int, block: int, seed: int, epoch: int):
-    """Where an epoch's rows begin: the text is cut at another place each time, and shuffled."""
-    rng, rows = np.random.default_rng((seed, epoch)), max(1, (length - 1) // block - 1)
-    return rng.integers(length - rows * block) + block * rng.permutation(rows)
+            rows = encode([piece for piece, _ in batch])
+            for (piece, ends), ids in zip(batch, rows, strict=True):
+                if starts:
+                    ids = begin + ids
+                if ends and end is not None:
+                    ids = [*ids, end]
+                np.array(ids, token_type(V)).tofile(out)
+                starts = ends
+                bar.update(len(piece))
+
+
+def batch_encoder(module, folder: Path) -> Callable:
+    """A function (pieces of texts) -> their token ids, without what begins or ends a text."""
+    file = folder / "tokenizer.json"
+    if file.exists():
+        fast = Tokenizer.from_file(str(file))  # encodes on all cores
+        fast.no_truncation()  # a tokenizer.json may ask for either
+        fast.no_padding()
+
+        def encode(batch: list[str]):
+            return [row.ids for row in fast.encode_batch_fast(batch, add_special_tokens=False)]
+    else:
+        codec = module.tokenizer(folder)
+        begin = codec.encode("")
+
+        def encode(batch: list[str]):
+            return [codec.encode(piece)[len(begin) :] for piece in batch]
+
+    return encode
+
+
+def token_type(V: int) -> str:
+    """How a token id is stored: in two bytes if they suffice, as nanoGPT does, else in four."""
+    return "u2" if V <= 2**16 else "u4"
+
+
+def read_tokens(file: Path, V: int) -> np.ndarray:
+    """The tokens of a .bin file. They stay on disk until they are used."""
+    size = file.stat().st_size
+    if size % np.dtype(token_type(V)).itemsize != 0:
+        fail(f"--data {file} ends in the middle of a token")
+    if size == 0:
+        return np.zeros(0, int)
+    return np.memmap(file, token_type(V), "r")
+
+
+def split_validation(tokens: np.ndarray) -> list[np.ndarray]:
+    """[tokens to train on, tokens to validate on]: the last tenth, and 2^20 tokens at most."""
+    cut = max(int(0.9 * len(tokens)), len(tokens) - 2**20)
+    return np.split(tokens, [cut])
+
+
 def rows_of(tokens, numbers, block: int, seed: int):
-    """The rows [..., T + 1] of a run that have these numbers [...], counted from its begin."""
+    """The rows [..., T + 1] with these numbers [...], counted from the begin of a run.
+
+    The text is cut into rows of T + 1 tokens. Each epoch cuts it at other places and shuffles the
+    rows, so a run that is resumed goes on with the rows that come next.
+    """
     rows = len(shuffled(len(tokens), block, seed, 0))
     starts = [shuffled(len(tokens), block, seed, i // rows)[i % rows] for i in numbers.flat]
-    found = np.stack([tokens[start : start + block + 1] for start in starts]).astype(np.int32)
-    return found.reshape(*numbers.shape, -1)
+    found = np.stack([tokens[start : start + block + 1] for start in starts])
+    return found.astype(np.int32).reshape(*numbers.shape, -1)
+
+
+@lru_cache(maxsize=2)
+def shuffled(length: int, block: int, seed: int, epoch: int):
+    """Where the rows of an epoch begin, in the order of training."""
+    rng = np.random.default_rng((seed, epoch))
+    rows = max(1, (length - 1) // block - 1)
+    first = rng.integers(length - rows * block)
+    return first + block * rng.permutation(rows)
+
+
+def validation_batches(args, tokens, mesh):
+    """All validation tokens as batches [N, groups, rows, T + 1], as large as a part of a step."""
+    batches = windows(tokens, args.batch // args.accumulate, args.block)
+    return batches.reshape(len(batches), groups_of(mesh), -1, args.block + 1)
+
+
 def windows(tokens, batch: int, block: int):
     """All tokens as batches [N, B, T + 1]: each but the first is a target once; -1 fills up."""
-    rows = batch * -(-(len(tokens) - 1) // (batch * block))
-    padded = np.pad(tokens.astype(int), (0, rows * block + 1 - len(tokens)), constant_values=-1)
-    return padded[np.arange(0, rows * block, block).reshape(-1, batch, 1) + np.arange(block + 1)]
+    rows = batch * math.ceil((len(tokens) - 1) / (batch * block))
+    missing = rows * block + 1 - len(tokens)
+    padded = np.pad(tokens.astype(int), (0, missing), constant_values=-1)
+    starts = np.arange(0, rows * block, block).reshape(-1, batch, 1)
+    return padded[starts + np.arange(block + 1)]
 
-# ----------------------------------------------------------------------------------------- learning
-LOGITS = 2**28  # as many at once, 1 GiB of them; more are made in parts, and again for the gradient
-def token_losses(model, tokens, rngs=None):
-    """Cross-entropy of each next token: tokens [B, T + 1] -> (float32 [B, T], whether the token was
-    the likeliest [B, T], the model's cache). Both are 0 where the target is -1."""
-    def of_token(x, target):  # [D], an id
-        logits = model.head(x)  # [V]
-        label = logits[jnp.maximum(target, 0)]
-        return (jnp.where(target < 0, 0, jax.nn.logsumexp(logits) - label),
-                (target >= 0) & (label >= logits.max()))
-    x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
-    of_column, targets = jax.vmap(of_token), tokens[:, 1:]
-    most = max(1, LOGITS // (len(tokens) * model.config.vocab_size))  # columns [B] at once
-    if targets.shape[1] <= most:
-        return *jax.vmap(of_column)(x, targets), cache
-    found = jax.lax.map(jax.checkpoint(lambda column: of_column(*column)),
-                        (x.swapaxes(0, 1), targets.T), batch_size=most)
-    return *(each.T for each in found), cache
-def make_optimizer(args) -> tuple:
-    """(--optimizer behind a clipped gradient, its learning rate by the step); matrices decay."""
-    steps, lr, low = args.steps - args.warmup, args.lr, args.min_lr
-    level = steps - args.steps // 5 if args.schedule == "wsd" else 0
-    fall = (optax.cosine_decay_schedule(lr, steps, low / lr) if args.schedule == "cosine" else
-            optax.linear_schedule(lr, low, steps - level, level))
-    rise = optax.linear_schedule(lr / (args.warmup + 1), lr, args.warmup)
-    rate = optax.join_schedules([rise, fall], [args.warmup])
-    mask, decay = partial(jax.tree.map, lambda p: p.ndim >= 2), args.weight_decay
-    kernels = partial(jax.tree.map_with_path, lambda path, p: (  # a table of vectors is no matrix
-        optax.contrib.MuonDimensionNumbers() if p.ndim == 2 and "kernel" in str(path) else None))
-    plain, factored = {"weight_decay": decay, "mask": mask}, lambda step: decay * rate(step)
-    optimizer = {
-        "adamw": partial(optax.adamw, b1=args.beta1, b2=args.beta2, **plain),
-        "lion": partial(optax.lion, b1=args.beta1, b2=args.beta2, **plain),
-        "adafactor": partial(optax.adafactor, weight_decay_rate=factored, weight_decay_mask=mask),
-        "muon": partial(optax.contrib.muon, beta=args.beta1, adam_b2=args.beta2,
-                        weight_decay=decay, weight_decay_mask=mask, consistent_rms=0.2,
-                        muon_weight_dimension_numbers=kernels)}[args.optimizer](rate)
-    return optax.chain(optax.clip_by_global_norm(args.clip), optimizer), jax.jit(rate)
-def first_state(args, optimizer, params, mesh) -> dict:
-    """All that a step changes. scale: of the loss, or small gradients would be 0 in float16."""
-    state = {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params),
-             **({"ema": jax.tree.map(jnp.copy, params)} if args.ema else {}),
-             **({"scale": jnp.array(2.0**15)} if args.dtype == "float16" else {})}
-    on_all = jax.NamedSharding(mesh, jax.P())  # but what is split as its parameter is
-    return jax.tree.map(lambda x: x if isinstance(x.sharding, jax.NamedSharding)
-                        else jax.device_put(x, on_all), state)
-def train_step(merge, again, optimizer, balance, ema, axis, state, frozen, tokens, key):
-    """Learns from tokens [parts, ..., T + 1], part by part -> (state, {mean loss, share of right
-    guesses, norm of the gradient}). merge: (params, frozen) -> model. again: changes what the loss
-    keeps for the gradient. balance: what is added to the loss for experts, a function of the cache,
-    or None. axis: pmap's devices, each with its own rows, or None. In float16 a step whose gradient
-    is not finite changes nothing but the scale: Micikevicius et al. 2018."""
-    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [parts, B, T + 1]
-    key = jax.random.fold_in(key, state["step"])  # dropout is another in each step and on each
-    key = key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))  # device
-    # pmap's devices add up here; without an axis the program is for all rows, and XLA does so.
-    add_up = (lambda x: x) if axis is None else partial(jax.lax.psum, axis_name=axis)
-    count, shares = add_up(jnp.sum(tokens[..., 1:] >= 0)), add_up(len(tokens))
-    params, scale, keys = state["params"], state.get("scale", 1), jax.random.split(key, len(tokens))
-    def mean_loss(params, rows, key):
-        losses, right, cache = token_losses(merge(params, frozen), rows, nnx.Rngs(dropout=key))
-        if balance and axis:  # of the choices on all devices, as it is no sum of theirs
-            cache = cache._replace(layers=jax.lax.pmean(cache.layers, axis))
-        loss, more = losses.sum() / count, balance(cache) / shares if balance else 0
-        return scale * (loss + more), {"loss": loss, "accuracy": right.sum() / count}
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-    gradient = jax.value_and_grad(again(mean_loss), has_aux=True)
-    total = gradient(params, tokens[0], keys[0])
-    total = jax.lax.scan(add, total, (tokens[1:], keys[1:]))[0] if len(tokens) > 1 else total
-    (_, found), gradients = add_up(total)
-    gradients = jax.tree.map(lambda g: g / scale, gradients) if "scale" in state else gradients
-    norm = optax.tree.norm(gradients)
-    updates, changed = optimizer.update(gradients, state["optimizer"], params)
-    new = state | {"params": optax.apply_updates(params, updates), "optimizer": changed}
-    if "ema" in state:
-        new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - ema)
-    if "scale" in state:
-        finite, later = jnp.isfinite(norm) | (scale < 1), state["step"] % 1000 == 999
-        new, norm = jax.tree.map(partial(jnp.where, finite), (new, norm), (state, 0.0))
-        new["scale"] = scale * jnp.where(finite, 1.0 + later, 0.5)
-    return new | {"step": state["step"] + 1}, found | {"norm": norm}
-def eval_step(merge, axis, params, frozen, tokens):
-    """The losses of all targets in tokens [..., T + 1], and how many were the likeliest: sums."""
-    losses, right, _ = token_losses(merge(params, frozen), tokens.reshape(-1, tokens.shape[-1]))
-    found = losses.sum(), right.sum()
-    return found if axis is None else jax.lax.psum(found, axis)
-def merge_on(mesh, graphdef, dtype, params, frozen):
-    """The function that makes a model of such params and frozen parts inside of a program. What is
-    split along the axis fsdp is made whole, in `dtype`, on each device, where a block needs it."""
-    spread = jax.tree.map(lambda p: p.sharding, (params, frozen))
-    def gather(p, sharding):
-        if "fsdp" not in sharding.spec:
-            return p
-        spec = jax.P(*(None if axis == "fsdp" else axis for axis in sharding.spec))
-        p = jax.lax.with_sharding_constraint(p.astype(dtype), jax.NamedSharding(mesh, spec))
-        return checkpoint_name(p, "gathered")
-    return lambda *parts: nnx.merge(graphdef, *jax.tree.map(gather, parts, spread))
-def compile_steps(merge, optimizer, balance, ema, mesh, state):
-    """(train_step, eval_step) as programs; the first overwrites the state; tokens as of `place`.
-    pmap runs the program on each device, with sums over all of them where they are written; else
-    one program is for all, and XLA splits it as state and rows are."""
-    axis = "pmap" if "pmap" in mesh.shape else None
-    # What FSDP gathered for the loss is dropped, and gathered again for the gradient.
-    kept = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-    again = partial(jax.checkpoint, policy=kept) if "fsdp" in mesh.shape else lambda f: f
-    train = partial(train_step, merge, again, optimizer, balance, ema, axis)
-    evaluate = partial(eval_step, merge, axis)
-    if axis:
-        how = {"axis_name": axis, "out_axes": None, "devices": [*mesh.devices.flat]}
-        train = jax.pmap(train, in_axes=(None, None, 1, None), donate_argnums=0, **how)
-        return train, jax.pmap(evaluate, in_axes=(None, None, 0), **how)
-    stays = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(train, donate_argnums=0, out_shardings=(stays, None)), jax.jit(evaluate)
-def mean_eval(evaluate, mesh, params, frozen, batches) -> tuple:
-    """Mean loss and share of right guesses over all targets of the batches of `windows`."""
-    found = [jax.device_get(evaluate(params, frozen, place(
-        mesh, 0, batch.shape, batch.__getitem__))) for batch in batches]
-    return tuple(np.sum(found, axis=0) / np.count_nonzero(batches[..., 1:] >= 0))
 
-# --------------------------------------------------------------------------------------------- LoRA
-def adapters_in(model) -> dict:
-    """{path: (the module that holds it, its name there, the layer)} of all linear layers."""
-    return {(*path, name): (holder, name, layer) for path, holder in nnx.iter_modules(model)
-            for name, layer in vars(holder).items() if isinstance(layer, nnx.Linear | nnx.LoRA)}
-def add_adapters(module, model, args) -> dict:
-    """Puts A B of rank --lora beside each matrix whose path fits, A random and B zero (Hu et al.
-    2021), without a change to the model file -> {path: the matrix's name in a checkpoint}."""
-    rngs, found = nnx.Rngs(args.seed), {}
-    names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
-    for path, (holder, name, layer) in adapters_in(model).items():
-        dotted = ".".join(map(str, path))
-        as_array = name in ("lm_head", "w1", "w2", "w3")  # their files read these without a call
-        if re.fullmatch(args.lora_targets, dotted) and not as_array:
-            found[path] = names[f"{dotted}.kernel"].removesuffix(".weight")
-            setattr(holder, name, nnx.LoRA(layer.in_features, args.lora, layer.out_features,
-                                           base_module=layer, dtype=layer.dtype, rngs=rngs))
-    return found
-def merge_adapters(model, paths):
-    """Adds each product to its matrix, so that the model is one of its file again."""
-    found = adapters_in(model)
-    for holder, name, lora in map(found.get, paths):
-        kernel = lora.base_module.kernel
-        kernel.set_value(kernel[...] + lora.lora_a[...] @ lora.lora_b[...])  # float32
-        setattr(holder, name, lora.base_module)
-def write_adapters(folder: Path, args, model, names: dict):
-    """Writes them as PEFT does; names: as from `add_adapters`."""
-    found = adapters_in(model)
-    tensors = {f"base_model.model.{name}.lora_{letter}.weight": np.ascontiguousarray(np.asarray(
-        getattr(found[path][-1], f"lora_{letter.lower()}")[...], args.save_dtype).T)
-        for path, name in names.items() for letter in "AB"}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": args.weights,
-        "r": args.lora, "lora_alpha": args.lora, "target_modules": sorted(names.values()),
-        "fan_in_fan_out": args.model == "gpt2", "inference_mode": True}, indent=2) + "\n")
+def some_batches(run: Run):
+    """About 20 batches, evenly spread over the validation text: enough for an estimate."""
+    batches = run.data.val_batches
+    return batches[:: math.ceil(len(batches) / (20 * run.args.accumulate))]
 
-# -------------------------------------------------------------------------------------- checkpoints
-SETTINGS = [  # must be the same when a run goes on
-    flag[2:].replace("-", "_") for title in ("text", "model", "training")
-    for flag in FLAGS[title] if flag not in ("--data", "--accumulate", "--merge")] + ["dtype"]
-def writing(out):
-    """For what is written to `out`, where there may be no room."""
-    return explained((OSError, SafetensorError), f"{out}: {{}}: make room or choose another --out; "
-                     "earlier checkpoints remain")
-def open_checkpoints(out: Path, keep: int) -> ocp.CheckpointManager:
-    """The last states of a run and the best one, in out/checkpoints; each whole or not at all."""
-    policies, loss = ocp.checkpoint_managers, lambda metrics: metrics["val_loss"]
-    kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.BestN(
-        get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)])
-    with writing(out):
-        return ocp.CheckpointManager((out / "checkpoints").absolute(), options=(
-            ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=loss, best_mode="min")))
-def save_checkpoint(checkpoints, state, settings: dict, val_loss: float | None):
-    """Begins to store the state; it is written while the training goes on."""
-    step, need = int(state["step"]), sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
-    with writing(checkpoints.directory.parent):
-        checkpoints.wait_until_finished()  # of the one before
-        if 1.2 * need > (free := shutil.disk_usage(checkpoints.directory).free / 1e6):
-            raise OSError(f"a checkpoint takes {need:.0f} MB, and {free:.0f} are free")
-        if jax.default_backend() == "cpu":  # where Orbax would read what the next step overwrites
-            state = jax.tree.map(jnp.copy, state)
-        checkpoints.save(step, metrics=val_loss and {"val_loss": val_loss}, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings)))
-def restore_checkpoint(checkpoints, step: int, state, settings: dict):
-    """The state after a step, in the shapes and on the devices of `state`."""
-    form, folder = ocp.args.Composite, checkpoints.directory
-    with explained((KeyError, ValueError, OSError),
-                   f"{folder / str(step)} is damaged ({{}}): without it, --resume takes another"):
-        stored = checkpoints.restore(step, args=form(settings=ocp.args.JsonRestore())).settings
-        other = [f"--{name.replace('_', '-')} {stored.get(name)}" for name in settings
-                 if stored.get(name) != settings[name]]
-        check(not other, f"the run in {folder.parent} has {', '.join(other)}: resume with that, or "
-              "begin in another --out")
-        return checkpoints.restore(step, args=form(state=ocp.args.StandardRestore(state))).state
-TOKENIZER = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json").fullmatch
-def write_model(args, module, model, tokenizer_folder: Path, names: dict):
-    """Writes the finished folder, which the model file and transformers read, or LoRA's adapter."""
-    with writing(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
-        for file in filter(lambda file: TOKENIZER(file.name), tokenizer_folder.iterdir()):
-            shutil.copyfile(file, Path(part, file.name))
-        if names and not args.merge:
-            write_adapters(Path(part), args, model, names)
-        else:
-            merge_adapters(model, names)
-            graphdef, params = nnx.split(model)
-            params = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
-            module.save(nnx.merge(graphdef, params), part)
-        for file in Path(part).iterdir():  # all is written, or none is replaced
-            file.chmod(0o644)  # safetensors writes for the owner alone
-            file.replace(args.out / file.name)
 
-# ----------------------------------------------------------------------------------------- watching
-class Metrics:
-    """The rows of out/metrics.jsonl up to `step`; later ones, of a run that was cut off, go. Where
-    there is a tensorboard, out/tensorboard gets them too. Of several hosts the first writes."""
-    def __init__(self, out: Path, step: int):
-        self.file, self.rows, self.board = out / "metrics.jsonl", [], None
-        self.write = jax.process_index() == 0
-        for line in self.file.read_text().splitlines() if self.file.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line may be cut off
-                self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
-        with writing(part := out / "metrics.part"):
-            if self.write:
-                part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-                part.replace(self.file)  # there is no moment without the rows
-        if self.write and find_spec("tensorboard"):
-            self.board = importlib.import_module("tensorboard.summary").Writer(f"{out}/tensorboard")
-    def add(self, rows: list):
-        """Appends rows, each of which has a step."""
-        self.rows += rows
-        with writing(self.file), open(self.file if self.write else os.devnull, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        for row in rows if self.board else []:
-            for name in row.keys() - {"step"}:
-                self.board.add_scalar(name, row[name], row["step"])
-    def draw(self):
-        """Writes out/curves.png: losses, shares of right guesses, rates and norms."""
-        if not self.write:
-            return
-        figure, of_all = Figure((10, 6), layout="constrained"), ("lr", "norm", "loss", "accuracy")
-        for axes, name in zip(figure.subplots(2, 2).flat, of_all, strict=True):
-            for column in (name, f"val_{name}"):
-                points = [(row["step"], row[column]) for row in self.rows if column in row]
-                axes.plot(*zip(*points[:: len(points) // 4000 + 1], strict=True), label=column
-                          ) if points else None
-            axes.legend()
-        with writing(self.file):
-            figure.savefig(self.file.with_name("curves.png"))
-    def trouble(self) -> str:
-        """What is wrong with the last ten steps: no number, or losses far above those before."""
-        last = [(x["step"], x["loss"], x["norm"]) for x in self.rows[-120:] if "loss" in x]
-        for step, loss, norm in last[-10:]:
-            if not np.isfinite(loss + norm):
-                return f"at step {step} the loss is {loss}, the norm of its gradient {norm}"
-        new, old = (np.median([x for _, x, _ in part]) for part in (last[-10:], last[:-10] or last))
-        return f"the loss of ten steps to {step} is {new:.2f}, after {old:.2f}" * bool(
-            len(last) >= 20 and new > 1.5 * old + 0.5)
+# ------------------------------------------- The model --------------------------------------------
 
-# -------------------------------------------------------------------------------------- the program
-def new_config(args, module, V: int, end):
-    """The config of a model from scratch, for V token ids of which `end` ends a text."""
-    sizes = {"layers": args.layers, "heads": args.heads, "width": args.width, "context": args.block}
-    if args.experts:
-        sizes["experts"] = args.experts
-    return module.Config.small(**sizes, vocab_size=V, padded_vocab_size=module.round_up(V, 128),
-                               bos_token_id=end, eos_token_id=end)
-def make_model(args, module, folder, written: Path, devices: list) -> tuple:
-    """The model of --weights, or one from scratch -> (model, what `add_adapters` says, mesh)."""
-    options, names = {"dtype": args.dtype, "remat": args.remat}, {}
+
+def find_weights(args, module) -> Path | None:
+    """The folder of --weights; None: from scratch. InputError: this file does not read it."""
+    if not args.weights:
+        return None
+    folder = module.fetch(args.weights)
+    module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    return folder
+
+
+def make_model(args, module, folder: Path | None, data: Data, devices: list) -> tuple:
+    """The model of --weights, or one from scratch -> (model, adapters of LoRA, mesh)."""
     if folder:
         config = module.Config.from_hf(json.loads((folder / "config.json").read_text()))
     else:
-        config = new_config(args, module, *vocabulary(None, written))
+        config = new_config(args, module, *vocabulary(data.tokenizer))
     context = config.max_position_embeddings
-    check(args.block <= context, f"--block {args.block}: the context of this model is {context}")
+    if args.block > context:
+        fail(f"--block {args.block}: the context of this model is {context}")
+
+    options = {"dtype": args.dtype, "remat": args.remat}
+
     def draw():
         return module.Model(config, rngs=nnx.Rngs(args.seed), **options)
-    def need():  # float32: a weight, its gradient, two moments; or a frozen weight and LoRA's few
-        return sum(p.size for p in jax.tree.leaves(nnx.eval_shape(draw))) * (4 if args.lora else 16)
-    mesh = make_mesh(args.parallel, devices, config.num_attention_heads, need)
-    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # which a Mixtral's routing reads
+
+    heads = config.num_attention_heads
+    parallel = args.parallel
+    if parallel in ("no", "auto"):
+        parallel = choose_parallel(devices, heads, draw, bytes_per_weight=4 if args.lora else 16)
+    mesh = make_mesh(parallel, devices, heads)
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # a Mixtral's routing reads it
+
     if folder:
+        # Frozen weights need no more digits than they are computed with.
         stored = args.dtype if args.lora and not args.merge else "float32"
         model = module.load(folder, param_dtype=stored, mesh=mesh, **options)
     else:
-        graphdef, where = nnx.split(nnx.eval_shape(draw))
-        for path, param, *_ in module.named_parameters(where):
-            param.set_value(module.sharding(mesh, config, path, param.shape))
-        model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(draw()), out_shardings=where)())
-    for dropout in [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]:
-        dropout.rate = args.dropout
-    with explained(re.error, "--lora-targets is not a regular expression: {}"):
-        names = add_adapters(module, model, args) if args.lora else {}
-    check(names or not args.lora, f"--lora-targets {args.lora_targets} is the path of no matrix in "
-          f"{args.model}.py")
-    return model, names, mesh
-def describe(args, module, model, params, train_tokens, val_tokens, devices) -> float:
-    """Says what is trained on what -> the share of the devices' peak that one token/s takes."""
-    config, peak, each = model.config, measure_peak(devices, args.dtype), 4 if args.lora else 6
-    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
-    products = "kernel" if hasattr(model, "lm_head") else "kernel|wte|embed_tokens"
-    size = {str(path): p.size for path, p in jax.tree.leaves_with_path(nnx.state(model, nnx.Param))}
-    N = round(sum(n * (chosen if "experts" in path else 1) for path, n in size.items()
-                  if re.search(products, path)))
-    layers = jax.eval_shape(lambda: module.init_cache(config, 1, 1, jnp.float32)).layers
-    L, D, T = len(layers), layers[0][0].shape[-1] * config.num_attention_heads, args.block
-    print(f"model  {args.model}.py, {sum(p.size for p in jax.tree.leaves(params)):,} parameters "
-          f"trained, in {args.dtype} on {len(devices)} x {devices[0].device_kind}\n"
-          f"text   {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on; "
-          f"{config.vocab_size:,} kinds\nMFU    ({each} N + 12 L D T) x tokens/s / peak: N {N:,}, "
-          f"L {L}, D {D}, T {T}, {peak / 1e9:,.0f} GFLOP/s", flush=True)
-    return (each * N + 12 * L * D * T) / peak
-def state_of(device) -> str:
-    """The memory that a device uses at most and how busy it is, as far as it says so."""
-    stats, busy = device.memory_stats() or {}, ""
-    if device.platform == "gpu" and find_spec("pynvml"):
-        pynvml = importlib.import_module("pynvml")
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.local_hardware_id)
-        busy = f"  {pynvml.nvmlDeviceGetUtilizationRates(handle).gpu} % busy"
-    return (f"  {stats['peak_bytes_in_use'] / 1e9:.2f} GB" if stats else "") + busy
-def main(args) -> int:
-    """Trains as the arguments say -> the exit code."""
-    module, folder = importlib.import_module(args.model), None
-    if args.multihost:
-        join_hosts(args.multihost)
-    devices = pick_devices(args.device or "", args.parallel)
+        model = draw_split(module, config, draw, mesh)
+    for _, part in nnx.iter_modules(model):
+        if isinstance(part, nnx.Dropout):
+            part.rate = args.dropout
+    adapters = add_adapters(module, model, args) if args.lora else {}
+    return model, adapters, mesh
+
+
+def new_config(args, module, V: int, end: int | None):
+    """The config of a model from scratch, for V token ids; `end` is the one that ends a text."""
+    sizes = {"layers": args.layers, "heads": args.heads, "width": args.width, "context": args.block}
+    if args.experts:
+        sizes["experts"] = args.experts
+    return module.Config.small(
+        **sizes,
+        vocab_size=V,
+        padded_vocab_size=module.round_up(V, 128),  # such sizes are faster
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+
+
+def choose_parallel(devices: list, heads: int, draw, bytes_per_weight: int) -> str:
+    """What --parallel auto means: data, or tensor where one device has no room for the state.
+
+    bytes_per_weight: a weight, its gradient and two moments take 16; a frozen weight takes 4.
+    """
+    if len(devices) == 1:
+        return "data"
+    weights = sum(p.size for p in jax.tree.leaves(nnx.eval_shape(draw)))
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    parallel, than = "data", "less"
+    if weights * bytes_per_weight > memory_of(own):
+        most = max(n for n in range(1, len(devices) + 1) if heads % n == 0)
+        parallel, than = f"tensor:{most}", "more"
+    print(f"--parallel {parallel}: the state takes {than} than the memory of one device")
+    return parallel
+
+
+def draw_split(module, config, draw, mesh):
+    """A model from scratch. Each device draws its part of the weights, and no other."""
+    graphdef, shardings = nnx.split(nnx.eval_shape(draw))
+    for path, param, *_ in module.named_parameters(shardings):
+        param.set_value(module.sharding(mesh, config, path, param.shape))
+
+    def draw_state():
+        return nnx.state(draw())
+
+    return nnx.merge(graphdef, jax.jit(draw_state, out_shardings=shardings)())
+
+
+# ---------------------------------------------- LoRA ----------------------------------------------
+
+
+def add_adapters(module, model, args) -> dict:
+    """Adds A B of rank --lora to each matrix whose path --lora-targets matches.
+
+    A is random and B zero, so that the model begins as it was: Hu et al. 2021. The model file is
+    not changed: the layers of the model are. Returns {path: the matrix's name in a checkpoint}.
+    """
+    names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
+    rngs = nnx.Rngs(args.seed)
+    adapters = {}
+    for path, (holder, name, layer) in linear_layers(model).items():
+        dotted = ".".join(map(str, path))
+        as_array = name in ("lm_head", "w1", "w2", "w3")  # model files read these without a call
+        with explained(re.error, "--lora-targets is not a regular expression: {}"):
+            wanted = re.fullmatch(args.lora_targets, dotted)
+        if not wanted or as_array:
+            continue
+
+        adapters[path] = names[f"{dotted}.kernel"].removesuffix(".weight")
+        adapter = nnx.LoRA(
+            layer.in_features,
+            args.lora,
+            layer.out_features,
+            base_module=layer,
+            dtype=layer.dtype,
+            rngs=rngs,
+        )
+        setattr(holder, name, adapter)
+
+    if not adapters:
+        fail(f"--lora-targets {args.lora_targets} is the path of no matrix in {args.model}.py")
+    return adapters
+
+
+def linear_layers(model) -> dict:
+    """{path: (the module that holds it, its name there, the layer)} of all linear layers."""
+    layers = {}
+    for path, holder in nnx.iter_modules(model):
+        for name, layer in vars(holder).items():
+            if isinstance(layer, nnx.Linear | nnx.LoRA):
+                layers[(*path, name)] = (holder, name, layer)
+    return layers
+
+
+def merge_adapters(model, paths):
+    """Adds each A B to its matrix, so that the model is again one of its file."""
+    layers = linear_layers(model)
+    for path in paths:
+        holder, name, lora = layers[path]
+        kernel = lora.base_module.kernel
+        kernel.set_value(kernel[...] + lora.lora_a[...] @ lora.lora_b[...])  # in float32
+        setattr(holder, name, lora.base_module)
+
+
+def write_adapters(folder: Path, args, model, adapters: dict):
+    """Writes adapter_model.safetensors and adapter_config.json, as PEFT does."""
+    layers = linear_layers(model)
+    tensors = {}
+    for path, name in adapters.items():
+        _, _, lora = layers[path]
+        for letter, factor in [("A", lora.lora_a), ("B", lora.lora_b)]:
+            tensor = np.asarray(factor[...], args.save_dtype).T
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = np.ascontiguousarray(tensor)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": args.weights,
+        "r": args.lora,
+        "lora_alpha": args.lora,
+        "target_modules": sorted(adapters.values()),
+        "fan_in_fan_out": args.model == "gpt2",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ------------------------------- Checkpoints and the finished model -------------------------------
+
+# What must be the same when a run is resumed.
+SETTINGS = (
+    *("dataset", "tokens", "vocab_size"),
+    *("model", "weights", "layers", "heads", "width", "block", "dropout", "experts"),
+    *("lora", "lora_targets", "steps", "batch", "optimizer", "lr", "schedule", "min_lr", "warmup"),
+    *("weight_decay", "beta1", "beta2", "clip", "ema", "seed", "dtype"),
+)
+
+
+def open_checkpoints(out: Path, keep: int) -> ocp.CheckpointManager:
+    """The last states of a run and the best one, in out/checkpoints; each whole or not at all."""
+
+    def val_loss(metrics):
+        return metrics["val_loss"]
+
+    policies = ocp.checkpoint_managers
+    best = policies.BestN(
+        get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        best_fn=val_loss,
+        best_mode="min",
+    )
+    with writing(out):
+        return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
+
+
+def save_checkpoint(run: Run, val_loss: float | None):
+    """Begins to store the state; it is written while the training goes on."""
+    checkpoints, state = run.checkpoints, run.state
+    with writing(run.args.out):
+        checkpoints.wait_until_finished()  # of the one before
+        size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
+        free = shutil.disk_usage(checkpoints.directory).free / 1e6
+        if 1.2 * size > free:
+            raise OSError(f"a checkpoint takes {size:.0f} MB, and {free:.0f} are free")
+
+        # On a CPU, Orbax would read what the next step overwrites.
+        if jax.default_backend() == "cpu":
+            state = jax.tree.map(jnp.copy, state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(run.settings)
+        )
+        metrics = {"val_loss": val_loss} if val_loss else None
+        checkpoints.save(int(state["step"]), metrics=metrics, args=items)
+
+
+def restore_checkpoint(run: Run, step: int) -> dict:
+    """The state after a step, in the shapes and on the devices of the run's."""
+    folder = run.checkpoints.directory
+    damaged = f"{folder / str(step)} is damaged ({{}}): without it, --resume takes another"
+    with explained((KeyError, ValueError, OSError), damaged):
+        items = ocp.args.Composite(settings=ocp.args.JsonRestore())
+        check_settings(run, run.checkpoints.restore(step, args=items).settings)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(run.state))
+        return run.checkpoints.restore(step, args=items).state
+
+
+def check_settings(run: Run, stored: dict):
+    """Refuses to resume with other settings or data than the run had."""
+    other = []
+    for name, value in run.settings.items():
+        if stored.get(name) != value:
+            other.append(f"--{name.replace('_', '-')} {stored.get(name)}")
+    if other:
+        fail(
+            f"the run in {run.args.out} has {', '.join(other)}: resume with that, or begin in "
+            "another --out"
+        )
+
+
+def write_model(run: Run, model):
+    """Writes the finished folder, which the model file and transformers read; or an adapter."""
+    args = run.args
+    tokenizer = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json")
+    with writing(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
+        for file in run.data.tokenizer.iterdir():
+            if tokenizer.fullmatch(file.name):
+                shutil.copyfile(file, Path(part, file.name))
+
+        if run.adapters and not args.merge:
+            write_adapters(Path(part), args, model, run.adapters)
+        else:
+            merge_adapters(model, run.adapters)
+            graphdef, params = nnx.split(model)
+            params = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
+            run.module.save(nnx.merge(graphdef, params), part)
+
+        # All is written, or no file is replaced.
+        for file in Path(part).iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
+            file.replace(args.out / file.name)
+
+
+def writing(path: Path):
+    """For what is written to a path, where there may be no room."""
+    return explained(
+        (OSError, SafetensorError),
+        f"{path}: {{}}: make room or choose another --out; earlier checkpoints remain",
+    )
+
+
+# -------------------------------------------- Metrics ---------------------------------------------
+
+
+class Metrics:
+    """The rows of out/metrics.jsonl; with TensorBoard installed, out/tensorboard gets them, too.
+
+    A run that is resumed from `step` drops the rows of later steps. Of several hosts, the first
+    writes.
+    """
+
+    def __init__(self, out: Path, step: int):
+        self.file = out / "metrics.jsonl"
+        self.writes = jax.process_index() == 0
+        self.rows = []
+        self.board = None
+        if self.file.exists():
+            self.read(step)
+
+        part = out / "metrics.part"
+        with writing(part):
+            if self.writes:
+                part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+                part.replace(self.file)  # at no moment are the rows gone
+        if self.writes and find_spec("tensorboard"):
+            tensorboard = importlib.import_module("tensorboard.summary")
+            self.board = tensorboard.Writer(f"{out}/tensorboard")
+
+    def read(self, last: int):
+        """Reads the rows of the steps up to `last`."""
+        for line in self.file.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line may be cut off
+                row = json.loads(line)
+                if row["step"] <= last:
+                    self.rows.append(row)
+
+    def add(self, rows: list[dict]):
+        """Appends rows, each of which has a step."""
+        self.rows += rows
+        if self.writes:
+            with writing(self.file), open(self.file, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.board:
+            for row in rows:
+                for name in row.keys() - {"step"}:
+                    self.board.add_scalar(name, row[name], row["step"])
+
+    def close(self):
+        """Writes what TensorBoard still holds."""
+        if self.board:
+            self.board.close()
+
+    def draw(self):
+        """Draws out/curves.png: learning rate, gradient norm, loss and accuracy."""
+        if not self.writes:
+            return
+        figure = Figure((10, 6), layout="constrained")
+        names = ("lr", "norm", "loss", "accuracy")
+        for axes, name in zip(figure.subplots(2, 2).flat, names, strict=True):
+            for column in (name, f"val_{name}"):
+                points = [(row["step"], row[column]) for row in self.rows if column in row]
+                if points:
+                    points = points[:: len(points) // 4000 + 1]  # 4,000 at most
+                    axes.plot(*zip(*points, strict=True), label=column)
+            axes.legend()
+        with writing(self.file):
+            figure.savefig(self.file.with_name("curves.png"))
+
+    def diverged(self) -> str:
+        """What is wrong with the last ten steps, or "": a loss that is not finite, or that jumped.
+
+        It jumped if its median over ten steps is half above the median of the steps before.
+        """
+        steps = [row for row in self.rows[-120:] if "loss" in row]
+        last, before = steps[-10:], steps[:-10]
+        for row in last:
+            if not np.isfinite(row["loss"] + row["norm"]):
+                return (
+                    f"at step {row['step']} the loss is {row['loss']}, "
+                    f"the norm of its gradient {row['norm']}"
+                )
+
+        if len(steps) >= 20:
+            new = np.median([row["loss"] for row in last])
+            old = np.median([row["loss"] for row in before])
+            if new > 1.5 * old + 0.5:
+                step = last[-1]["step"]
+                return f"the loss of ten steps to {step} is {new:.2f}, after {old:.2f}"
+        return ""
+
+
+# --------------------------------------- Devices and hosts ----------------------------------------
+
+
+def groups_of(mesh) -> int:
+    """How many groups of devices have rows of their own. The axis tensor makes groups of devices
+    that share their rows."""
+    return mesh.size // mesh.shape.get("tensor", 1)
+
+
+def own_device(mesh):
+    """The first device of the mesh that belongs to this host."""
+    index = jax.process_index()
+    return next(device for device in mesh.devices.flat if device.process_index == index)
+
+
+def place(mesh, parts: int, shape, read):
+    """Rows [(parts,) groups, rows, T + 1] on the devices, each group of devices with its own.
+
+    parts: 1 if the first dimension is gradient accumulation, else 0. read(slices) -> the tokens;
+    each host reads those of its own devices.
+    """
+    groups = tuple(axis for axis in mesh.shape if axis != "tensor")
+    spec = jax.P(*[None] * parts, groups)
+    return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), read)
+
+
+JOIN = 300  # seconds to wait for all hosts
+
+
+def join_hosts(where: str):
+    """Joins the other hosts of --multihost. From here on, only the first prints."""
+    known = []
+    if where != "auto":
+        address, hosts, host = where.split(",")
+        known = [address, int(hosts), int(host)]
+        meet(*known)
+    with explained(ValueError, f"--multihost {where}: {{}}"):
+        jax.distributed.initialize(*known)
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def meet(address: str, hosts: int, host: int):
+    """Waits until all hosts are there, or says which ones are not.
+
+    JAX would end the process without a word about it. The protocol: each host sends its number to
+    the first one; when all have come, or after JOIN seconds, the first sends each the list of the
+    numbers that are missing.
+    """
+    if host >= hosts:
+        fail(f"--multihost: there is no host {host} of {hosts}, counted from 0")
+    name, port = address.rsplit(":", 1)
+    if host == 0:
+        missing = wait_for_hosts(int(port), hosts)
+    else:
+        missing = report_to_first(name, int(port), host)
+    if missing:
+        fail(f"--multihost {address}: {missing} of {hosts} did not come in {JOIN} s")
+
+
+def wait_for_hosts(port: int, hosts: int) -> list[int]:
+    """The first host's part of `meet` -> the hosts that are missing."""
+    end = time.monotonic() + JOIN
+    came = {}  # number of a host -> its connection
+    with socket.create_server(("", port)) as server, contextlib.suppress(TimeoutError):
+        while len(came) < hosts - 1:
+            server.settimeout(max(0.01, end - time.monotonic()))
+            link, _ = server.accept()
+            came[int(link.recv(99))] = link
+
+    missing = [number for number in range(1, hosts) if number not in came]
+    for link in came.values():
+        link.sendall(json.dumps(missing).encode())
+    return missing
+
+
+def report_to_first(name: str, port: int, host: int) -> list[int]:
+    """The other hosts' part of `meet` -> the hosts that are missing: [0] if the first is."""
+    end = time.monotonic() + JOIN
+    while time.monotonic() < end:
+        # The first host may not listen yet.
+        with contextlib.suppress(OSError, ValueError):
+            link = socket.create_connection((name, port), 1)
+            link.settimeout(JOIN)
+            link.sendall(str(host).encode())
+            return json.loads(link.recv(9999))
+        time.sleep(0.2)
+    return [0]
+
+
+# ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
+
+AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"
+PARALLEL = rf"no|auto|pmap|{AXIS}(,{AXIS})*"  # what --parallel takes
+
+
+def fail(message) -> NoReturn:
+    """Exits with code 2 after one line that says what is wrong and what to do."""
+    one_line = " ".join(str(message).split())
+    print(f"{Path(__file__).name}: {one_line}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained(errors, message: str):
+    """Turns these exceptions into such an exit; {} in the message is the exception's text."""
+    try:
+        yield
+    except errors as error:
+        fail(message.replace("{}", str(error)))
+
+
+def pick_devices(name: str | None, parallel: str) -> list:
+    """The devices of --device: all of that kind, or one if it is numbered or --parallel is no.
+
+    The first of them on this host becomes JAX's default.
+    """
+    if not re.fullmatch(r"((cpu|gpu|tpu)(:\d+)?)?", name or ""):
+        fail(f"--device {name}: it must be cpu, gpu or tpu, or a numbered one such as gpu:1")
+    kind, _, index = (name or "").partition(":")
+
+    # Without this, JAX would start a GPU too and take its memory.
+    if kind == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+
+    missing = f"--device {name}: JAX finds no such device; leave it out"
+    with explained(RuntimeError, missing if name else "JAX finds no device: {}"):
+        devices = jax.devices(kind or None)
+    number = int(index or 0)
+    if number >= len(devices):
+        fail(f"--device {name}: there are {len(devices)}, counted from 0")
+    if index or parallel == "no":
+        devices = [devices[number]]
+
     own = next(device for device in devices if device.process_index == jax.process_index())
     jax.config.update("jax_default_device", own)
-    on_cpu = own.platform == "cpu"
-    args.dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(args.dtype, args.dtype)
-    with explained((OSError, module.InputError),  # OSError: of the Hub, or a folder
-                   f"--weights {args.weights}: {{}}" if args.weights else "{}"):
+    return devices
+
+
+def memory_of(device) -> float:
+    """The bytes that a device has; infinite where it does not say, as a CPU does not."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
+
+
+def make_mesh(parallel: str, devices: list, heads: int) -> jax.sharding.Mesh:
+    """Arranges the devices along the axes of --parallel, such as data:2,tensor:4.
+
+    An axis without a number takes the devices that the others leave.
+    """
+    axes = {}
+    for part in parallel.split(","):
+        axis, _, number = part.partition(":")
+        axes[axis] = int(number or 0)
+    taken = math.prod(number for number in axes.values() if number > 0)
+    for axis, number in axes.items():
+        axes[axis] = number or len(devices) // taken
+
+    count = math.prod(axes.values())
+    if not 0 < count <= len(devices):
+        fail(f"--parallel {parallel} does not fit {len(devices)} devices: lower its numbers")
+    if count < len(devices) and jax.process_count() > 1:
+        fail(f"--parallel {parallel} leaves devices out: of several hosts all must take part")
+    tensor = axes.get("tensor", 1)
+    if heads % tensor != 0:
+        fits = [n for n in range(1, heads + 1) if heads % n == 0]
+        fail(f"--parallel: {heads} heads split over tensor: {fits}, not over {tensor}")
+
+    return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
+
+
+# ---------------------------------------- The command line ----------------------------------------
+
+
+def parse_command_line() -> argparse.Namespace:
+    """The command line, checked as far as that needs neither the text nor a device."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+    )
+    parser.error = fail
+    add_text_flags(parser)
+    add_model_flags(parser)
+    add_training_flags(parser)
+    add_output_flags(parser)
+    add_machine_flags(parser)
+
+    args = parser.parse_args()
+    fill_defaults(args)
+    check_numbers(args)
+    check_model_flags(args)
+    check_training_flags(args)
+    check_machine_flags(args)
+    check_output_flags(args)
+    return args
+
+
+def add_text_flags(parser):
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text, .jsonl, nanoGPT's .bin or shakespeare (default: Python's source)",
+    )
+    text.add_argument(
+        "--dataset",
+        metavar="NAME[:SUBSET]",
+        help="a dataset on the Hub, its train split; needs the package datasets",
+    )
+    text.add_argument(
+        "--tokens",
+        metavar="KIND",
+        help="tokenizer: bpe (learned from the text; the default), char, bytes or gpt2",
+    )
+    text.add_argument(
+        "--vocab-size",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="vocabulary size of bpe, the 256 bytes included (default: %(default)s)",
+    )
+
+
+def add_model_flags(parser):
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", default="gpt2", metavar="NAME", help=f"model file: {', '.join(MODELS)}"
+    )
+    model.add_argument(
+        "--weights", help="folder or Hub id to go on from (default: from scratch, with:)"
+    )
+    add_number(model, "--layers", 4, "number of blocks")
+    add_number(model, "--heads", 4, "attention heads of a block")
+    add_number(
+        model, "--width", 128, "model width: the length of the vectors in the residual stream"
+    )
+    add_number(model, "--block", 64, "sequence length; from scratch, the model's context length")
+    add_number(model, "--dropout", 0.0, "dropout rate (gpt2, opt)")
+    add_number(model, "--experts", 0, "experts of a block, two for each token (mistral); 0: none")
+    add_number(model, "--lora", 0, "rank of LoRA, which trains adapters and no weights; 0: off")
+    model.add_argument(
+        "--lora-targets",
+        default=r".*\.(c_attn|c_proj|c_fc|\w+_proj|fc[12])",
+        metavar="REGEX",
+        help="paths of the matrices with adapters (default: %(default)s)",
+    )
+    model.add_argument(
+        "--merge",
+        action="store_true",
+        help="write LoRA's result as a whole checkpoint, not as an adapter",
+    )
+
+
+def add_training_flags(parser):
+    training = parser.add_argument_group("training")
+    add_number(training, "--steps", 2000, "updates of the weights")
+    add_number(training, "--batch", 12, "batch size: sequences in a step")
+    add_number(
+        training, "--accumulate", 1, "gradient accumulation: parts of a batch, to save memory"
+    )
+    training.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="lion wants a tenth of --lr (default: %(default)s)",
+    )
+    training.add_argument(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="highest learning rate (default: 3e-3; with --weights 3e-5, with LoRA 3e-4)",
+    )
+    training.add_argument(
+        "--schedule",
+        choices=["cosine", "linear", "wsd"],
+        default="cosine",
+        help="how the learning rate falls; wsd: in the last fifth alone (default: %(default)s)",
+    )
+    training.add_argument(
+        "--min-lr", type=float, metavar="X", help="what it falls to (default: a tenth of --lr)"
+    )
+    training.add_argument(
+        "--warmup",
+        type=int,
+        metavar="N",
+        help="steps in which it rises first (default: a twentieth of all)",
+    )
+    add_number(training, "--weight-decay", 0.1, "weight decay, of matrices only")
+    add_number(training, "--beta1", 0.9, "decay of the mean of gradients")
+    add_number(
+        training, "--beta2", 0.99, "decay of the mean of squared gradients (lion: of gradients)"
+    )
+    add_number(training, "--clip", 1.0, "clip the global norm of the gradient to this")
+    add_number(
+        training, "--ema", 0.0, "evaluate and write a running mean of the weights; its decay"
+    )
+    add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
+
+
+def add_output_flags(parser):
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for the model and its checkpoints (default: runs/MODEL)",
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out"
+    )
+    add_number(output, "--eval-every", 250, "steps between estimates of the validation loss")
+    add_number(output, "--save-every", 500, "steps between checkpoints; 0: only the final model")
+    add_number(output, "--keep", 2, "how many of the last checkpoints stay, beside the best")
+    output.add_argument(
+        "--save-dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the finished model's weights (default: %(default)s)",
+    )
+    output.add_argument(
+        "--prompt", metavar="TEXT", help="show at each estimate how the model continues this"
+    )
+    output.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="trace five steps into this folder, for Perfetto or xprof",
+    )
+
+
+def add_machine_flags(parser):
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", help="cpu, gpu or tpu; gpu:1 is the second GPU (default: the best there is)"
+    )
+    machine.add_argument(
+        "--parallel",
+        default="auto",
+        metavar="MODE",
+        help="over devices: pmap, data, fsdp, tensor, data:2,tensor:4 or no (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--multihost",
+        metavar="ADDRESS:PORT,HOSTS,HOST",
+        help="of the first host, how many there are, which one this is; or auto",
+    )
+    machine.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="to compute in; auto: by the device (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--remat",
+        action="store_true",
+        help="gradient checkpointing: save memory, compute each block again in the backward pass",
+    )
+
+
+def add_number(group, flag: str, default: int | float, about: str):
+    """A flag with a number; its help ends with the default."""
+    group.add_argument(
+        flag,
+        type=type(default),
+        default=default,
+        metavar="N" if isinstance(default, int) else "X",
+        help=f"{about} (default: %(default)s)",
+    )
+
+
+def fill_defaults(args):
+    """The defaults that depend on other flags."""
+    if args.out is None:
+        args.out = Path("runs", args.model)
+    if args.weights == "tiny":
+        args.weights = str(HERE / "tiny" / args.model)
+    if args.weights and Path(args.weights).is_dir():
+        args.weights = str(Path(args.weights).resolve())
+
+    if args.lr is None:
+        args.lr = 3e-3
         if args.weights:
-            folder = module.fetch(args.weights)
-            module.Config.from_hf(json.loads((folder / "config.json").read_text()))
-        train_tokens, val_tokens, tokenizer_folder = prepare(args, module, folder)
-        model, names, mesh = make_model(args, module, folder, tokenizer_folder, devices)
-    devices, n = [*mesh.devices.flat], mesh.size // mesh.shape.get("tensor", 1)
-    least = n * args.accumulate
-    check(args.batch % least == 0, f"--batch {args.batch} does not split over {n} devices (or "
-          f"groups of them) in --accumulate {args.accumulate} parts: choose a multiple of {least}")
-    codec = module.tokenizer(tokenizer_folder)
-    ids = codec.encode(args.prompt)[: args.block // 2] if args.prompt else []
-    graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if names else nnx.Param, ...)
-    load_of_token = describe(args, module, model, params, train_tokens, val_tokens, devices)
-    config, (optimizer, rate) = model.config, make_optimizer(args)
-    balance = (lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)) if getattr(
-        config, "model_type", "") == "mixtral" else None
-    state = first_state(args, optimizer, params, mesh)
-    merge = merge_on(mesh, graphdef, args.dtype, state["params"], frozen)
-    del model, params  # whose memory the first step takes for the new state
-    train, evaluate = compile_steps(merge, optimizer, balance, args.ema, mesh, state)
-    numbers = np.arange(args.batch).reshape(args.accumulate, n, -1)  # of a step's rows
-    shape = *numbers.shape, args.block + 1
-    val_batches = windows(val_tokens, args.batch // args.accumulate, args.block)
-    val_batches = val_batches.reshape(-1, *shape[1:])
-    some_batches = val_batches[:: -(-len(val_batches) // (20 * args.accumulate))]
-    settings = {name: vars(args)[name] for name in SETTINGS}
-    settings["data"] = f"with checksum {zlib.crc32(val_tokens, zlib.crc32(train_tokens))}"
-    with explained(OSError, f"--profile {args.profile}: {{}}"):
-        args.profile and args.profile.mkdir(parents=True, exist_ok=True)
-    checkpoints, step = open_checkpoints(args.out, args.keep), 0
-    if args.resume:
-        step = checkpoints.latest_step()
-        state = restore_checkpoint(checkpoints, step, state, settings)
-    check(not args.profile or args.steps - step >= 15, "--profile traces five steps after ten, "
-          f"and from step {step} on there are fewer: raise --steps")
-    metrics, key, first = Metrics(args.out, step), jax.random.key(args.seed), step
-    stop, waiting, seconds, mark, stopping, trouble = [], [], 0.0, 0.0, False, ""
-    def interrupt(*_):
-        stop.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once
-    def learned():  # what is evaluated and written
-        return state.get("ema", state["params"])
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, interrupt)
-    val_loss, _ = mean_eval(evaluate, mesh, learned(), frozen, some_batches)
-    print(f"validation loss before step {step + 1}: {val_loss:.4f}", flush=True)
-    while step < args.steps and not stopping:
-        if args.profile and step == first + 10:
-            jax.profiler.start_trace(args.profile)
-        tokens = place(mesh, 1, shape, lambda at: rows_of(
-            train_tokens, step * args.batch + numbers[at[:3]], args.block, args.seed))  # noqa: B023
-        state, found = train(state, frozen, tokens, key)
-        waiting.append(found)
-        if on_cpu and mesh.size > 1:  # they share cores, and lock up with several steps in flight
-            jax.block_until_ready(found)
-        if args.profile and step == first + 14:
-            jax.block_until_ready(found)
-            jax.profiler.stop_trace()
-            print(f"five steps are traced: run `xprof {args.profile}`", file=sys.stderr)
-        step, stopping = step + 1, bool(stop)
-        if args.multihost:  # all hosts stop, or none
-            stopping = step % 10 == 0 and bool(process_allgather(np.array(stopping)).any())
-        eval_due = step % args.eval_every == 0 or step == args.steps
-        save_due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if not (eval_due or save_due or stopping or step % 10 == 0 or step == first + 1):
-            continue  # without waiting for the device
-        metrics.add([{"step": n, "lr": float(rate(n - 1)), **jax.tree.map(float, found)}
-                     for n, found in enumerate(waiting, step + 1 - len(waiting))])
-        waiting, now = [], timeit.default_timer()
-        seconds += now - mark if step > first + 1 else 0.0  # the first step is mostly compiling
-        if trouble := metrics.trouble():
-            break
-        if eval_due or save_due:
-            val_loss, right = mean_eval(evaluate, mesh, learned(), frozen, some_batches)
-            metrics.add([{"step": step, "val_loss": val_loss, "val_accuracy": right,
-                          **(own.memory_stats() or {})}])  # a CPU counts none
-            metrics.draw()
-        if (eval_due or sys.stderr.isatty()) and jax.process_index() == 0:
-            since = [x["loss"] for x in metrics.rows[-2 * args.eval_every :] if "loss" in x]
-            since = since[-1 - (step - 1) % args.eval_every :]
-            speed = (step - first - 1) / seconds if seconds else 0.0  # steps a second
-            tokens_s, left = speed * args.batch * args.block, (args.steps - step) / (speed or 1e9)
-            print(f"step {step:>6}/{args.steps}  train {np.mean(since):.4f}  val {val_loss:.4f}  "
-                  f"lr {rate(step - 1):.2e}  {tokens_s:>9,.0f} tokens/s  MFU "
-                  f"{load_of_token * tokens_s:5.1%}{state_of(own)}  {left // 60:3.0f}:"
-                  f"{left % 60:02.0f} left", end="\n" if eval_due else "\r", file=sys.stderr,
-                  flush=True)
-        if eval_due and ids:
-            [new] = module.generate(nnx.merge(graphdef, learned(), frozen), [ids],
-                                    min(100, config.max_position_embeddings - len(ids)), key=key)
-            print(f"--- step {step}: {codec.decode(ids + new)}", flush=True)
-        if save_due or stopping:
-            save_checkpoint(checkpoints, state, settings, val_loss if save_due else None)
-        mark = timeit.default_timer()
-    with contextlib.suppress(RuntimeError):  # of none: it is for Ctrl-C in the middle of a trace
-        args.profile and jax.profiler.stop_trace()
-    metrics.board and metrics.board.close()
-    with writing(args.out):
-        checkpoints.wait_until_finished()
-    if trouble:
-        print(f"train.py: {trouble}; newest checkpoint: of step {checkpoints.latest_step() or 0}; "
-              "try a lower --lr, a longer --warmup or a smaller --clip", file=sys.stderr)
-        return 1
-    if step < args.steps:
-        print(f"stopped after step {step}: the same command with --resume goes on from there",
-              file=sys.stderr)
-        return 130
-    if (best := checkpoints.best_step()) not in (None, step):
-        state = restore_checkpoint(checkpoints, best, state, settings)
-        print(f"the validation loss was lowest at step {best}: its weights are written")
-    params = jax.tree.map(lambda p: p.astype(args.save_dtype).astype(p.dtype), learned())
-    loss, right = mean_eval(evaluate, mesh, params, frozen, val_batches)
-    if args.multihost:  # to the memory of each host
-        params, frozen = process_allgather((params, frozen), tiled=True)
-    if jax.process_index() == 0:
-        write_model(args, module, nnx.merge(graphdef, params, frozen), tokenizer_folder, names)
-    print(f"finished: {args.out}, in {args.save_dtype}\nvalidation loss: {loss:.4f} a token over "
-          f"all of the text; perplexity {np.exp(loss):.2f}, {right:.1%} of the tokens guessed")
-    return 0
+            args.lr = 3e-5
+        if args.lora:
+            args.lr = 3e-4
+    if args.min_lr is None:
+        args.min_lr = args.lr / 10
+    if args.warmup is None:
+        args.warmup = args.steps // 20
+    choose_tokenizer(args)
+
+
+def choose_tokenizer(args):
+    """The tokenizer of --tokens, or the first that fits --weights and --data."""
+    kinds = ["bpe", "char", "bytes", "gpt2"]
+    files = [file for name in args.data for file in (glob.glob(name) or [name])]
+    if any(file.endswith(".bin") for file in files):
+        kinds = ["gpt2"]
+    if args.weights:
+        kinds = ["its own"]
+    if args.tokens is None:
+        args.tokens = kinds[0]
+    if args.tokens not in kinds:
+        fail(f"--tokens {args.tokens}: it must be {' or '.join(kinds)} here")
+
+
+def check_numbers(args):
+    least = {
+        "layers heads width block steps batch accumulate eval_every keep": 1,
+        "vocab_size": 256,
+        "seed save_every lora weight_decay min_lr warmup": 0,
+    }
+    for names, number in least.items():
+        for name in names.split():
+            if not getattr(args, name) >= number:
+                fail(f"--{name.replace('_', '-')} must be {number} or more")
+    for name in ("dropout", "beta1", "beta2", "ema"):
+        if not 0 <= getattr(args, name) < 1:
+            fail(f"--{name}: 0 to below 1")
+
+
+def check_model_flags(args):
+    if args.model not in MODELS:
+        fail(f"no model file for {args.model!r}; there are: {', '.join(MODELS)}")
+    if args.width % args.heads != 0:
+        fail("--width must be a multiple of --heads")
+    if args.dropout and args.model not in ("gpt2", "opt"):
+        fail(f"{args.model}.py has no --dropout")
+    if args.experts and args.model != "mistral":
+        fail("--experts are of --model mistral")
+    if args.experts < 0 or args.experts == 1:
+        fail("--experts must be 0, or 2 or more")
+    if args.lora and not args.weights:
+        fail("--lora adds to trained weights: name them with --weights")
+    if args.merge and not args.lora:
+        fail("--merge is for --lora")
+
+
+def check_training_flags(args):
+    if args.dataset and not find_spec("datasets"):
+        fail("--dataset needs: pip install datasets")
+    if args.warmup >= args.steps:
+        fail("--warmup must be below --steps")
+    if args.profile and args.steps < 15:
+        fail("--profile traces five steps after ten: --steps 15")
+    if not (args.clip > 0 and args.lr > 0 and args.lr >= args.min_lr):
+        fail("--lr, --clip: above 0; --min-lr: at most --lr")
+    if args.dtype == "float16" and args.model == "gemma":
+        fail("gemma.py leaves the range of float16")
+
+
+def check_machine_flags(args):
+    axes = re.findall("[a-z]+", args.parallel)
+    if not re.fullmatch(PARALLEL, args.parallel) or len(set(axes)) < len(axes):
+        fail("--parallel: pmap, or like fsdp or data:2,tensor:4")
+    if not args.multihost:
+        return
+
+    if not re.fullmatch(r"auto|[^,]+:\d+,\d+,\d+", args.multihost):
+        fail("--multihost must be auto, or like 10.0.0.1:1234,2,0")
+    if args.parallel == "no" or ":" in (args.device or ""):
+        fail("--multihost takes all devices: leave --parallel no and the number of --device out")
+    if args.parallel == "pmap" or args.prompt:
+        fail("--parallel pmap and --prompt are for one host")
+
+
+def check_output_flags(args):
+    out = args.out
+    if out.exists() and not out.is_dir():
+        fail(f"--out {out} is a file: name a folder")
+    stored = any(path.name.isdigit() for path in out.glob("checkpoints/*"))
+    if args.resume and not stored:
+        fail(f"{out} has no checkpoints: leave --resume out to begin")
+    if not args.resume and (stored or any(out.glob("*.safetensors"))):
+        fail(f"{out} holds a run already: add --resume to go on, or choose another --out")
+
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main(arguments()))
+        sys.exit(main())
     os._exit(130)  # at once: what is being written is dropped

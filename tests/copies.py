@@ -32,7 +32,10 @@ COPIES = [
     (["llama", "gemma", "mistral"], ["attend", "rotate"]),
     (["llama", "mistral"], ["rms_norm", "tokenizer"]),
     (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
-    (PROGRAMS, ["AXIS", "PARALLEL", "fail", "explained", "pick_devices", "memory_of", "make_mesh"]),
+    (
+        ["sample", "train"],
+        ["AXIS", "PARALLEL", "fail", "explained", "pick_devices", "memory_of", "make_mesh"],
+    ),
 ]
 RULE = re.compile(r"# -{5,}( (?P<heading>.+?)( -{5,})?)?")
 SECTION = "the same in every model file"  # how the heading of a section ends that is a copy

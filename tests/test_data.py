@@ -38,13 +38,14 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def prepare(monkeypatch):
-    """(flags) -> what `train.prepare` gives: tokens to train on, to validate on, and the folder
+    """(flags) -> what `train.prepare_data` gives: tokens to train on, to validate on, the folder
     of their tokenizer."""
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
-        args = train.arguments()
-        return train.prepare(args, gpt2, Path(args.weights) if args.weights else None)
+        args = train.parse_command_line()
+        data = train.prepare_data(args, gpt2, Path(args.weights) if args.weights else None)
+        return data.train, data.val, data.tokenizer
 
     return call
 
@@ -56,7 +57,7 @@ def refused(monkeypatch, capsys):
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
-            train.main(train.arguments())
+            train.main()
         error = capsys.readouterr().err
         assert stop.value.code == 2
         assert error.startswith("train.py: ") and error.count("\n") == 1, error
@@ -348,7 +349,7 @@ def test_the_tokenizer_of_a_checkpoint_goes_into_the_finished_folder(monkeypatch
             "0",
         ],
     )
-    assert train.main(train.arguments()) == 0
+    assert train.main() == 0
     for file in folder.iterdir():
         if file.name not in ("config.json", "model.safetensors", "README.md"):
             assert (out / file.name).read_bytes() == file.read_bytes(), file.name
@@ -470,14 +471,10 @@ def offer_shakespeare(monkeypatch):
 
     def offer(text, sha256=None):
         Path("served/input.txt").write_bytes(text)
-        monkeypatch.setattr(
-            train,
-            "SHAKESPEARE",
-            (
-                f"http://127.0.0.1:{server.server_port}/input.txt",
-                sha256 or hashlib.sha256(text).hexdigest(),
-            ),
-        )
+        address = f"http://127.0.0.1:{server.server_port}/input.txt"
+        monkeypatch.setattr(train, "SHAKESPEARE", address)
+        digest = sha256 or hashlib.sha256(text).hexdigest()
+        monkeypatch.setattr(train, "SHAKESPEARE_HASH", digest)
 
     yield offer
     server.shutdown()
@@ -501,7 +498,7 @@ def test_another_text_in_the_place_of_shakespeare_is_not_kept(refused, cache, of
 
 
 def test_without_an_answer_shakespeare_is_one_line(refused, cache, monkeypatch):
-    monkeypatch.setattr(train, "SHAKESPEARE", ("http://127.0.0.1:9/input.txt", "0" * 64))
+    monkeypatch.setattr(train, "SHAKESPEARE", "http://127.0.0.1:9/input.txt")
     error = refused("--data", "shakespeare")
     assert "--data shakespeare" in error and "name a file of yours" in error
     assert not files_in(cache)

@@ -219,7 +219,9 @@ def test_adapters_that_learned_nothing_leave_the_model_as_it_was_when_merged():
         return gpt2.load(ROOT / "tiny/gpt2", param_dtype="float32")
 
     model = load()
-    names = train.add_adapters(gpt2, model, Namespace(lora=3, lora_targets=r".*\.c_\w+", seed=0))
+    names = train.add_adapters(
+        gpt2, model, Namespace(lora=3, lora_targets=r".*\.c_\w+", seed=0, model="gpt2")
+    )
     assert len(names) == 4 * 4 and nnx.state(model, nnx.LoRAParam)
     train.merge_adapters(model, names)
     assert nnx.graphdef(model) == nnx.graphdef(load())
@@ -262,7 +264,7 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(
         ],
     )
     with pytest.raises(SystemExit) as stop:
-        train.main(train.arguments())
+        train.main()
     jax.config.update("jax_default_device", None)  # which main set
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")

@@ -90,7 +90,7 @@ def run_several(program, call, *lines):
 
 
 def train_several(*lines):
-    return run_several("train", "assert train.main(train.arguments()) == 0", *lines)
+    return run_several("train", "assert train.main() == 0", *lines)
 
 
 def refused(program, *args, n=4):
@@ -323,7 +323,7 @@ import sys, jax, {program}
 stats = {{"bytes_limit": {room}, "peak_bytes_in_use": 1, "bytes_in_use": 1}}
 type(jax.devices()[0]).memory_stats = lambda device: stats
 sys.argv = ["{program}.py", *sys.argv[1:]]
-sys.exit({program}.main({arguments}))
+sys.exit({program}.main())
 """
 
 
@@ -331,7 +331,7 @@ sys.exit({program}.main({arguments}))
 def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
     room, picked, text, tmp_path
 ):
-    program = AUTO.format(program="train", room=room, arguments="train.arguments()")
+    program = AUTO.format(program="train", room=room)
     printed = run(
         ["-c", program],
         *TRAIN,
@@ -346,7 +346,7 @@ def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
     ).stdout
     than, axis = ("less", "data") if picked == "data" else ("more", "tensor:4")
     assert f"--parallel {axis}: the state takes {than} than the memory of one device" in printed
-    program = AUTO.format(program="sample", room=room, arguments="")
+    program = AUTO.format(program="sample", room=room)
     error = run(["-c", program], "--prompt", "a", "--prompt", "b", "--max-new-tokens", 3).stderr
     assert {
         "data": "--parallel data:2 of 4 devices: 2 texts",
@@ -438,7 +438,7 @@ def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(again, text, 
 MEET = """
 import sys, train
 train.JOIN = 3
-train.main(train.arguments())
+train.main()
 """
 
 

@@ -307,7 +307,7 @@ def refused(monkeypatch, capsys):
     def call(*flags):
         monkeypatch.setattr(sys, "argv", command(*flags)[1:])
         with pytest.raises(SystemExit) as stop:
-            train.main(train.arguments())
+            train.main()
         error = capsys.readouterr().err
         assert stop.value.code == 2
         assert error.startswith("train.py: ") and error.count("\n") == 1

@@ -118,7 +118,8 @@ def some_step(model=None, balance=None, parts=1, **options):
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
     state = jax.tree.map(jnp.copy, train.first_state(settings, optimizer, params, mesh))
     merge = train.merge_on(mesh, graphdef, jnp.float32, state["params"], nnx.State({}))
-    step, _ = train.compile_steps(merge, optimizer, balance, settings.ema, mesh, state)
+    how = train.Step(merge, optimizer, balance, settings.ema)
+    step, _ = train.compile_steps(how, mesh, state)
 
     def take(state, tokens=some_tokens()):  # noqa: B008
         tokens = tokens.reshape(parts, 1, -1, 17)
@@ -240,7 +241,8 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     graphdef, params = nnx.split(small_model(embd_pdrop=0.5))
     plain = train.token_losses(small_model(), some_tokens())[0].sum()
     merge = partial(nnx.merge, graphdef)
-    found, _ = train.eval_step(merge, None, params, nnx.State({}), some_tokens())
+    how = train.Step(merge, None, None, 0.0)
+    found, _ = train.eval_step(how, params, nnx.State({}), some_tokens())
     assert float(found) == pytest.approx(float(plain))
 
 
@@ -374,7 +376,7 @@ def test_without_data_there_is_the_standard_library():
     assert not {"test", "tests", "site-packages"} & {
         part for file in files.values() for part in file.parts[len(Path(os.__file__).parts) - 1 :]
     }
-    assert len(files) > 200 and "class ArgumentParser" in train.texts_in(files["argparse.py"])[0]
+    assert len(files) > 200 and "class ArgumentParser" in train.read_texts(files["argparse.py"])[0]
 
 
 # ----------------------------------------------------------------------------------------- the runs
@@ -511,7 +513,7 @@ def test_pmap_wants_rows_for_each_device(text_file, monkeypatch, capsys):
     monkeypatch.setattr(train, "pick_devices", lambda *_: jax.devices()[:1] * 4)
     monkeypatch.setattr(sys, "argv", command("--data", text_file, "--batch", 6)[1:])
     with pytest.raises(SystemExit, match="2"):
-        train.main(train.arguments())
+        train.main()
     assert "--batch 6 does not split over 4 devices" in capsys.readouterr().err
 
 
@@ -528,10 +530,16 @@ def test_a_full_disk_is_one_line_and_leaves_the_model_that_was_there(text_file, 
 
 
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch, capsys):
-    checkpoints = train.open_checkpoints(tmp_path, 2)
+    state = {"step": np.ones(()), "p": np.zeros(1000)}
+    run = Namespace(
+        checkpoints=train.open_checkpoints(tmp_path, 2),
+        state=state,
+        settings={},
+        args=Namespace(out=tmp_path),
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
     with pytest.raises(SystemExit, match="2"):
-        train.save_checkpoint(checkpoints, {"step": np.ones(()), "p": np.zeros(1000)}, {}, None)
+        train.save_checkpoint(run, None)
     assert "a checkpoint takes" in capsys.readouterr().err
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -542,7 +550,7 @@ COUNTS = """
 import jax, sys, train
 stats = {"bytes_in_use": 2, "peak_bytes_in_use": 3, "num_allocs": 4}
 type(jax.devices("cpu")[0]).memory_stats = lambda device: stats
-sys.exit(train.main(train.arguments()))
+sys.exit(train.main())
 """
 
 
@@ -638,8 +646,8 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
     )
     monkeypatch.setattr(train, "find_spec", lambda name: name == "pynvml")
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    assert train.state_of(gpu) == "  3.00 GB  93 % busy"
-    assert train.state_of(jax.devices("cpu")[0]) == ""
+    assert train.usage(gpu) == "  3.00 GB  93 % busy"
+    assert train.usage(jax.devices("cpu")[0]) == ""
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -673,9 +681,9 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
         ("--optimizer sgd", "invalid choice: 'sgd'"),
         ("--lr 0", "--lr, --clip: above 0"),
         ("--block 100000", "--block 100000 is longer than the text"),
-        ("--device tpu", "--device tpu: JAX does not find it"),
+        ("--device tpu", "--device tpu: JAX finds no such device"),
         ("--device cpu:99", "--device cpu:99: there are 1, counted from 0"),
-        ("--device abacus", "it must be cpu, gpu, tpu, or"),
+        ("--device abacus", "it must be cpu, gpu or tpu, or"),
         ("--out short.txt", "--out short.txt is a file"),
         ("--profile some", "--profile traces five steps after ten"),
         ("--profile short.txt --steps 15", "--profile short.txt:"),
@@ -698,7 +706,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, message, text_file, m
     before = sorted(folder.rglob("*"))
     monkeypatch.setattr(sys, "argv", [*command("--data", text_file)[1:], *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        train.main(train.arguments())
+        train.main()
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and message in stderr
     assert stderr.startswith("train.py: ") and len(stderr.splitlines()) == 1
@@ -750,12 +758,14 @@ def test_shakespeare_is_learned_to_nanogpts_loss(flags, tmp_path):
 @pytest.mark.parametrize("model", train.MODELS)
 def test_the_tiny_checkpoint_has_the_loss_of_its_model_card(model):
     folder, module = ROOT / "tiny" / model, importlib.import_module(model)
-    [text] = train.texts_in(SHAKESPEARE)
+    [text] = train.read_texts(SHAKESPEARE)
     ids = module.tokenizer(folder).encode(text[int(0.9 * len(text)) :])
     graphdef, params = nnx.split(module.load(folder, dtype=jnp.float32))
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
-    evaluate = jax.jit(partial(train.eval_step, partial(nnx.merge, graphdef), None))
+    how = train.Step(partial(nnx.merge, graphdef), None, None, 0.0)
+    eval_step = jax.jit(partial(train.eval_step, how))
+    run = Namespace(eval_step=eval_step, mesh=mesh, frozen=nnx.State({}))
     windows = train.windows(np.array(ids), batch=8, block=256)
-    loss, _ = train.mean_eval(evaluate, mesh, params, nnx.State({}), windows[:, None])
+    loss, _ = train.evaluate(run, params, windows[:, None])
     stated = re.search(r"([\d.]+) nats a token", (folder / "README.md").read_text())[1]
     assert loss == pytest.approx(float(stated), abs=1e-3)
