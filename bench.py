@@ -5,11 +5,15 @@
     python bench.py --model llama --preset meta-llama/Llama-2-7b-hf  # random weights of that size
     python bench.py --model opt --weights FOLDER --task validate     # the same as transformers?
 
-Each task has a process of its own; speed is measured in turn with what the machine can do: products
-and reads. A figure is the median of --runs runs, with the lowest and the highest; --out keeps all.
+Each task runs in a process of its own. A figure is the median of --runs runs, with the lowest and
+the highest. The runs of all that is compared take turns, and so do the machine's limits: large
+matrix multiplications, and reads of a large array. --out keeps every figure.
+
+How to read this file: `main` starts the tasks, `run_task` is one of them, `tasks` lists them all.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -20,10 +24,14 @@ import subprocess
 import sys
 import tempfile
 import timeit
-from functools import cached_property, lru_cache, partial, partialmethod
-from importlib import import_module, metadata, util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -32,214 +40,667 @@ import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-MODES = r"auto|pmap|data|fsdp|tensor|(data|fsdp|tensor):[1-9]\d*(,(data|fsdp|tensor):[1-9]\d*)*"
 HERE = Path(__file__).resolve().parent
-MODELS = [n for n in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{n}.py").exists()]
+MODELS = [
+    name for name in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{name}.py").exists()
+]
+INTERRUPTED = 130  # the exit code after Ctrl-C
 
-# ----------------------------------------------------------------------------- measuring and theory
-def fail(message):
-    """One line that says what is wrong and what to do; exit code 2."""
-    print("bench.py: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+
+def main() -> int:
+    """Runs each task in a process of its own, and prints the figures; returns the exit code."""
+    args = parse_command_line()
+    if args.scratch:
+        run_task(args)
+        return 0
+
+    records = []
+    code = 0
+    for options in list_parts(args):
+        found, ended = run_part(args, options)
+        records += found
+        code = max(code, ended)
+        if ended == INTERRUPTED:
+            break
+
+    print_table(records)
+    if args.out and records:
+        write_results(args.out, records)
+    return code
+
+
+def tasks() -> dict[str, Callable]:
+    """What --task takes: each is called with the arguments and the dtype, and records figures."""
+    return {
+        "prefill": partial(measure_speed, task="prefill"),
+        "decode": partial(measure_speed, task="decode"),
+        "train": partial(measure_speed, task="train"),
+        "compile": measure_compilation,
+        "load": measure_loading,
+        "start": measure_start,
+        "validate": validate,
+        "eval": measure_loss,
+        "compare": compare_texts,
+        "plan": plan,
+    }
+
+
+def run_task(args) -> None:
+    """A single task, in its own process."""
+    args.devices = pick_devices(args.device, args.parallel)
+    dtype = args.dtype[0]
+    if dtype == "auto":
+        dtype = "float32" if args.devices[0].platform == "cpu" else "bfloat16"
+
+    # OSError: of the Hub, or of a file. InputError: of a checkpoint, or of a text that is too long.
+    errors = (OSError, UnicodeDecodeError, import_module(args.model).InputError)
+    with explained(errors, "{}"):
+        check_length(args)
+        if args.once:
+            load_once(args, dtype)
+        else:
+            tasks()[args.task[0]](args, dtype)
+
+
+def list_parts(args) -> list[list[str]]:
+    """The options of each process: a task and a dtype, a line of --suite, or a model to plan."""
+    if args.suite:
+        lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
+        weights = args.chosen_weights or "random"
+        return [
+            ["--weights", weights, "--dtype", dtype, *shlex.split(line)]
+            for line in lines
+            for dtype in args.dtype
+        ]
+
+    if args.every_model:
+        parts = []
+        for name in MODELS:
+            presets = import_module(name).PRESETS
+            largest = max(presets, key=lambda preset: presets[preset].parameters)
+            parts.append(["--model", name, "--preset", largest])
+        return parts
+
+    return [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
+
+
+def run_part(args, options: list[str]) -> tuple[list[dict], int]:
+    """Runs bench.py with these options added -> (the records it wrote, its exit code)."""
+    limit = args.limit
+    if "--limit" in options:
+        limit = int(options[options.index("--limit") + 1])
+    environment = {
+        **os.environ,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # others need memory of a GPU, too
+    }
+
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, __file__, *sys.argv[1:], *options, "--scratch", scratch]
+        print(f"bench.py: {' '.join(options)}", file=sys.stderr)
+        try:
+            done = subprocess.run(command, timeout=limit, env=environment)
+            code = abs(done.returncode)
+        except subprocess.TimeoutExpired:
+            print(f"bench.py: given up after {limit} s", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        return read_records(scratch), code
+
+
+def check_length(args) -> None:
+    """Fails where a task needs more tokens than the model's context length."""
+    [task] = args.task
+    needed = max(args.length)
+    if task == "prefill":
+        needed += 1
+    elif task == "compile":
+        needed += 2
+    elif task == "decode":
+        needed += args.new_tokens + 1
+
+    context = find_config(args).max_position_embeddings
+    if needed > context:
+        fail(f"{needed} tokens do not fit the context of {context}: choose another --length")
+
+
+# ------------------------------------------- Measuring --------------------------------------------
+
+
 def in_turn(calls: dict, runs: int, warm=1) -> dict:
-    """Seconds that each call takes, `runs` times after `warm` ones. One run of each, then the next:
-    a machine that becomes slower does so for all. A call must wait for its result."""
+    """Seconds that each call takes, `runs` times, after `warm` calls that do not count.
+
+    The calls take turns: where a machine becomes slower, it does so for all of them. A call must
+    wait for its result.
+    """
     seconds = {name: [] for name in calls}
-    for name, call in [*calls.items()] * (warm + runs):
-        seconds[name].append(timeit.timeit(call, number=1))
-    return {name: found[warm:] for name, found in seconds.items()}
-def limits_of(dtype) -> tuple:
-    """({unit: (how much a call does, the call)}, the bytes they hold) for what a device reaches:
-    FLOP/s in products of two square matrices, B/s in sums over an array that fits no cache."""
-    n, size = (2048, 2**30) if jax.default_backend() == "cpu" else (8192, 2**32)
-    matrix, numbers = jnp.ones((n, n), dtype), jnp.ones(size // 4, jnp.float32)
-    return {"FLOP/s": (2 * n**3, lambda: jnp.matmul(matrix, matrix).block_until_ready()),
-            "B/s": (size, lambda: jnp.sum(numbers).block_until_ready())}, matrix.nbytes + size
+    for run in range(warm + runs):
+        for name, call in calls.items():
+            took = timeit.timeit(call, number=1)
+            if run >= warm:
+                seconds[name].append(took)
+    return seconds
+
+
+class Limits:
+    """What the device reaches: FLOP/s in matrix multiplications, B/s in reading its memory."""
+
+    def __init__(self, dtype):
+        n = 2048
+        nbytes = 2**30  # fits no cache
+        if jax.default_backend() != "cpu":
+            n *= 4
+            nbytes *= 4
+        self.matrix = jnp.ones((n, n), dtype)
+        self.numbers = jnp.ones(nbytes // 4, jnp.float32)
+        self.nbytes = self.matrix.nbytes + nbytes
+        self.work = {"FLOP/s": 2 * n**3, "B/s": nbytes}  # of one call
+        self.calls = {"FLOP/s": self.multiply, "B/s": self.read}
+
+    def multiply(self):
+        jnp.matmul(self.matrix, self.matrix).block_until_ready()
+
+    def read(self):
+        jnp.sum(self.numbers).block_until_ready()
+
+
 def resident_memory() -> int:
-    """The bytes of this process that were in the machine's memory at most."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    """The most bytes of the machine's memory that this process has held."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
 def peak_memory() -> int:
-    """The bytes that the device held at most; a CPU holds what the process does."""
+    """The most bytes that the device has held; for a CPU, the process."""
     stats = jax.config.jax_default_device.memory_stats()
-    return stats["peak_bytes_in_use"] if stats else resident_memory()
-def record(args, metric, who, values, unit, **more):
-    """Writes a figure as a line of JSON, for the process that started this one."""
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resident_memory()
+
+
+def record(args, metric: str, who: str, values: list, unit: str, **more) -> None:
+    """Hands a figure to the process that started this one: a line of JSON in its folder."""
+    figure = {
+        "metric": metric,
+        "who": who,
+        "value": np.median(values),
+        "low": min(values),
+        "high": max(values),
+        "runs": len(values),
+        "unit": unit,
+        "model": args.model,
+        "weights": args.preset if args.weights == "random" else args.weights,
+        "device": jax.config.jax_default_device.device_kind,
+        **more,
+    }
     with open(Path(args.scratch, "records"), "a") as file:
-        print(json.dumps({
-            "metric": metric, "who": who, "value": np.median(values), "low": min(values),
-            "high": max(values), "runs": len(values), "unit": unit, "model": args.model,
-            "weights": args.preset if args.weights == "random" else args.weights,
-            "device": jax.config.jax_default_device.device_kind, **more}), file=file)
+        print(json.dumps(figure), file=file)
+
+
+def read_records(scratch) -> list[dict]:
+    """The figures that a process recorded."""
+    file = Path(scratch, "records")
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# --------------------------------------------- Theory ---------------------------------------------
+
+
+@dataclass
+class Costs:
+    """What B sequences of T tokens need at least: FLOPs, and bytes that are read."""
+
+    size: int  # parameters
+    depth: int  # blocks
+    weights: float  # bytes of the weights that one token of each sequence uses
+    cache: int  # bytes of the KV cache
+    prefill: float
+    prefill_bytes: float
+    decode: float  # of one token for each sequence
+    decode_bytes: float
+    train: float
+    train_bytes: float
+
+
+@lru_cache(1)  # a plan asks for several numbers of chips
+def costs(module, config, B: int, T: int, dtype) -> Costs:
+    """The costs of B sequences of T tokens, from the shapes of the parameters alone.
+
+    Each weight of a matrix takes part in 2 FLOPs for each token. Attention adds two products of
+    H * Dh numbers in each layer, for each token attended to. A backward pass costs two forward
+    passes. Of E experts, each token chooses k: N tokens read E * (1 - (1 - k / E)^N) of them.
+    """
+    E = getattr(config, "num_local_experts", 1)
+    chosen = getattr(config, "num_experts_per_tok", 1)
+    size, head, shared, experts = count_weights(module, config)
+    used = shared + experts * chosen / E  # weights of the blocks that a token is multiplied with
+
+    def bytes_read(tokens):
+        some = 1 - (1 - chosen / E) ** tokens
+        return jnp.dtype(dtype).itemsize * (shared + head + experts * some)
+
+    layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
+    Dh = layers[0][0].shape[-1]
+    seen = 4 * len(layers) * config.num_attention_heads * Dh  # FLOPs for each token attended to
+    cache = B * sum(2 * k.size * k.dtype.itemsize for k, *_ in layers)
+    return Costs(
+        size=size,
+        depth=len(layers),
+        weights=bytes_read(B),
+        cache=cache,
+        prefill=B * (2 * used * T + seen * T * T + 2 * head),
+        prefill_bytes=bytes_read(B * T),
+        decode=B * (2 * (used + head) + seen * T),
+        decode_bytes=bytes_read(B) + cache,
+        train=3 * B * T * (2 * (used + head) + seen * T),
+        train_bytes=3 * bytes_read(B * T),
+    )
+
+
+def count_weights(module, config) -> tuple[int, int, int, int]:
+    """(all parameters, weights of the head, of other matrices that all tokens use, of experts)."""
+    size = head = shared = experts = 0
+    for path, param in nnx.to_flat_state(skeleton(module, config)[1]):
+        size += param.size
+        if path[0] in ("wte", "embed_tokens") and not head:
+            head = param.size  # the token table is the head, too
+        elif path[0] == "lm_head":
+            head = param.size  # unless the model has a head of its own
+        elif path[-1] == "kernel" and "experts" in path:
+            experts += param.size
+        elif path[-1] == "kernel":
+            shared += param.size
+    return size, head, shared, experts
+
+
+# Data sheets: bfloat16 FLOP/s, memory bandwidth, bytes of memory, bytes/s to the other chips.
+CHIPS = {
+    "a100": (312e12, 2.039e12, 80e9, 300e9),
+    "h100": (989e12, 3.35e12, 80e9, 450e9),
+    "h200": (989e12, 4.8e12, 141e9, 450e9),
+    "v5e": (197e12, 0.819e12, 16e9, 200e9),
+    "v5p": (459e12, 2.765e12, 95e9, 600e9),
+    "v6e": (918e12, 1.64e12, 32e9, 448e9),
+}
+
+
+def plan(args, dtype) -> None:
+    """What a preset needs at least on N chips, from its config and the data sheet alone."""
+    config = find_config(args)
+    for B, T, chips in itertools.product(args.batch, args.length, args.chips):
+        needs = costs(import_module(args.model), config, B, T, "bfloat16")
+        shape = {"batch": B, "length": T, "chips": f"{chips} {args.kind}"}
+        width = getattr(config, "n_embd", None) or config.hidden_size
+        plan_training(args, needs, B, T, width, chips, shape)
+        plan_decoding(args, needs, B, chips, shape)
+        plan_scaling(args, needs, chips, shape)
+
+
+def plan_training(args, needs: Costs, B: int, T: int, width: int, chips: int, shape) -> None:
+    """FSDP: bfloat16 weights are all-gathered twice and gradients reduce-scattered once.
+
+    The float32 state stays sharded: weights, gradients and two moments, 16 bytes a parameter. With
+    gradient checkpointing, the input of each block is kept, and a step costs a forward pass more.
+    """
+    flops, bandwidth, _, link = CHIPS[args.kind]
+    times = {
+        "matrix multiplications": 4 / 3 * needs.train / chips / flops,
+        "communication": 6 * needs.size * (chips - 1) / chips / link,
+        "memory bandwidth": 28 * needs.size / chips / bandwidth,
+    }
+    longest = max(times, key=times.get)
+    held = (16 * needs.size + 2 * needs.depth * width * T * B) / chips
+    record_plan(args, "train", held, times[longest], B * T, longest, shape)
+
+
+def plan_decoding(args, needs: Costs, B: int, chips: int, shape) -> None:
+    """Tensor parallelism: each chip reads its part of the weights and of the KV cache."""
+    _, bandwidth, _, _ = CHIPS[args.kind]
+    held = (2 * needs.size + needs.cache) / chips
+    seconds = needs.decode_bytes / chips / bandwidth
+    record_plan(args, "decode", held, seconds, B, "memory bandwidth", shape)
+
+
+def record_plan(args, what, held, seconds, tokens, longest, shape) -> None:
+    _, _, memory, _ = CHIPS[args.kind]
+    fits = "does not fit"
+    if held <= memory:
+        fits = f"fits {memory / 1e9:.0f} GB"
+    name = args.preset
+    record(args, f"{what}: memory", name, [held / 1e9], "GB a chip", **shape, of=fits)
+    limit = f"limited by {longest}"
+    record(args, f"{what}: step", name, [1e3 * seconds], "ms", **shape, of=limit)
+    record(args, f"{what}: speed", name, [tokens / seconds], "tokens/s", **shape)
+
+
+def plan_scaling(args, needs: Costs, chips: int, shape) -> None:
+    """Data parallelism whose all-reduce of float32 gradients waits for the whole backward pass."""
+    flops, _, _, link = CHIPS[args.kind]
+    work = needs.train / chips / flops
+    sums = 8 * needs.size * (chips - 1) / chips / link
+    share = work / (work + sums)
+    of = f"{1e3 * work:.3g} ms of matrix multiplications, {1e3 * sums:.3g} of all-reduce"
+    record(args, "train: scaling", args.preset, [share], "of linear", **shape, of=of)
+
+
+# ------------------------------------ Subjects: this project's ------------------------------------
+
+
 def skeleton(module, config, **options):
-    """(graphdef, state) of a model of which only the shapes are there."""
+    """(graphdef, state) of a model whose parameters have shapes and types, but no memory."""
     rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # nothing is drawn
     return nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=rngs, **options)))
-@lru_cache(1)  # a plan asks for several numbers of chips
-def costs(module, config, B: int, T: int, dtype):
-    """Operations and bytes of B rows of T tokens, from the shapes alone. For each token a weight of
-    a matrix takes part in 2 operations, and attention adds 2 products of H * Dh in each layer for
-    each token seen. Of E experts, k of them a token's, N tokens read E (1 - (1 - k / E)^N)."""
-    E, chosen = (getattr(config, f"num_{name}", 1) for name in ("local_experts", "experts_per_tok"))
-    size, head, kernels = 0, 0, [0, 0]  # kernels: those of all tokens, those of experts
-    for path, p in nnx.to_flat_state(skeleton(module, config)[1]):
-        size += p.size
-        if path[-1] == "kernel" and path[0] != "lm_head":
-            kernels["experts" in path] += p.size
-        elif path[0] in ("wte", "embed_tokens", "lm_head"):  # in this order: an own head replaces
-            head = p.size  # the table as what makes the logits
-    layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
-    look = 4 * len(layers) * config.num_attention_heads * layers[0][0].shape[-1]  # a token seen
-    shared, experts, used = *kernels, kernels[0] + kernels[1] * chosen / E
-    def read(N):  # bytes of weights, for N tokens
-        return jnp.dtype(dtype).itemsize * (shared + head + experts * (1 - (1 - chosen / E) ** N))
-    cache = B * sum(2 * k.size * k.dtype.itemsize for k, *_ in layers)
-    return SimpleNamespace(
-        size=size, weights=read(B), cache=cache, depth=len(layers),
-        prefill=B * (2 * used * T + look * T * T + 2 * head), prefill_bytes=read(B * T),
-        decode=B * (2 * (used + head) + look * T), decode_bytes=read(B) + cache,
-        train=3 * B * T * (2 * (used + head) + look * T), train_bytes=3 * read(B * T))
 
-# ----------------------------------------------------------------------------------------- subjects
+
 def random_model(module, config, dtype, param_dtype, mesh=None, **options):
     """A model with normal(0.02) weights, drawn on the device, each in the type it is stored in."""
     graphdef, state = skeleton(module, config, dtype=dtype, param_dtype=param_dtype, **options)
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     for i, (path, param, *_) in enumerate(module.named_parameters(state)):
-        drawn = (jnp.ones(param.shape, param.dtype) if path.endswith("scale") else
-                 0.02 * draw(jax.random.key(i), param.shape, param.dtype))
+        if path.endswith("scale"):
+            drawn = jnp.ones(param.shape, param.dtype)
+        else:
+            drawn = 0.02 * draw(jax.random.key(i), param.shape, param.dtype)
         where = mesh and module.sharding(mesh, config, path, param.shape)
         param.set_value(jax.device_put(drawn, where))
     return nnx.merge(graphdef, state)
-def make_meshes(parallel, need) -> list:
-    """Of 1, 2 and 4 devices, if there are so many; or of one and what data:2,tensor:4 asks for.
-    auto is data, or where `need` bytes fit no single device, which is then left out, tensor."""
-    room = (jax.config.jax_default_device.memory_stats() or {}).get("bytes_limit", np.inf)
+
+
+def make_meshes(parallel: str, devices: list, heads: int, needed: float) -> list:
+    """The meshes to measure: of 1, 2 and 4 devices, or of one and of what --parallel asks for.
+
+    needed: bytes of the model. auto is data, or tensor where one device is too small for them;
+    that device is then left out.
+    """
+    fits = needed <= memory_of(devices[0])
     if parallel == "auto":
-        parallel, why = ("tensor", "more") if need > room else ("data", "less")
-        print(f"--parallel {parallel}: the state takes {why} than the memory of one device")
-    axes = {name: int(n or 0) for name, _, n in (x.partition(":") for x in parallel.split(","))}
-    shapes = [(1,) * len(axes), (*axes.values(),)] if all(axes.values()) else [(1,), (2,), (4,)]
-    return [jax.sharding.Mesh(np.reshape(jax.devices()[: math.prod(shape)], shape), [*axes])
-            for shape in shapes[need > room :] if math.prod(shape) <= jax.device_count()]
+        parallel = "data" if fits else "tensor"
+        than = "less" if fits else "more"
+        print(f"--parallel {parallel}: the state takes {than} than the memory of one device")
+
+    if parallel in ("pmap", "data", "fsdp", "tensor"):
+        counts = [n for n in (1, 2, 4) if n <= len(devices)]
+        meshes = [jax.sharding.Mesh(np.array(devices[:n]), [parallel]) for n in counts]
+    else:
+        many = make_mesh(parallel, devices, heads)
+        single = np.reshape(devices[:1], [1] * len(many.shape))
+        meshes = [jax.sharding.Mesh(single, many.axis_names), many]
+    return [mesh for mesh in meshes if fits or mesh.size > 1]
+
+
 class Ours:
-    """This project's side of a comparison; devices along a mesh's axis tensor share their rows."""
+    """This project's side of a comparison.
+
+    Devices along the mesh's axis `tensor` share their rows; others have rows of their own.
+    """
+
     def __init__(self, args, dtype, mesh=None):
-        self.args, self.dtype, self.module = args, dtype, import_module(args.model)
-        self.mesh, (self.axes, self.size) = mesh, (mesh.shape, mesh.size) if mesh else ({}, 1)
-        self.count = math.prod(n for axis, n in self.axes.items() if axis != "tensor")
-        self.name = ",".join(f"{axis}:{n}" for axis, n in self.axes.items()) or "ours"
-        self.module.LONG = 1 if args.chunked else self.module.LONG
+        self.args = args
+        self.dtype = dtype
+        self.mesh = mesh
+        self.axes = {}
+        self.name = "ours"
+        if mesh is not None:
+            self.axes = dict(mesh.shape)
+            self.name = ",".join(f"{axis}:{n}" for axis, n in self.axes.items())
+        self.size = math.prod(self.axes.values())  # devices
+        self.groups = self.size // self.axes.get("tensor", 1)  # of devices that share their rows
+
+        self.module = import_module(args.model)
         self.config = find_config(args)
-    model = cached_property(lambda self: self.read(self.dtype))
+        if args.chunked:
+            self.module.LONG = 1
+
+    @cached_property
+    def model(self):
+        """The model, with its parameters in the type it computes in."""
+        return self.read(self.dtype)
+
     def read(self, param_dtype):
         """The model of --weights, with its parameters in that type."""
-        how = {"dtype": self.dtype, "param_dtype": param_dtype, "remat": self.args.remat,
-               "mesh": self.mesh}
+        how = {
+            "dtype": self.dtype,
+            "param_dtype": param_dtype,
+            "remat": self.args.remat,
+            "mesh": self.mesh,
+        }
         if self.args.weights == "random":
-            return random_model(self.module, find_config(self.args), **how)
+            return random_model(self.module, self.config, **how)
         return self.module.load(folder_of(self.args), **how)
-    def generate(self, prompts, n):
-        """n tokens after each prompt."""
-        module, model, args, key = self.module, self.model, self.args, jax.random.key(0)
-        if not self.mesh:
-            return partial(module.generate, model, prompts, n, key=key, top_k=args.top_k or None,
-                           temperature=args.temperature or 0, top_p=args.top_p)
+
+    def prefill(self, prompts):
+        """A call that makes the first token after each prompt."""
+        return self.generate(prompts, 1)
+
+    def generate(self, prompts, n: int):
+        """A call that makes n tokens after each prompt."""
+        if self.mesh is not None:
+            return self.generate_on_mesh(prompts, n)
+        args = self.args
+        return partial(
+            self.module.generate,
+            self.model,
+            prompts,
+            n,
+            key=jax.random.key(0),
+            temperature=args.temperature or 0,
+            top_k=args.top_k,
+            top_p=args.top_p,
+        )
+
+    def generate_on_mesh(self, prompts, n: int):
+        """A call that does what the model file's `generate` does, as one program on the mesh."""
+        module = self.module
         tokens, positions, S = module.batch_prompts(self.config, prompts, n)
-        graphdef, state = nnx.split(model)
-        how = {"top_k": args.top_k or None, "sampling": {
-            "temperature": args.temperature or None, "top_p": args.top_p, "min_p": None,
-            "repetition_penalty": None}}
-        prefill, decode = (partial(f, graphdef, **how) for f in (module.prefill, module.decode))
-        def run(state, tokens, positions, keys):  # what `generate` does, as one program
-            cache = module.init_cache(self.config, len(tokens), S, model.dtype)
-            cache, token = prefill(state, cache, tokens, positions, keys)
+        graphdef, state = nnx.split(self.model)
+        how = {
+            "top_k": self.args.top_k,
+            "sampling": {
+                "temperature": self.args.temperature or None,
+                "top_p": self.args.top_p,
+                "min_p": None,
+                "repetition_penalty": None,
+            },
+        }
+
+        def generate(state, tokens, positions, keys):
+            cache = module.init_cache(self.config, len(tokens), S, self.dtype)
+            cache, token = module.prefill(graphdef, state, cache, tokens, positions, keys, **how)
             new = token[:, None]
-            while steps := min(module.STEPS, n - new.shape[1]):
-                cache, more = decode(state, cache, new[:, -1], keys, steps=steps)
+            while new.shape[1] < n:
+                steps = min(module.STEPS, n - new.shape[1])
+                cache, more = module.decode(
+                    graphdef, state, cache, new[:, -1], keys, steps=steps, **how
+                )
                 new = jnp.concatenate([new, more[:, :steps]], axis=1)
             return new
-        rows = self.place(tokens, positions, jax.random.split(key, len(prompts)))
-        run = self.compiled(run, (state, *rows), (None, 0, 0, 0), 0)
+
+        keys = jax.random.split(jax.random.key(0), len(prompts))
+        rows = self.place(tokens, positions, keys)
+        run = self.compiled(generate, (state, *rows), axes=(None, 0, 0, 0), out=0)
         return lambda: np.asarray(run(state, *rows)).reshape(-1, n).tolist()
+
     def compiled(self, function, inputs, axes, out, donate=()):
-        """A function's program for such inputs, under the mesh; axes, out: of devices, for pmap."""
-        wrap = partial(jax.pmap, axis_name="pmap", in_axes=axes, out_axes=out, devices=[
-            *self.mesh.devices.flat]) if "pmap" in self.axes else jax.jit
-        with jax.set_mesh(None if "pmap" in self.axes else self.mesh):
-            return wrap(function, donate_argnums=donate).lower(*inputs).compile()
-    def place(self, *rows):
-        """Arrays of rows, split over all axes but tensor; pmap wants a leading axis of devices."""
+        """A function's program for such inputs, on the mesh. axes, out: where pmap has devices."""
+        mesh = self.mesh
+        program = jax.jit(function, donate_argnums=donate)
         if "pmap" in self.axes:
-            rows = [x.reshape(self.count, -1, *x.shape[1:]) for x in rows]
-        spec = jax.P(tuple(axis for axis in self.axes if axis != "tensor"))
-        return [jax.device_put(x, self.mesh and jax.NamedSharding(self.mesh, spec)) for x in rows]
-    prefill = partialmethod(generate, n=1)
+            program = jax.pmap(
+                function,
+                axis_name="pmap",
+                in_axes=axes,
+                out_axes=out,
+                devices=[*mesh.devices.flat],
+                donate_argnums=donate,
+            )
+            mesh = None
+        with jax.set_mesh(mesh):
+            return program.lower(*inputs).compile()
+
+    def place(self, *arrays) -> list:
+        """Arrays of rows, sharded over all axes but tensor; pmap wants an axis of devices first."""
+        if "pmap" in self.axes:
+            arrays = [x.reshape(self.groups, -1, *x.shape[1:]) for x in arrays]
+        where = None
+        if self.mesh is not None:
+            rows = tuple(axis for axis in self.axes if axis != "tensor")
+            where = jax.NamedSharding(self.mesh, jax.P(rows))
+        return [jax.device_put(x, where) for x in arrays]
+
     def train(self, rows):
-        """A step of AdamW on rows of T + 1 tokens; weights and optimizer in float32."""
+        """A call that makes a step of AdamW on rows of T + 1 tokens, and returns the loss.
+
+        Weights and optimizer are in float32.
+        """
         graphdef, params = nnx.split(self.read("float32"))
-        [tokens], pmap = self.place(np.array(rows)), "pmap" in self.axes
-        spread = jax.tree.map(lambda p: p.sharding, params)
+        [tokens] = self.place(np.array(rows))
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-        def whole(p, where):  # what FSDP split is gathered where it is used
-            spec = jax.P(*(axis if axis == "tensor" else None for axis in where.spec))
-            return jax.lax.with_sharding_constraint(p, jax.NamedSharding(self.mesh, spec))
-        def mean_loss(params, tokens):
-            params = jax.tree.map(whole, params, spread) if "fsdp" in self.axes else params
-            model, parts = nnx.merge(graphdef, params), self.args.loss_parts
-            rows = model.hidden(tokens[:, :-1])[0], tokens[:, 1:]  # [B, T, D], [B, T]
-            def losses(of):
-                return optax.softmax_cross_entropy_with_integer_labels(model.head(of[0]), of[1])
-            return (losses(rows) if parts == 1 else jax.lax.map(jax.checkpoint(losses), [
-                x.swapaxes(0, 1) for x in rows], batch_size=-(-rows[1].shape[1] // parts))).mean()
-        def step(params, opt_state, tokens):  # in parts, of which the gradients are added up
-            def add(total, part):
-                return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, part)), 0
-            parts = tokens.reshape(-1, self.args.accumulate, tokens.shape[-1]).swapaxes(0, 1)
-            total = jax.value_and_grad(mean_loss)(params, parts[0])
-            total = jax.lax.scan(add, total, parts[1:])[0] if len(parts) > 1 else total
-            loss, gradients = jax.tree.map(lambda x: x / len(parts), total)
-            if pmap:
-                loss, gradients = jax.lax.pmean((loss, gradients), "pmap")
-            updates, opt_state = optimizer.update(gradients, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            stay = jax.lax.with_sharding_constraint if self.mesh and not pmap else lambda p, _: p
-            return stay(params, spread), opt_state, loss
-        held = [params, optimizer.init(params)]
-        step = self.compiled(step, (*held, tokens), (None, None, 0), None, donate=(0, 1))
+        opt_state = optimizer.init(params)
+        spread = jax.tree.map(lambda p: p.sharding, params)
+        how = Training(graphdef, optimizer, spread, self.mesh, self.axes, self.args)
+        step = self.compiled(
+            partial(train_step, how),
+            (params, opt_state, tokens),
+            axes=(None, None, 0),
+            out=None,
+            donate=(0, 1),
+        )
+
         def run():
-            held[0], held[1], loss = step(*held, tokens)
+            nonlocal params, opt_state
+            params, opt_state, loss = step(params, opt_state, tokens)
             return loss.item()
+
         return run
+
+
+@dataclass
+class Training:
+    """What `train_step` needs beside its arrays."""
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    spread: Any  # the sharding of each parameter
+    mesh: Any
+    axes: dict  # of the mesh
+    args: argparse.Namespace
+
+
+def train_step(how: Training, params, opt_state, tokens):
+    """One update of the weights -> (params, opt_state, loss)."""
+    # Gradient accumulation: the batch in parts, [parts, rows, T + 1].
+    parts = tokens.reshape(-1, how.args.accumulate, tokens.shape[-1]).swapaxes(0, 1)
+    loss_and_gradients = jax.value_and_grad(partial(mean_loss, how))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, loss_and_gradients(params, part)), None
+
+    total = loss_and_gradients(params, parts[0])
+    if len(parts) > 1:
+        total, _ = jax.lax.scan(add, total, parts[1:])
+    loss, gradients = jax.tree.map(lambda x: x / len(parts), total)
+
+    if "pmap" in how.axes:
+        loss, gradients = jax.lax.pmean((loss, gradients), "pmap")
+    updates, opt_state = how.optimizer.update(gradients, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    if how.mesh is not None and "pmap" not in how.axes:
+        params = jax.lax.with_sharding_constraint(params, how.spread)
+    return params, opt_state, loss
+
+
+def mean_loss(how: Training, params, tokens):
+    """The mean cross-entropy of rows of T + 1 tokens."""
+    if "fsdp" in how.axes:
+        params = jax.tree.map(partial(all_gather, how), params, how.spread)
+    model = nnx.merge(how.graphdef, params)
+    x, _ = model.hidden(tokens[:, :-1])  # [B, T, D]
+    targets = tokens[:, 1:]  # [B, T]
+
+    def losses(rows):
+        x, targets = rows
+        return optax.softmax_cross_entropy_with_integer_labels(model.head(x), targets)
+
+    if how.args.loss_parts == 1:
+        return losses((x, targets)).mean()
+
+    # The logits of some positions at a time; they are computed again in the backward pass.
+    positions = math.ceil(targets.shape[1] / how.args.loss_parts)
+    rows = [x.swapaxes(0, 1), targets.swapaxes(0, 1)]  # [T, B, D], [T, B]
+    return jax.lax.map(jax.checkpoint(losses), rows, batch_size=positions).mean()
+
+
+def all_gather(how: Training, param, sharding):
+    """A parameter that FSDP shards, whole where it is used; parts along `tensor` stay parts."""
+    spec = jax.P(*(axis if axis == "tensor" else None for axis in sharding.spec))
+    return jax.lax.with_sharding_constraint(param, jax.NamedSharding(how.mesh, spec))
+
+
+# --------------------------------------- Subjects: the peers --------------------------------------
+
+
 class Transformers:
-    """Hugging Face's transformers on PyTorch, on the same weights; eager, or compiled."""
+    """Hugging Face's transformers on PyTorch, with the same weights; eager, or compiled."""
+
+    groups = 1
+
     def __init__(self, args, dtype, folder, compiled=False):
         import torch
         from transformers import AutoModelForCausalLM
-        self.args, self.compiled, self.torch = args, compiled, torch
-        torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does
-        self.name, self.device = "transformers" + "-compile" * compiled, args.torch
+
+        self.args = args
+        self.torch = torch
+        self.compiled = compiled
+        self.name = "transformers-compile" if compiled else "transformers"
+        self.device = torch_device()
         self.dtype = getattr(torch, dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device)
-        self.forward = torch.compile(self.model) if compiled else self.model
+        torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        self.model = model.to(self.device)
         self.model.generation_config.eos_token_id = None  # nothing ends a text before n tokens
+        self.forward = torch.compile(self.model) if compiled else self.model
+
     def prefill(self, prompts):
-        """The likeliest token after each prompt, and a cache for what would follow."""
+        """A call that makes the likeliest token after each prompt, and fills a KV cache."""
         ids = self.torch.tensor(prompts, device=self.device)
-        call = partial(self.forward, ids, use_cache=True, logits_to_keep=1)
-        return self.torch.no_grad()(lambda: call().logits.argmax(-1).tolist())
-    def generate(self, prompts, n):
-        """n tokens after each prompt; shorter ones are padded on the left."""
-        T, args = max(map(len, prompts)), self.args
-        rows = self.torch.tensor([[-1] * (T - len(p)) + p for p in prompts], device=self.device)
-        how = {"max_new_tokens": n, "pad_token_id": 0, "do_sample": bool(args.temperature),
-               "temperature": args.temperature or 1.0, "top_k": args.top_k or 0,
-               "top_p": args.top_p or 1.0, "cache_implementation": "static" * self.compiled or None}
-        return lambda: self.model.generate(
-            rows.clamp(0), attention_mask=(rows >= 0).long(), **how).tolist()
+
+        def run():
+            with self.torch.no_grad():
+                logits = self.forward(ids, use_cache=True, logits_to_keep=1).logits
+                return logits.argmax(-1).tolist()
+
+        return run
+
+    def generate(self, prompts, n: int):
+        """A call that makes n tokens after each prompt; shorter ones are padded on the left."""
+        args = self.args
+        T = max(map(len, prompts))
+        padded = [[-1] * (T - len(prompt)) + prompt for prompt in prompts]
+        rows = self.torch.tensor(padded, device=self.device)
+        options = {
+            "attention_mask": (rows >= 0).long(),
+            "max_new_tokens": n,
+            "pad_token_id": 0,
+            "do_sample": bool(args.temperature),
+            "temperature": args.temperature or 1.0,
+            "top_k": args.top_k or 0,
+            "top_p": args.top_p or 1.0,
+            "cache_implementation": "static" if self.compiled else None,
+        }
+        return lambda: self.model.generate(rows.clamp(0), **options).tolist()
+
     def train(self, rows):
-        """A step of AdamW, as ours: without dropout, in half precision with float32 weights."""
-        torch, model, ids = self.torch, self.model.float(), self.torch.tensor(rows).to(self.device)
+        """A call that makes a step of AdamW, as ours: no dropout, float32 weights."""
+        torch = self.torch
+        model = self.model.float()
+        ids = torch.tensor(rows).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
         def run():
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
                 logits = self.forward(ids[:, :-1], use_cache=False).logits.float()
@@ -249,455 +710,927 @@ class Transformers:
             optimizer.step()
             optimizer.zero_grad()
             return loss.item()
+
         return run
+
+
+def torch_device() -> str:
+    """PyTorch's name of the device that JAX uses."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
 class CTranslate2:
-    """OpenNMT's CTranslate2, on the same weights, which its own converter writes."""
+    """OpenNMT's CTranslate2, with the same weights, which its own converter writes. No training."""
+
     name = "ctranslate2"
+    groups = 1
+
     def __init__(self, args, dtype, folder):
         import ctranslate2
-        self.args, self.kept = args, tempfile.TemporaryDirectory()
+
+        self.args = args
+        self.kept = tempfile.TemporaryDirectory()
         converter = ctranslate2.converters.TransformersConverter(str(folder))
         converter.convert(self.kept.name, quantization=dtype, force=True)
         self.vocabulary = json.loads(Path(self.kept.name, "vocabulary.json").read_text())
-        config = Path(self.kept.name, "config.json")  # has null for tokens that a model has not
-        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.vocabulary[0])
-        config.write_text(json.dumps(json.loads(config.read_text()) | names))
-        self.generator = ctranslate2.Generator(self.kept.name, args.torch, compute_type=dtype,
-                                               intra_threads=os.cpu_count())
-    def generate(self, prompts, n):
-        """n tokens after each prompt."""
-        args, words = self.args, [[self.vocabulary[token] for token in row] for row in prompts]
-        how = {"max_length": n, "min_length": n, "include_prompt_in_result": False, "end_token": [],
-               "sampling_topk": (args.top_k or 0) if args.temperature else 1,
-               "sampling_topp": args.top_p or 1, "sampling_temperature": args.temperature or 1}
-        return partial(self.generator.generate_batch, words, **how)
-    prefill = partialmethod(generate, n=1)
-PEERS = {"transformers": Transformers, "ctranslate2": CTranslate2,
-         "transformers-compile": partial(Transformers, compiled=True)}
 
-# -------------------------------------------------------------------------------------------- tasks
-def some_prompts(args, config, B, T):
+        # The converter writes null for tokens that a model does not have, and cannot read it.
+        file = Path(self.kept.name, "config.json")
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.vocabulary[0])
+        file.write_text(json.dumps(json.loads(file.read_text()) | names))
+        self.generator = ctranslate2.Generator(
+            self.kept.name, torch_device(), compute_type=dtype, intra_threads=os.cpu_count()
+        )
+
+    def prefill(self, prompts):
+        """A call that makes the first token after each prompt."""
+        return self.generate(prompts, 1)
+
+    def generate(self, prompts, n: int):
+        """A call that makes n tokens after each prompt."""
+        args = self.args
+        words = [[self.vocabulary[token] for token in prompt] for prompt in prompts]
+        top_k = 1  # greedy
+        if args.temperature:
+            top_k = args.top_k or 0
+        return partial(
+            self.generator.generate_batch,
+            words,
+            max_length=n,
+            min_length=n,
+            include_prompt_in_result=False,
+            end_token=[],
+            sampling_topk=top_k,
+            sampling_topp=args.top_p or 1,
+            sampling_temperature=args.temperature or 1,
+        )
+
+
+# What --vs takes.
+PEERS = {
+    "transformers": Transformers,
+    "ctranslate2": CTranslate2,
+    "transformers-compile": partial(Transformers, compiled=True),
+}
+
+# --------------------------------------------- Speed ----------------------------------------------
+
+# What a figure is a share of, and the letters in it.
+FORMULAS = {
+    "prefill": "share = B (2 N T + 4 L H Dh T^2 + 2 V D) FLOPs / time / limit",
+    "decode": "share = bytes of the weights and of the KV cache, half full / time / limit",
+    "train": "share = 3 B T (2 (N + V D) + 4 L H Dh T) FLOPs / time / limit",
+}
+LETTERS = (
+    "B sequences of T tokens; L blocks of H heads, Dh numbers each; N weights in their matrices;\n"
+    "D numbers in the residual stream; V tokens in the vocabulary"
+)
+
+
+def measure_speed(args, dtype, task: str) -> None:
+    """Tokens/s of prefill, decode or training steps, beside what the machine allows."""
+    subjects = find_subjects(args, dtype, task)
+    limits = Limits(dtype)
+    for B, T in itertools.product(args.batch, args.length):
+        seconds, reached = time_subjects(args, task, subjects, limits, B, T)
+        report_speed(args, dtype, task, subjects, seconds, reached, B, T)
+
+    if len(subjects) == 1:
+        memory = (peak_memory() - limits.nbytes) / 1e9
+        how = {"dtype": dtype, "how": " + ".join(args.techniques)}
+        record(args, f"memory of {task}", subjects[0].name, [memory], "GB at most", **how)
+
+
+def find_subjects(args, dtype, task: str) -> list:
+    """What is measured: ours, on one device or on each mesh of --parallel, then those of --vs."""
+    if args.parallel == "no":
+        subjects = [Ours(args, dtype)]
+    else:
+        module = import_module(args.model)
+        config = find_config(args)
+        bytes_each = jnp.dtype(dtype).itemsize
+        if task == "train":
+            bytes_each = 16  # float32: the weight, its gradient, and two moments
+        needed = bytes_each * costs(module, config, 1, 1, dtype).size
+        meshes = make_meshes(args.parallel, args.devices, config.num_attention_heads, needed)
+        subjects = [Ours(args, dtype, mesh) for mesh in meshes]
+    return subjects + [PEERS[name](args, dtype, folder_of(args, dtype)) for name in args.vs]
+
+
+def time_subjects(args, task: str, subjects, limits: Limits, B: int, T: int) -> tuple[dict, dict]:
+    """({subject: seconds of each run}, {unit: what the machine reached}).
+
+    A run of decode is one token for each sequence: n more tokens take the time of n + 1 tokens,
+    less the shortest time of the first.
+    """
+    n = args.new_tokens
+    config = subjects[0].config
+    calls = {}
+    for subject in subjects:
+        rows = B * subject.groups
+        if task == "decode":
+            prompts = some_prompts(args, config, rows, T)
+            calls[subject.name, "first"] = subject.generate(prompts, 1)
+            calls[subject.name, "all"] = subject.generate(prompts, n + 1)
+        elif task == "prefill":
+            calls[subject.name, "all"] = subject.prefill(some_prompts(args, config, rows, T))
+        elif hasattr(subject, "train"):
+            calls[subject.name, "all"] = subject.train(some_prompts(args, config, rows, T + 1))
+
+    took = in_turn(calls | limits.calls, args.runs)
+    reached = {unit: work / np.median(took[unit]) for unit, work in limits.work.items()}
+    if args.profile:
+        traced = {key: call for key, call in calls.items() if key[0] == subjects[0].name}
+        with jax.profiler.trace(args.profile):
+            in_turn(traced, 1, warm=0)
+
+    seconds = {name: took[name, part] for name, part in calls if part == "all"}
+    if task == "decode":
+        for name, whole in seconds.items():
+            first = min(took[name, "first"])
+            seconds[name] = [(each - first) / n for each in whole]
+    return seconds, reached
+
+
+def some_prompts(args, config, B: int, T: int) -> list[list[int]]:
     """B prompts of T random tokens; with --ragged each is an eighth of T shorter than the last."""
     rng = np.random.default_rng(0)
-    lengths = [max(1, T - (i % 8) * T // 8) if args.ragged else T for i in range(B)]
-    return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
-def compare(args, metric, values: dict, unit, shape, **theory):
-    """Records what each subject reached, and of each pair of runs how ours compares."""
-    for who, found in values.items():
-        record(args, metric, who, found, unit, **shape, **theory)
-        theory = {}  # the first is ours
-    for who in [*values][1:] if "ours" in values else []:
-        ratios = [a / b for a, b in zip(values["ours"], values[who], strict=True)]
-        record(args, metric, f"ours / {who}", ratios, "times", **shape)
-FORMULAS = {
-    "prefill": "share = (2 N T + 4 L H Dh T^2 + 2 V D) B operations / time / limit",
-    "train": "share = 3 (2 (N + V D) + 4 L H Dh T) B T operations / time / limit",
-    "decode": "share = bytes of weights and of the cache as it is on average / time / limit"}
-def measure_speed(args, dtype, task):
-    """Tokens/s of prompts, new tokens (n take the time of n + 1 less the least of 1) or steps."""
-    ours, n, decode = Ours(args, dtype), args.new_tokens, task == "decode"
-    a_weight = 16 if task == "train" else jnp.dtype(dtype).itemsize  # with its gradient and moments
-    need = a_weight * costs(ours.module, ours.config, 1, 1, dtype).size
-    meshes = make_meshes(args.parallel, need) if args.parallel else []
-    everyone = [Ours(args, dtype, mesh) for mesh in meshes] or [ours]
-    everyone += [PEERS[name](args, dtype, folder_of(args, dtype)) for name in args.vs]
-    ours, how = everyone[0], {"dtype": dtype, "how": " + ".join(args.techniques)}
-    limits, held = limits_of(dtype)
-    for B, T in itertools.product(args.batch, args.length):
-        prompts = {one.name: some_prompts(args, ours.config, B * getattr(one, "count", 1),
-                                          T + (task == "train")) for one in everyone}
-        if decode:
-            calls = {(one.name, m): one.generate(prompts[one.name], m)
-                     for one in everyone for m in (1, n + 1)}
-        else:
-            calls = {one.name: getattr(one, task)(prompts[one.name]) for one in everyone
-                     if hasattr(one, task)}
-        seconds = in_turn(calls | {unit: call for unit, (_, call) in limits.items()}, args.runs)
-        reached = {unit: amount / np.median(seconds.pop(unit))
-                   for unit, (amount, _) in limits.items()}
-        if args.profile:
-            with jax.profiler.trace(args.profile):
-                in_turn({who: call for who, call in calls.items() if ours.name in who}, 1, warm=0)
-        if decode:
-            seconds = {one.name: [(s - min(seconds[one.name, 1])) / n
-                                  for s in seconds[one.name, n + 1]] for one in everyone}
-        theory = vars(costs(ours.module, ours.config, B * ours.count, T + n // 2 * decode, dtype))
-        limit, of = ("B/s", "the sum") if decode else ("FLOP/s", "the product")
-        middle = ours.size * np.median(seconds[ours.name])
-        shape = {"batch": B, "length": T, **how}
-        tokens = {who: [len(prompts[who]) * (1 if decode else T) / s for s in times]
-                  for who, times in seconds.items()}
-        compare(args, task, tokens, "tokens/s", shape, formula=FORMULAS[task], limits=reached,
-                share=theory["decode_bytes" if decode else task] / middle / reached[limit],
-                of=f"{reached[limit] / 1e9:,.1f} G{limit} of {of}", flops=theory[task] / middle,
-                intensity=theory[task] / theory[task + "_bytes"])
-        for one in everyone[1:] if args.parallel else []:
-            both = zip(tokens[one.name], tokens[ours.name], strict=True)
-            ratios = [x / y * ours.size / one.size for x, y in both]
-            record(args, f"{task}, scaling", one.name, ratios, "of linear", **shape)
-        if task == "prefill" and B == 1:
-            record(args, "first token", ours.name, seconds[ours.name], "s", **shape)
-        if task == "train":
-            record(args, "rows", ours.name, [x / T for x in tokens[ours.name]], "rows/s", **shape)
-    if len(everyone) == 1:
-        memory = (peak_memory() - held) / 1e9
-        record(args, f"memory of {task}", ours.name, [memory], "GB at most", **how)
-def bench_compile(args, dtype):
-    """Seconds that a first run takes longer than a second: both programs are compiled or read."""
-    ours, [B, *_], [T, *_] = Ours(args, dtype), args.batch, args.length
-    run = ours.generate(some_prompts(args, ours.config, B, T), 2)
+    lengths = [T] * B
+    if args.ragged:
+        lengths = [max(1, T - (i % 8) * T // 8) for i in range(B)]
+    return [rng.integers(0, config.vocab_size, length).tolist() for length in lengths]
+
+
+def report_speed(args, dtype, task: str, subjects, seconds, reached, B: int, T: int) -> None:
+    """Records the tokens/s of each subject, and the share of the machine's limit that ours is."""
+    ours = subjects[0]
+    shape = {"batch": B, "length": T, "dtype": dtype, "how": " + ".join(args.techniques)}
+
+    tokens = {}
+    for subject in subjects:
+        if subject.name in seconds:
+            each = 1 if task == "decode" else T  # tokens of a sequence in a run
+            work = B * subject.groups * each
+            tokens[subject.name] = [work / took for took in seconds[subject.name]]
+
+    # Decoding reads the weights and the KV cache for each token; the others compute.
+    seen = T + args.new_tokens // 2 if task == "decode" else T
+    needs = costs(ours.module, ours.config, B * ours.groups, seen, dtype)
+    flops = getattr(needs, task)
+    nbytes = getattr(needs, f"{task}_bytes")
+    took = ours.size * np.median(seconds[ours.name])  # seconds of all devices together
+    if task == "decode":
+        share = nbytes / took / reached["B/s"]
+        of = f"{reached['B/s'] / 1e9:,.1f} GB/s memory bandwidth"
+    else:
+        share = flops / took / reached["FLOP/s"]
+        of = f"{reached['FLOP/s'] / 1e9:,.1f} GFLOP/s matmul"
+    theory = {
+        "formula": FORMULAS[task],
+        "limits": reached,
+        "share": share,
+        "of": of,
+        "flops": flops / took,
+        "intensity": flops / nbytes,
+    }
+    compare(args, task, tokens, "tokens/s", shape, **theory)
+
+    if args.parallel != "no":
+        report_scaling(args, task, subjects, tokens, shape)
+    if task == "prefill" and B == 1:
+        record(args, "first token", ours.name, seconds[ours.name], "s", **shape)
+    if task == "train":
+        rows = [speed / T for speed in tokens[ours.name]]
+        record(args, "rows", ours.name, rows, "rows/s", **shape)
+
+
+def compare(args, metric: str, values: dict, unit: str, shape: dict, **theory) -> None:
+    """Records what each subject reached, and the ratio of ours to each of the others, run by run.
+
+    values: {subject: a figure for each run}, with ours first; theory: of ours.
+    """
+    for i, (who, found) in enumerate(values.items()):
+        more = theory if i == 0 else {}
+        record(args, metric, who, found, unit, **shape, **more)
+
+    if "ours" in values:
+        for who, found in values.items():
+            if who != "ours":
+                ratios = [a / b for a, b in zip(values["ours"], found, strict=True)]
+                record(args, metric, f"ours / {who}", ratios, "times", **shape)
+
+
+def report_scaling(args, task: str, subjects, tokens: dict, shape: dict) -> None:
+    """Records how near several devices come to that many times the speed of the fewest."""
+    fewest, *others = subjects
+    for more in others:
+        share = fewest.size / more.size
+        pairs = zip(tokens[more.name], tokens[fewest.name], strict=True)
+        ratios = [share * a / b for a, b in pairs]
+        record(args, f"{task}, scaling", more.name, ratios, "of linear", **shape)
+
+
+# -------------------------------- Compilation, loading and starting -------------------------------
+
+
+def measure_compilation(args, dtype) -> None:
+    """Seconds that a first run takes longer than a second: compiling, or reading the cache."""
+    ours = Ours(args, dtype)
+    B, T = args.batch[0], args.length[0]
+    run = ours.generate(some_prompts(args, ours.config, B, T), 2)  # prefill and decode
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    found = {"compile, cold": [], "compile, from the cache": []}
+
+    cold = []
+    warm = []
     for _ in range(args.runs):
         with tempfile.TemporaryDirectory() as folder:
             jax.config.update("jax_compilation_cache_dir", folder)
-            for seconds in found.values():
-                compilation_cache.reset_cache()
-                jax.clear_caches()
-                seconds.append(np.subtract(*in_turn({"": run}, 2, warm=0)[""]))  # first - second
-    for metric, seconds in found.items():
+            cold.append(compiling_seconds(run))
+            warm.append(compiling_seconds(run))  # from the folder that the first one filled
+    for metric, seconds in [("compile, cold", cold), ("compile, from the cache", warm)]:
         record(args, metric, "ours", seconds, "s", batch=B, length=T, dtype=dtype)
-STARTING = """
-from transformers import AutoModelForCausalLM, AutoTokenizer
-codec = AutoTokenizer.from_pretrained({folder!r})
-model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype!r}).to({device!r})
-ids = codec({prompt!r}, return_tensors="pt").input_ids.to({device!r})
-print(codec.decode(model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[0]))
-"""
+
+
+def compiling_seconds(run: Callable) -> float:
+    """How much longer a first run takes than a second, with no program in memory."""
+    compilation_cache.reset_cache()
+    jax.clear_caches()
+    first, second = in_turn({"run": run}, 2, warm=0)["run"]
+    return first - second
+
+
 def run_apart(*program) -> str:
-    """Runs a Python program in a process of its own -> what it printed."""
-    done = subprocess.run([sys.executable, *map(str, program)], text=True, capture_output=True,
-                          stdin=subprocess.DEVNULL)
+    """Runs a Python program in a process of its own, and returns what it printed."""
+    command = [sys.executable, *map(str, program)]
+    done = subprocess.run(command, text=True, capture_output=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout
-def bench_load(args, dtype):
-    """Seconds from a folder to a token, without imports, with a warm compile cache; and memory."""
-    if args.once:  # in one of the processes that the lines below start
-        jax.config.update("jax_compilation_cache_dir", args.scratch)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        kind = {"ours": Ours}.get(args.once) or partial(PEERS[args.once], folder=folder_of(args))
-        if args.once != "ours":
-            from transformers import AutoModelForCausalLM  # noqa: F401  (not to be timed)
-        start = timeit.default_timer()
-        kind(args, dtype).prefill([[1] * 8])()
-        return print(timeit.default_timer() - start, resident_memory() / 1e9)
-    folder, who = folder_of(args), ["ours", *set(args.vs) & {"transformers"}]
-    found = {name: [] for name in who}
-    for name in (args.runs + 1) * who:
-        again = [*sys.argv[1:], "--weights", folder, "--once", name]
-        found[name].append([float(word) for word in run_apart(__file__, *again).split()])
-    for i, (metric, unit) in enumerate([("load", "s"), ("resident memory of load", "GB at most")]):
-        compare(args, metric, {name: [run[i] for run in runs[1:]] for name, runs in found.items()},
-                unit, {"dtype": dtype})
-def bench_start(args, dtype):
-    """Seconds of the whole process that writes 32 tokens, with a warm compile cache."""
-    words = {"folder": str(folder_of(args)), "prompt": "ROMEO:", "dtype": dtype,
-             "device": args.torch}
-    calls = {"ours": partial(
-        run_apart, HERE / "sample.py", "--model", args.model, "--weights", words["folder"],
-        "--prompt", words["prompt"], "--max-new-tokens", 32, "--temperature", 0, "--dtype",
-        dtype, "--compile-cache", args.scratch, *["--device", args.device] * bool(args.device))}
+
+
+def measure_loading(args, dtype) -> None:
+    """Seconds from a folder to the first token, without imports or compilation; and the memory."""
+    folder = folder_of(args)
+    found = {"ours": []}
     if "transformers" in args.vs:
-        calls["transformers"] = partial(run_apart, "-c", STARTING.format(**words))
-    seconds = in_turn(calls, args.runs)
-    compare(args, "start", seconds, "s", {"dtype": dtype})
-def both_models(args, dtype):
-    """(ours, transformers', our tokenizer, the text of --text) of a checkpoint."""
-    ours, text = Ours(args, dtype), Path(args.text).read_text() if args.text else __doc__
+        found["transformers"] = []
+    for _ in range(args.runs + 1):
+        for name, runs in found.items():
+            options = [*sys.argv[1:], "--weights", folder, "--once", name]
+            seconds, memory = run_apart(__file__, *options).split()
+            runs.append((float(seconds), float(memory)))
+
+    # The first round compiles.
+    seconds = {name: [run[0] for run in runs[1:]] for name, runs in found.items()}
+    memory = {name: [run[1] for run in runs[1:]] for name, runs in found.items()}
+    compare(args, "load", seconds, "s", {"dtype": dtype})
+    compare(args, "resident memory of load", memory, "GB at most", {"dtype": dtype})
+
+
+def load_once(args, dtype) -> None:
+    """In a process that `measure_loading` starts: loads the model, prints seconds and GB."""
+    jax.config.update("jax_compilation_cache_dir", args.scratch)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    make = Ours
+    if args.once == "transformers":
+        from transformers import AutoModelForCausalLM  # noqa: F401  (imports are not timed)
+
+        make = partial(Transformers, folder=folder_of(args))
+
+    start = timeit.default_timer()
+    first_token = make(args, dtype).prefill([[1] * 8])
+    first_token()
+    print(timeit.default_timer() - start, resident_memory() / 1e9)
+
+
+STARTING = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype!r}).to({device!r})
+ids = tokenizer({prompt!r}, return_tensors="pt").input_ids.to({device!r})
+new = model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)
+print(tokenizer.decode(new[0]))
+"""
+
+
+def measure_start(args, dtype) -> None:
+    """Seconds of a whole process that writes 32 tokens, its programs compiled before."""
+    folder = str(folder_of(args))
+    prompt = "ROMEO:"
+    ours = [HERE / "sample.py", "--model", args.model, "--weights", folder, "--prompt", prompt]
+    ours += ["--max-new-tokens", 32, "--temperature", 0, "--dtype", dtype]
+    ours += ["--compile-cache", args.scratch]
+    if args.device:
+        ours += ["--device", args.device]
+    calls = {"ours": partial(run_apart, *ours)}
+    if "transformers" in args.vs:
+        device = torch_device()
+        theirs = STARTING.format(folder=folder, prompt=prompt, dtype=dtype, device=device)
+        calls["transformers"] = partial(run_apart, "-c", theirs)
+    compare(args, "start", in_turn(calls, args.runs), "s", {"dtype": dtype})
+
+
+# -------------------------------------- Is it the same model? -------------------------------------
+
+
+def both_models(args, dtype) -> tuple:
+    """(ours, transformers', our tokenizer, the text of --text or --dataset)."""
+    ours = Ours(args, dtype)
+    text = __doc__
+    if args.text:
+        text = Path(args.text).read_text()
     if args.dataset:
         from datasets import load_dataset
+
         text = "\n\n".join(load_dataset(*args.dataset.split(":"), split="test")["text"])
     theirs = Transformers(args, dtype, folder_of(args))
     return ours, theirs, ours.module.tokenizer(folder_of(args)), text
-def continuations(ours, theirs, prompt, n, temperature):
-    """n tokens after a prompt, as each of the two draws them."""
-    ours.args.temperature = theirs.args.temperature = temperature
-    theirs.torch.manual_seed(0)
-    return {one.name: one.generate([prompt], n)()[0][-n:] for one in (ours, theirs)}
-def bench_validate(args, dtype):
-    """Ours against transformers: tokens, the stream after each block, logits, greedy tokens."""
+
+
+def validate(args, dtype) -> None:
+    """Ours against transformers: tokens, the residual stream after each block, logits, and text."""
     from transformers import AutoTokenizer
-    ours, theirs, codec, text = both_models(args, dtype)
-    ids, expected = (tokens.encode(text) for tokens in (
-        codec, AutoTokenizer.from_pretrained(folder_of(args))))
-    record(args, "tokens of the text", "same ids", [float(ids == expected)], f"of {len(ids)}")
+
+    ours, theirs, tokenizer, text = both_models(args, dtype)
+    ids = tokenizer.encode(text)
+    same = ids == AutoTokenizer.from_pretrained(folder_of(args)).encode(text)
+    record(args, "tokens of the text", "same ids", [float(same)], f"of {len(ids)}")
+
     ids = ids[: min(256, ours.config.max_position_embeddings - args.new_tokens)]
-    stream, call = [], ours.module.Block.__call__
-    def kept(*inputs):
-        stream.append(call(*inputs))
-        return stream[-1]
-    ours.module.Block.__call__ = kept
-    logits = ours.model(jnp.array([ids]))
-    with theirs.torch.no_grad():
-        rows = theirs.torch.tensor([ids], device=theirs.device)
-        out = theirs.model(rows, output_hidden_states=True)
-    layers = zip(stream[:-1], out.hidden_states[1:-1], strict=True)  # the last of theirs is normed
-    named = [(f"after block {i}", a, b) for i, ((a, _), b) in enumerate(layers)]
-    for name, a, b in [*named, ("logits", logits, out.logits)]:
-        a, b = np.asarray(a, np.float64), b.double().cpu().numpy()
-        cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
-        record(args, name, "difference", [np.abs(a - b).max()], "at most", dtype=dtype,
-               of=f"numbers up to {np.abs(b).max():.3g}, cosine {cosine:.9f}")
-    new = continuations(ours, theirs, ids[:32], args.new_tokens, 0.0)
-    pairs = enumerate(zip(*new.values(), strict=True))
-    agreed = next((i for i, (a, b) in pairs if a != b), args.new_tokens)
+    compare_activations(args, dtype, ours, theirs, ids)
+
+    both = continuations(ours, theirs, ids[:32], args.new_tokens, temperature=0.0)
+    agreed = args.new_tokens
+    for i, (a, b) in enumerate(zip(*both.values(), strict=True)):
+        if a != b:
+            agreed = i
+            break
     record(args, "greedy tokens", "same until", [agreed], f"of {args.new_tokens}", dtype=dtype)
-def bench_eval(args, dtype):
-    """Mean loss and perplexity of a text: in windows of up to 1,024 tokens, each of which begins
-    half a window before the end of the last and counts the tokens that the last did not have."""
-    ours, theirs, codec, text = both_models(args, dtype)
-    ids, C = codec.encode(text), min(1024, ours.config.max_position_embeddings)
+
+
+def compare_activations(args, dtype, ours, theirs, ids: list[int]) -> None:
+    """Records the largest differences: residual stream after each block, and logits."""
+    mine = []
+    call = ours.module.Block.__call__
+
+    def call_and_keep(*inputs):
+        x, past = call(*inputs)
+        mine.append(x)
+        return x, past
+
+    ours.module.Block.__call__ = call_and_keep
+    logits = ours.model(jnp.array([ids]))
+    rows = theirs.torch.tensor([ids], device=theirs.device)
+    with theirs.torch.no_grad():
+        out = theirs.model(rows, output_hidden_states=True)
+
+    # The last of transformers' hidden states is normed, and the first is the embedding.
+    pairs = []
+    for i, (a, b) in enumerate(zip(mine[:-1], out.hidden_states[1:-1], strict=True)):
+        pairs.append((f"after block {i}", a, b))
+    pairs.append(("logits", logits, out.logits))
+
+    for name, a, b in pairs:
+        a = np.asarray(a, np.float64)
+        b = b.double().cpu().numpy()
+        cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+        of = f"numbers up to {np.abs(b).max():.3g}, cosine {cosine:.9f}"
+        difference = np.abs(a - b).max()
+        record(args, name, "difference", [difference], "at most", dtype=dtype, of=of)
+
+
+def continuations(ours, theirs, prompt: list[int], n: int, temperature: float) -> dict:
+    """n tokens after a prompt, as each of the two draws them."""
+    theirs.torch.manual_seed(0)
+    new = {}
+    for subject in (ours, theirs):
+        subject.args.temperature = temperature
+        tokens = subject.generate([prompt], n)()
+        new[subject.name] = tokens[0][-n:]
+    return new
+
+
+def measure_loss(args, dtype) -> None:
+    """Cross-entropy and perplexity of a text, for ours and for transformers.
+
+    Windows of at most 1,024 tokens overlap by half. In each, the tokens that the window before it
+    did not have are counted.
+    """
+    ours, theirs, tokenizer, text = both_models(args, dtype)
+    ids = tokenizer.encode(text)
+    length = min(1024, ours.config.max_position_embeddings)
     graphdef, state = nnx.split(ours.model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens)[0, :-1])
-    losses_of = optax.softmax_cross_entropy_with_integer_labels
-    total, counted = {"ours": 0.0, "transformers": 0.0}, 1
+
+    total = {"ours": 0.0, "transformers": 0.0}
+    counted = 1
     while counted < len(ids):
-        start = max(0, counted - C // 2)
-        window = ids[start : start + C]
-        fresh = slice(counted - start - 1, len(window) - 1)
-        padded = np.array([window + [0] * (C - len(window))])  # one length for all: one program
-        losses = losses_of(forward(state, padded), padded[0, 1:])
-        total["ours"] += losses[fresh].sum().item()
-        with theirs.torch.no_grad():
-            tokens = theirs.torch.tensor(window, device=theirs.device)
-            logits = theirs.model(tokens[None]).logits[0, :-1].float()
-            losses = theirs.torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-        total["transformers"] += float(losses[fresh].sum())
+        start = max(0, counted - length // 2)
+        window = ids[start : start + length]
+        new = slice(counted - start - 1, len(window) - 1)
+
+        padded = np.array([window + [0] * (length - len(window))])  # one shape, one program
+        logits = forward(state, padded)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, padded[0, 1:])
+        total["ours"] += losses[new].sum().item()
+        total["transformers"] += losses_of_torch(theirs, window)[new].sum().item()
         counted = start + len(window)
+
     for who, loss in total.items():
         loss /= len(ids) - 1
-        record(args, "loss", who, [loss], "nats a token", dtype=dtype)
+        record(args, "loss", who, [loss], "nats per token", dtype=dtype)
         record(args, "perplexity", who, [np.exp(loss)], f"of {len(ids) - 1} tokens", dtype=dtype)
-def bench_compare(args, dtype):
+
+
+def losses_of_torch(theirs: Transformers, window: list[int]):
+    """The cross-entropy of each token but the first, by transformers."""
+    torch = theirs.torch
+    tokens = torch.tensor(window, device=theirs.device)
+    with torch.no_grad():
+        logits = theirs.model(tokens[None]).logits[0, :-1].float()
+        return torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+
+
+def compare_texts(args, dtype) -> None:
     """Greedy and sampled texts of both side by side, and how much each repeats itself."""
-    ours, theirs, codec, text = both_models(args, dtype)
-    prompt = codec.encode(text if args.text else "Once upon a time")[:64]
+    ours, theirs, tokenizer, text = both_models(args, dtype)
+    if not args.text:
+        text = "Once upon a time"
+    prompt = tokenizer.encode(text)[:64]
     for how, temperature in [("greedy", 0.0), ("sampled", 1.0)]:
         both = continuations(ours, theirs, prompt, args.new_tokens, temperature)
         for who, new in both.items():
-            print(f"--- {how}, {who}\n{codec.decode(prompt + new)}", flush=True)
-            for n in range(1, min(4, len(new) + 1)):
-                grams = list(zip(*(new[i:] for i in range(n)), strict=False))
-                record(args, f"{how}: distinct-{n}", who, [len(set(grams)) / len(grams)],
-                       f"of runs of {n}")
-            repeated = sum(token in new[max(0, i - 16) : i] for i, token in enumerate(new))
-            record(args, f"{how}: repetition", who, [repeated / len(new)], "seen in the 16 before")
-CHIPS = {  # data sheets: bfloat16 FLOP/s, memory bytes/s, bytes of memory, bytes/s to other chips
-    "a100": (312e12, 2.039e12, 80e9, 300e9), "h100": (989e12, 3.35e12, 80e9, 450e9),
-    "h200": (989e12, 4.8e12, 141e9, 450e9), "v5e": (197e12, 0.819e12, 16e9, 200e9),
-    "v5p": (459e12, 2.765e12, 95e9, 600e9), "v6e": (918e12, 1.64e12, 32e9, 448e9)}
-def bench_plan(args, dtype):
-    """What a preset needs at least on N chips, from its config alone. Training is FSDP: bfloat16
-    weights are gathered twice, gradients scattered once, float32 state stays split, of blocks the
-    input is kept. Decoding is tensor parallel. Scaling is of data parallelism, whose float32 sums
-    of gradients wait for the products."""
-    config, (flops, bandwidth, memory, link) = find_config(args), CHIPS[args.kind]
-    width = getattr(config, "n_embd", 0) or config.hidden_size
-    for B, T, N in itertools.product(args.batch, args.length, args.chips):
-        c = costs(import_module(args.model), config, B, T, "bfloat16")
-        times = {"products": 4 / 3 * c.train / N / flops, "links": 6 * c.size * (N - 1) / N / link,
-                 "memory": 28 * c.size / N / bandwidth}
-        shape = {"batch": B, "length": T, "chips": f"{N} {args.kind}"}
-        for what, held, seconds, tokens, of in [
-            ("train", (16 * c.size + 2 * c.depth * width * T * B) / N, max(times.values()), B * T,
-             max(times, key=times.get)),
-            ("decode", (2 * c.size + c.cache) / N, c.decode_bytes / N / bandwidth, B, "memory")]:
-            record(args, f"{what}: memory", args.preset, [held / 1e9], "GB a chip", **shape,
-                   of="does not fit" if held > memory else f"fits {memory / 1e9:.0f} GB")
-            record(args, f"{what}: step", args.preset, [1e3 * seconds], "ms", **shape,
-                   of=f"held by the {of}")
-            record(args, f"{what}: speed", args.preset, [tokens / seconds], "tokens/s", **shape)
-        work, sums = c.train / N / flops, 8 * c.size * (N - 1) / N / link
-        record(args, "train: scaling", args.preset, [work / (work + sums)], "of linear", **shape,
-               of=f"{1e3 * work:.3g} ms of products, {1e3 * sums:.3g} of sums")
-TASKS = {task: partial(measure_speed, task=task) for task in FORMULAS} | {
-    name[6:]: task for name, task in globals().items() if name.startswith("bench_")}
-def write_table(records: list[dict]):
+            print(f"--- {how}, {who}\n{tokenizer.decode(prompt + new)}", flush=True)
+            record_repetition(args, how, who, new)
+
+
+def record_repetition(args, how: str, who: str, new: list[int]) -> None:
+    """distinct-n, the share of different n-grams; and the share of tokens that just occurred."""
+    for n in range(1, min(4, len(new) + 1)):
+        grams = [tuple(new[i : i + n]) for i in range(len(new) - n + 1)]
+        distinct = len(set(grams)) / len(grams)
+        record(args, f"{how}: distinct-{n}", who, [distinct], f"of {n}-grams")
+    repeated = [token in new[max(0, i - 16) : i] for i, token in enumerate(new)]
+    share = sum(repeated) / len(new)
+    record(args, f"{how}: repetition", who, [share], "seen in the 16 before")
+
+
+# -------------------------------------- Tables and pictures ---------------------------------------
+
+
+def print_table(records: list[dict]) -> None:
     """The records as a Markdown table, and the formulas behind the shares of the limits."""
-    number = lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"  # noqa: E731
     rows = [["figure", "who", "of", "median", "spread", "unit", "share of the limit"]]
-    for found in records:
-        shape = [f"{found[key]}{name}" for key, name in [
-            ("batch", " x"), ("length", " tokens,"), ("dtype", ""), ("chips", ""), ("how", "")]
-            if found.get(key)]
-        share = f"{found['share']:.0%} of " if "share" in found else ""
-        rows.append([found["metric"], found["who"], " ".join(shape).strip(","), number(
-            found["value"]), f"{number(found['low'])} - {number(found['high'])}" * (
-                found["runs"] > 1), found["unit"], share + found.get("of", "")])
-    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    rows += [table_row(found) for found in records]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
-    print("\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows))
-    for metric, formula in {r["metric"]: r["formula"] for r in records if "formula" in r}.items():
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print(f"| {' | '.join(cells)} |")
+
+    formulas = {found["metric"]: found["formula"] for found in records if "formula" in found}
+    for metric, formula in formulas.items():
         print(f"{metric}: {formula}")
-def draw(records: list[dict], file: Path):
-    """The roofline, operations/s over operations a byte, with a point for each of our figures."""
-    from matplotlib.figure import Figure
+    if formulas:
+        print(LETTERS)
+
+
+def table_row(found: dict) -> list[str]:
+    """The cells of a record."""
+    shape = []
+    for key, word in [("batch", " x"), ("length", " tokens,"), ("dtype", ""), ("chips", "")]:
+        if found.get(key):
+            shape.append(f"{found[key]}{word}")
+    if found.get("how"):
+        shape.append(found["how"])
+
+    spread = ""
+    if found["runs"] > 1:
+        spread = f"{number(found['low'])} - {number(found['high'])}"
+    share = found.get("of", "")
+    if "share" in found:
+        share = f"{found['share']:.0%} of {share}"
+    what = " ".join(shape).strip(",")
+    median = number(found["value"])
+    return [found["metric"], found["who"], what, median, spread, found["unit"], share]
+
+
+def number(x: float) -> str:
+    """A number with about four digits."""
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.4g}"
+
+
+def write_results(out: Path, records: list[dict]) -> None:
+    """results.jsonl, the machine's line first, and roofline.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(found) for found in [about_this_machine(), *records]]
+    (out / "results.jsonl").write_text("\n".join(lines))
+    points = [found for found in records if "intensity" in found]
+    if points:
+        draw_roofline(points, out / "roofline.png")
+
+
+def about_this_machine() -> dict:
+    """The versions of the packages, the processor, and the command."""
+    packages = [name for name in ("jax", "torch", *PEERS) if find_spec(name)]
+    about = {name: metadata.version(name) for name in packages}
+    processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    about["cpu"] = f"{os.cpu_count()} x {processor[1] if processor else '?'}"
+    about["command"] = shlex.join(["bench.py", *sys.argv[1:]])
+    return about
+
+
+def draw_roofline(records: list[dict], file: Path) -> None:
+    """FLOP/s over FLOPs per byte: the machine's limits, and a point for each of our figures."""
+    from matplotlib.figure import Figure  # not in the processes whose memory is measured
+
     axes = Figure(figsize=(8, 5)).subplots()
     for found in records:
-        axes.loglog(found["intensity"], found["flops"], "o", label=f"{found['metric']}, "
-                    f"{found['batch']} x {found['length']} tokens, {found['dtype']}")
-    for dtype, found in {found["dtype"]: found for found in records}.items():
-        product, read = found["limits"]["FLOP/s"], found["limits"]["B/s"]
-        ends = [0.1, product / read, 1000]
-        axes.loglog(ends, [min(product, read * x) for x in ends], label=f"limits, {dtype}")
-    axes.set(xlabel="operations for each byte of weights and cache", ylabel="operations/s",
-             title=f"{found['weights']} on {found['device']}")
+        label = f"{found['metric']}, {found['batch']} x {found['length']} tokens, {found['dtype']}"
+        axes.loglog(found["intensity"], found["flops"], "o", label=label)
+
+    limits = {found["dtype"]: found["limits"] for found in records}
+    for dtype, limit in limits.items():
+        matmul = limit["FLOP/s"]
+        read = limit["B/s"]
+        ends = [0.1, matmul / read, 1000]
+        roof = [min(matmul, read * x) for x in ends]
+        axes.loglog(ends, roof, label=f"limits, {dtype}")
+
+    axes.set_title(f"{records[-1]['weights']} on {records[-1]['device']}")
+    axes.set_xlabel("arithmetic intensity: FLOPs per byte of weights and KV cache")
+    axes.set_ylabel("FLOP/s")
     axes.legend(fontsize=7)
     axes.figure.savefig(file, dpi=120, bbox_inches="tight")
 
-# --------------------------------------------------------------------------------- the command line
+
+# ------------------------------------------- Checkpoints ------------------------------------------
+
+
 def folder_of(args, dtype="float32") -> Path:
     """The folder of --weights; for random ones, one that is written now."""
     module = import_module(args.model)
+    if args.weights == "tiny":
+        return HERE / "tiny" / args.model
     if args.weights != "random":
-        return HERE / "tiny" / args.model if args.weights == "tiny" else module.fetch(args.weights)
+        return module.fetch(args.weights)
+
     folder = Path(args.scratch, dtype)
     if not folder.exists():
         module.save(random_model(module, find_config(args), dtype, dtype), folder)
     return folder
+
+
 def find_config(args):
-    """The config of --weights, or of --preset where they are random."""
-    module, random = import_module(args.model), args.weights == "random"
+    """The config of --weights, or of --preset where the weights are random."""
+    module = import_module(args.model)
+    random = args.weights == "random"
     name = args.preset if random else args.weights
     if name in module.PRESETS and (random or args.task == ["plan"]):
         return module.PRESETS[name].config
-    file = (Path(name) if random else folder_of(args)) / "config.json"
-    return module.Config.from_hf(json.loads(file.read_text()))
-def arguments():
-    """The command line, read and checked."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add, words = fail, parser.add_argument, lambda text: text.split(",")
-    numbers = lambda text: list(map(int, text.split(",")))  # noqa: E731
-    add("--model", choices=MODELS, help="which file (default: gpt2)")
-    add("--weights", help="tiny, random, a Hub id or a folder (default: as in sample.py)")
-    add("--preset", metavar="ID", help="of this size, with random weights; or what is planned for")
-    add("--task", type=words, metavar="TASK,...", default=["prefill", "decode", "train"],
-        help=f"of {', '.join(TASKS)} (default: prefill,decode,train)")
-    add("--suite", choices=["cpu", "gpu", "tpu"], help="record the figures for such a machine")
-    add("--batch", type=numbers, default=[1], metavar="N,...", help="rows (default: 1)")
-    add("--length", type=numbers, default=[32], metavar="N,...", help="tokens (default: 32)")
-    for name, default, about in [
-        ("--new-tokens", 64, "after a prompt"), ("--runs", 5, "of which the median counts"),
-        ("--accumulate", 1, "parts of a batch in training"),
-        ("--loss-parts", 1, "parts in which training makes the logits"),
-        ("--limit", 600, "seconds that a task may take")]:
-        add(name, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
-    add("--ragged", action="store_true", help="prompts of different lengths, for decode")
-    add("--remat", action="store_true", help="train with blocks computed again for the gradient")
-    add("--chunked", action="store_true", help="attend in chunks of keys, whatever the length")
-    for name, kind in [("--temperature", float), ("--top-k", int), ("--top-p", float)]:
-        add(name, type=kind, metavar="X", help="as in sample.py (default: greedy)")
-    add("--vs", type=words, default=[], metavar="NAME,...", help=f"of {', '.join(PEERS)}")
-    add("--text", metavar="FILE", help="for validate, eval and compare")
-    add("--dataset", metavar="NAME[:SUBSET]", help="its test split, through the package datasets")
-    add("--chips", type=numbers, default=[8, 64, 512], metavar="N,...", help="for plan (8,64,512)")
-    add("--kind", choices=CHIPS, default="h100", help="for plan (default: h100)")
-    add("--dtype", type=words, default=[""], metavar="DTYPE,...", help="default: as in sample.py")
-    add("--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1")
-    add("--parallel", metavar="MODE", help="pmap, data, fsdp, tensor or auto: on 1, 2, 4 devices; "
-        "or data:2,tensor:2 beside one; --batch rows on each (for tensor, on all)")
-    add("--profile", metavar="DIR", help="trace a run of each of our figures for xprof or Perfetto")
-    add("--out", type=Path, metavar="FOLDER", help="for results.jsonl and roofline.png")
-    add("--scratch", help=argparse.SUPPRESS)  # in the process of a task: for its records
-    add("--once", help=argparse.SUPPRESS)  # in the process of a single load: of whom
-    args = parser.parse_args()
-    args.every = args.task == ["plan"] and not (args.model or args.preset)
-    presets = import_module(args.model or "gpt2").PRESETS
-    args.given = args.weights or ("random" if args.preset else "")
-    args.weights = args.given or (next(iter(presets)) if args.model else "tiny")
-    args.model, args.preset = args.model or "gpt2", args.preset or next(iter(presets))
-    args.techniques = [name for name in ("ragged", "remat", "chunked") if vars(args)[name]]
-    args.techniques += [f"{name} {n}" for name in ("accumulate", "loss_parts")
-                        if (n := vars(args)[name]) > 1]
-    for fits, rule in [
-        ({*args.task} <= TASKS.keys(), f"--task must be of {', '.join(TASKS)}"),
-        ({*args.vs} <= PEERS.keys(), f"--vs must be of {', '.join(PEERS)}"),
-        ({*args.dtype} <= {"", "float32", "bfloat16", "float16"}, "--dtype: see --help"),
-        (args.preset in presets or Path(args.preset, "config.json").exists(),
-         f"--preset must be of {', '.join(presets)}, or a folder with a config.json"),
-        (not args.text or (Path(args.text).is_file() and Path(args.text).stat().st_size > 9),
-         f"--text {args.text}: there is no such file, or next to nothing in it"),
-        (min(*args.batch, *args.length, *args.chips, args.new_tokens, args.runs, args.accumulate,
-             args.loss_parts, args.top_k or 1) >= 1, "numbers of all kinds must be 1 or more"),
-        (not args.ragged or args.task == ["decode"], "--ragged is for --task decode"),
-        (not args.vs or not args.parallel, "--vs compares on one device: leave --parallel out"),
-        (re.fullmatch(MODES, args.parallel or "data"), "--parallel must be one of those in --help"),
-        (not np.mod(args.batch, max(1, args.accumulate)).any(), "--accumulate must divide --batch"),
-        ({*args.techniques} <= {"ragged"} or (args.task == ["train"] and not args.vs),
-         "--remat, --chunked, --accumulate, --loss-parts: for --task train, without --vs"),
-        (not args.out or not args.out.is_file(), f"--out {args.out} is a file: name a folder"),
-        (args.weights != "random" or {"validate", "eval", "compare", "start", "ctranslate2"}
-         .isdisjoint({*args.task, *args.vs}), "random weights have no tokenizer: name --weights"),
-        *[(util.find_spec(name), f"that needs {name}: pip install {name}") for name, used in [
-            ("torch", {"transformers", "transformers-compile", "validate", "eval", "compare"}
-             & {*args.task, *args.vs}), ("datasets", args.dataset),
-            ("ctranslate2", "ctranslate2" in args.vs)] if used]]:
-        fits or fail(rule)
-    return args
-def measure(args):
-    """A single task, in a process of its own."""
-    kind, _, index = (args.device or "").partition(":")
+    folder = Path(name) if random else folder_of(args)
+    return module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+
+
+# ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
+
+AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"
+PARALLEL = rf"no|auto|pmap|{AXIS}(,{AXIS})*"  # what --parallel takes
+
+
+def fail(message) -> NoReturn:
+    """Exits with code 2 after one line that says what is wrong and what to do."""
+    one_line = " ".join(str(message).split())
+    print(f"{Path(__file__).name}: {one_line}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained(errors, message: str):
+    """Turns these exceptions into such an exit; {} in the message is the exception's text."""
+    try:
+        yield
+    except errors as error:
+        fail(message.replace("{}", str(error)))
+
+
+def pick_devices(name: str | None, parallel: str) -> list:
+    """The devices of --device: all of that kind, or one if it is numbered or --parallel is no.
+
+    The first of them on this host becomes JAX's default.
+    """
+    if not re.fullmatch(r"((cpu|gpu|tpu)(:\d+)?)?", name or ""):
+        fail(f"--device {name}: it must be cpu, gpu or tpu, or a numbered one such as gpu:1")
+    kind, _, index = (name or "").partition(":")
+
+    # Without this, JAX would start a GPU too and take its memory.
     if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # leaves a GPU's memory alone
-    try:
-        jax.config.update("jax_default_device", jax.devices(kind or None)[int(index or 0)])
-    except (RuntimeError, ValueError, IndexError):
-        fail(f"there is no device {args.device}; JAX finds {', '.join(map(str, jax.devices()))}")
-    args.torch = "cuda" if jax.default_backend() == "gpu" else "cpu"  # PyTorch's name of it
-    [task], [dtype] = args.task, args.dtype
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    more = {"prefill": 1, "compile": 2, "decode": args.new_tokens + 1}.get(task, 0)
-    try:
-        if (need := max(args.length) + more) > (C := find_config(args).max_position_embeddings):
-            fail(f"{need} tokens do not fit the context of {C}: choose another --length")
-        TASKS[task](args, dtype)
-    except (OSError, UnicodeDecodeError, import_module(args.model).InputError) as error:
-        fail(error)  # of the Hub, of a file, or of a text that is too long
-def main(args) -> int:
-    """Starts a process for each task, collects what they print -> the exit code."""
-    parts = [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
-    if args.every:  # the largest model of each file
-        parts = []
-        for name in MODELS:
-            presets = import_module(name).PRESETS
-            largest = max(presets, key=lambda x: presets[x].parameters)
-            parts.append(["--model", name, "--preset", largest])
-    if args.suite:
-        lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
-        parts = [["--weights", args.given or "random", "--dtype", dtype, *shlex.split(line)]
-                 for line in lines for dtype in args.dtype]
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
-                   "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # others need memory of a GPU too
-    records, code = [], 0
-    for part in parts:
-        limit = int(part[part.index("--limit") + 1]) if "--limit" in part else args.limit
-        with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, __file__, *sys.argv[1:], *part, "--scratch", scratch]
-            try:
-                print(f"bench.py: {' '.join(part)}", file=sys.stderr)
-                code = max(code, abs(subprocess.run(command, timeout=limit).returncode))
-            except subprocess.TimeoutExpired:
-                print(f"bench.py: given up after {limit} s", file=sys.stderr)
-                code = max(code, 1)
-            except KeyboardInterrupt:  # the parts that ended are shown
-                code = 130
-                parts.clear()
-            if (file := Path(scratch, "records")).exists():
-                records += map(json.loads, file.read_text().splitlines())
-    write_table(records)
-    if args.out and records:
-        cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text() + "model name: ?")
-        about = {name: metadata.version(name) for name in ("jax", "torch", *PEERS)
-                 if util.find_spec(name)} | {"cpu": f"{os.cpu_count()} x {cpu[1]}"}
-        about |= {"command": shlex.join(["bench.py", *sys.argv[1:]])}
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.jsonl").write_text("\n".join(map(json.dumps, [about, *records])))
-        if points := [found for found in records if "intensity" in found]:
-            draw(points, args.out / "roofline.png")
-    return code
+        jax.config.update("jax_platforms", "cpu")
+
+    missing = f"--device {name}: JAX finds no such device; leave it out"
+    with explained(RuntimeError, missing if name else "JAX finds no device: {}"):
+        devices = jax.devices(kind or None)
+    number = int(index or 0)
+    if number >= len(devices):
+        fail(f"--device {name}: there are {len(devices)}, counted from 0")
+    if index or parallel == "no":
+        devices = [devices[number]]
+
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    jax.config.update("jax_default_device", own)
+    return devices
+
+
+def memory_of(device) -> float:
+    """The bytes that a device has; infinite where it does not say, as a CPU does not."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
+
+
+def make_mesh(parallel: str, devices: list, heads: int) -> jax.sharding.Mesh:
+    """Arranges the devices along the axes of --parallel, such as data:2,tensor:4.
+
+    An axis without a number takes the devices that the others leave.
+    """
+    axes = {}
+    for part in parallel.split(","):
+        axis, _, number = part.partition(":")
+        axes[axis] = int(number or 0)
+    taken = math.prod(number for number in axes.values() if number > 0)
+    for axis, number in axes.items():
+        axes[axis] = number or len(devices) // taken
+
+    count = math.prod(axes.values())
+    if not 0 < count <= len(devices):
+        fail(f"--parallel {parallel} does not fit {len(devices)} devices: lower its numbers")
+    if count < len(devices) and jax.process_count() > 1:
+        fail(f"--parallel {parallel} leaves devices out: of several hosts all must take part")
+    tensor = axes.get("tensor", 1)
+    if heads % tensor != 0:
+        fits = [n for n in range(1, heads + 1) if heads % n == 0]
+        fail(f"--parallel: {heads} heads split over tensor: {fits}, not over {tensor}")
+
+    return jax.sharding.Mesh(np.reshape(devices[:count], [*axes.values()]), [*axes])
+
+
+# ---------------------------------------- The command line ----------------------------------------
+
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+def parse_command_line() -> argparse.Namespace:
+    """The command line, checked as far as that needs neither a model nor a device."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+    )
+    parser.error = fail
+    add_task_flags(parser)
+    add_model_flags(parser)
+    add_sampling_flags(parser)
+    add_training_flags(parser)
+    add_text_flags(parser)
+    add_plan_flags(parser)
+    add_machine_flags(parser)
+    add_output_flags(parser)
+
+    args = parser.parse_args()
+    check_choices(args)
+    check_numbers(args)
+    fill_defaults(args)
+    check_weights(args)
+    check_training_flags(args)
+    check_packages(args)
+    return args
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def add_task_flags(parser):
+    task = parser.add_argument_group("tasks")
+    task.add_argument(
+        "--task",
+        type=words,
+        default=["prefill", "decode", "train"],
+        metavar="TASK,...",
+        help=f"of {', '.join(tasks())} (default: prefill,decode,train)",
+    )
+    task.add_argument("--suite", choices=["cpu", "gpu", "tpu"], help="the tasks in benchmarks/")
+    task.add_argument(
+        "--vs", type=words, default=[], metavar="NAME,...", help=f"of {', '.join(PEERS)}"
+    )
+    task.add_argument(
+        "--batch", type=numbers, default=[1], metavar="N,...", help="sequences (default: 1)"
+    )
+    task.add_argument(
+        "--length", type=numbers, default=[32], metavar="N,...", help="tokens of each (default: 32)"
+    )
+    add_number(task, "--new-tokens", 64, "tokens that decode generates after a prompt")
+    add_number(task, "--runs", 5, "runs; the median counts")
+    add_number(task, "--limit", 600, "seconds that a task may take")
+
+
+def add_model_flags(parser):
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, help="model file (default: gpt2)")
+    model.add_argument(
+        "--weights", help="tiny, random, a Hub id or a folder (default: as in sample.py)"
+    )
+    model.add_argument(
+        "--preset", metavar="ID", help="random weights of this size; or the model to plan for"
+    )
+    model.add_argument(
+        "--dtype",
+        type=words,
+        default=["auto"],
+        metavar="DTYPE,...",
+        help="float32, bfloat16, float16 or auto: by the device (default: auto)",
+    )
+
+
+def add_sampling_flags(parser):
+    sampling = parser.add_argument_group("decode")
+    sampling.add_argument(
+        "--temperature", type=float, metavar="X", help="as in sample.py (default: greedy)"
+    )
+    sampling.add_argument("--top-k", type=int, metavar="N", help="as in sample.py")
+    sampling.add_argument("--top-p", type=float, metavar="X", help="as in sample.py")
+    sampling.add_argument("--ragged", action="store_true", help="prompts of different lengths")
+
+
+def add_training_flags(parser):
+    training = parser.add_argument_group("train")
+    add_number(training, "--accumulate", 1, "gradient accumulation: parts of a batch")
+    add_number(training, "--loss-parts", 1, "parts in which the logits are computed")
+    training.add_argument("--remat", action="store_true", help="gradient checkpointing")
+    training.add_argument(
+        "--chunked", action="store_true", help="attend in chunks of keys, whatever the length"
+    )
+
+
+def add_text_flags(parser):
+    text = parser.add_argument_group("validate, eval, compare")
+    text.add_argument("--text", metavar="FILE", help="the text (default: this program's help)")
+    text.add_argument(
+        "--dataset",
+        metavar="NAME[:SUBSET]",
+        help="a dataset on the Hub, its test split; needs the package datasets",
+    )
+
+
+def add_plan_flags(parser):
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--chips",
+        type=numbers,
+        default=[8, 64, 512],
+        metavar="N,...",
+        help="how many (default: 8,64,512)",
+    )
+    plan.add_argument("--kind", choices=CHIPS, default="h100", help="default: %(default)s")
+
+
+def add_machine_flags(parser):
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", help="cpu, gpu or tpu; gpu:1 is the second GPU (default: the best there is)"
+    )
+    machine.add_argument(
+        "--parallel",
+        default="no",
+        metavar="MODE",
+        help="pmap, data, fsdp, tensor or auto, on 1, 2 and 4 devices; or data:2,tensor:2, beside "
+        "one device. --batch is that of each device (with tensor, of each group)",
+    )
+
+
+def add_output_flags(parser):
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for results.jsonl and roofline.png"
+    )
+    output.add_argument(
+        "--profile",
+        metavar="FOLDER",
+        help="trace a run of each of our figures, for Perfetto or xprof",
+    )
+    # Of the process of a task: where it writes its records; of a single load: whose it is.
+    output.add_argument("--scratch", help=argparse.SUPPRESS)
+    output.add_argument("--once", help=argparse.SUPPRESS)
+
+
+def add_number(group, flag: str, default: int, about: str):
+    """A flag with a number; its help ends with the default."""
+    group.add_argument(
+        flag, type=int, default=default, metavar="N", help=f"{about} (default: %(default)s)"
+    )
+
+
+def check_choices(args):
+    for flag, chosen, choices in [
+        ("--task", args.task, tasks()),
+        ("--vs", args.vs, PEERS),
+        ("--dtype", args.dtype, DTYPES),
+    ]:
+        if not set(chosen) <= set(choices):
+            fail(f"{flag} must be of {', '.join(choices)}")
+    if not re.fullmatch(PARALLEL, args.parallel):
+        fail("--parallel must be pmap, or like data, tensor:2 or data:2,tensor:4")
+    if args.vs and args.parallel != "no":
+        fail("--vs compares on one device: leave --parallel out")
+    if args.ragged and args.task != ["decode"]:
+        fail("--ragged is for --task decode")
+
+
+def check_numbers(args):
+    for flag, values in [
+        ("--batch", args.batch),
+        ("--length", args.length),
+        ("--chips", args.chips),
+        ("--new-tokens", [args.new_tokens]),
+        ("--runs", [args.runs]),
+        ("--limit", [args.limit]),
+        ("--accumulate", [args.accumulate]),
+        ("--loss-parts", [args.loss_parts]),
+    ]:
+        if min(values) < 1:
+            fail(f"{flag} must be 1 or more")
+    if args.top_k is not None and args.top_k < 1:
+        fail("--top-k must be 1 or more")
+    if args.temperature is not None and not args.temperature >= 0:
+        fail("--temperature must be 0 (the likeliest token) or more")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        fail("--top-p must be above 0 and at most 1")
+
+
+def fill_defaults(args):
+    """The defaults that depend on other flags."""
+    args.every_model = args.task == ["plan"] and not (args.model or args.preset)
+    args.chosen_weights = args.weights
+    if args.preset and not args.weights:
+        args.chosen_weights = "random"
+
+    args.weights = args.chosen_weights
+    if args.weights is None and args.model is None:
+        args.weights = "tiny"
+    args.model = args.model or "gpt2"
+    first = next(iter(import_module(args.model).PRESETS))
+    args.weights = args.weights or first
+    args.preset = args.preset or first
+
+    args.techniques = [name for name in ("ragged", "remat", "chunked") if getattr(args, name)]
+    for name in ("accumulate", "loss_parts"):
+        parts = getattr(args, name)
+        if parts > 1:
+            args.techniques.append(f"{name} {parts}")
+
+
+def check_weights(args):
+    presets = import_module(args.model).PRESETS
+    if args.preset not in presets and not Path(args.preset, "config.json").exists():
+        known = ", ".join(presets)
+        fail(f"--preset must be of {known}, or a folder with a config.json")
+    if args.weights == "random":
+        needs_text = {"validate", "eval", "compare", "start"} & set(args.task)
+        if needs_text or "ctranslate2" in args.vs:
+            fail("random weights have no tokenizer: name --weights")
+    if args.text:
+        file = Path(args.text)
+        if not file.is_file() or file.stat().st_size < 10:
+            fail(f"--text {file}: there is no such file, or next to nothing in it")
+    if args.out and args.out.is_file():
+        fail(f"--out {args.out} is a file: name a folder")
+
+
+def check_training_flags(args):
+    if any(batch % args.accumulate for batch in args.batch):
+        fail("--accumulate must divide --batch")
+    of_training = set(args.techniques) - {"ragged"}
+    if of_training and (args.task != ["train"] or args.vs):
+        fail("--remat, --chunked, --accumulate, --loss-parts: for --task train, without --vs")
+
+
+def check_packages(args):
+    """Fails where a package is missing that only this needs."""
+    needed = set(args.vs) & {"ctranslate2"}
+    with_torch = {"transformers", "transformers-compile", "validate", "eval", "compare"}
+    if with_torch & {*args.task, *args.vs}:
+        needed.add("torch")
+    if args.dataset:
+        needed.add("datasets")
+    for name in sorted(needed):
+        if not find_spec(name):
+            fail(f"that needs {name}: pip install {name}")
+
 
 if __name__ == "__main__":
-    args = arguments()
-    sys.exit(measure(args) if args.scratch else main(args))
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    os._exit(INTERRUPTED)

@@ -33,7 +33,7 @@ COPIES = [
     (["llama", "mistral"], ["rms_norm", "tokenizer"]),
     (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
     (
-        ["sample", "train"],
+        PROGRAMS,
         ["AXIS", "PARALLEL", "fail", "explained", "pick_devices", "memory_of", "make_mesh"],
     ),
 ]

@@ -120,7 +120,7 @@ def ours_with(axes=None, **options):
         **options,
     }
     mesh = axes and jax.sharding.Mesh(np.reshape(jax.devices()[:1], (1,) * len(axes)), axes)
-    return bench.Ours(SimpleNamespace(parallel="", **options), "float32", mesh)
+    return bench.Ours(SimpleNamespace(**options), "float32", mesh)
 
 
 ROWS = np.random.default_rng(0).integers(0, 512, (4, 33)).tolist()
@@ -182,7 +182,7 @@ def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks)
         3,
     )  # a single first token can take longer than all that follow
     assert f"| {tasks[0]} " in done.stdout
-    assert ("GB/s of the sum" if tasks == ["decode"] else "GFLOP/s of the product") in done.stdout
+    assert ("GB/s memory bandwidth" if tasks == ["decode"] else "GFLOP/s matmul") in done.stdout
     about, found = results(tmp_path)
     assert about["command"].startswith("bench.py --runs 1") and "jax" in about
     for metric in tasks:
@@ -236,18 +236,17 @@ def test_scaling_is_measured_on_several_devices_and_all_of_it_traced(
 @pytest.mark.parametrize(
     "memory, said, names",
     [
-        ({}, "--parallel data: the state takes less than the memory", ["data:1"]),
-        ({"bytes_limit": 101}, "--parallel data: the state takes less than the memory", ["data:1"]),
-        ({"bytes_limit": 99}, "--parallel tensor: the state takes more than the memory", []),
+        (math.inf, "--parallel data: the state takes less than the memory", ["data:1"]),
+        (101, "--parallel data: the state takes less than the memory", ["data:1"]),
+        (99, "--parallel tensor: the state takes more than the memory", []),
     ],
 )
 def test_auto_splits_the_rows_unless_one_device_is_too_small_and_says_so(
     memory, said, names, monkeypatch, capsys
 ):
     """Here is one device: what it cannot hold would be measured on two and four."""
-    device = SimpleNamespace(memory_stats=lambda: memory)
-    monkeypatch.setattr(bench.jax, "config", SimpleNamespace(jax_default_device=device))
-    meshes = bench.make_meshes("auto", need=100)
+    monkeypatch.setattr(bench, "memory_of", lambda device: memory)
+    meshes = bench.make_meshes("auto", jax.devices()[:1], heads=4, needed=100)
     assert said in capsys.readouterr().out
     assert [f"{axis}:{n}" for mesh in meshes for axis, n in mesh.shape.items()] == names
 
@@ -445,12 +444,14 @@ def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path
         (["--vs", "vllm"], "--vs must be of transformers"),
         (["--dtype", "int8"], "--dtype"),
         (["--preset", "gpt5"], "--preset must be of openai-community/gpt2"),
-        (["--batch", "0"], "must be 1 or more"),
-        (["--accumulate", "0"], "must be 1 or more"),
-        (["--temperature", "1", "--top-k", "-1"], "must be 1 or more"),
+        (["--batch", "0"], "--batch must be 1 or more"),
+        (["--accumulate", "0"], "--accumulate must be 1 or more"),
+        (["--temperature", "1", "--top-k", "-1"], "--top-k must be 1 or more"),
+        (["--temperature", "-1"], "--temperature must be 0"),
+        (["--temperature", "1", "--top-p", "2"], "--top-p must be above 0"),
         (["--task", "decode", "--remat"], "--loss-parts: for --task train, without --vs"),
         (["--loss-parts", "2"], "--remat, --chunked, --accumulate, --loss-parts: for --task train"),
-        (["--parallel", "rows"], "--parallel must be one of those in --help"),
+        (["--parallel", "rows"], "--parallel must be pmap, or like data, tensor:2"),
         (["--out", "README.md"], "--out README.md is a file"),
         (["--dataset", "wikitext", "--task", "eval"], "needs datasets: pip install datasets"),
         (["--batch", "many"], "--batch"),
@@ -466,22 +467,23 @@ def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, capsys):
-    find_spec = bench.util.find_spec
+    find_spec = bench.find_spec
     monkeypatch.setattr(
-        bench.util,
+        bench,
         "find_spec",
         lambda name: None if name in ("ctranslate2", "datasets") else find_spec(name),
     )
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     with pytest.raises(SystemExit) as stop:
-        bench.arguments()
+        bench.parse_command_line()
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "") and err.count("\n") == 1 and said in err
 
 
 def test_what_is_not_there_is_one_line_too(tmp_path):
     for options, said in [
-        (["--device", "tpu"], "there is no device tpu"),
+        (["--device", "tpu"], "--device tpu: JAX finds no such device"),
+        (["--parallel", "data:64"], "--parallel data:64 does not fit 1 devices"),
         (["--weights", tmp_path], "config.json"),
         (["--length", "192"], "257 tokens do not fit the context of 256"),
     ]:
@@ -495,9 +497,9 @@ def test_every_line_of_a_suite_is_a_command_and_all_end_in_eight_minutes(suite, 
     for line in (ROOT / "benchmarks" / f"{suite}.txt").read_text().splitlines():
         weights = "tiny" if suite == "cpu" else "random"
         monkeypatch.setattr(sys, "argv", ["bench.py", "--weights", weights, *line.split()])
-        monkeypatch.setattr(bench.util, "find_spec", lambda name: True)
+        monkeypatch.setattr(bench, "find_spec", lambda name: True)
         monkeypatch.chdir(ROOT)
-        args = bench.arguments()
+        args = bench.parse_command_line()
         assert max(args.length) <= bench.find_config(args).max_position_embeddings or suite == "cpu"
         limits.append(args.limit)
     assert suite == "cpu" or sum(limits) <= 480
