@@ -1108,6 +1108,7 @@ def sharding(mesh, config: Config, path: str, shape):
 # --------------------------- Faster forms: the same in every model file ---------------------------
 # A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
 # and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
+# On a GPU or TPU, `linear_dot` and `run_fenced` change nothing and may be deleted.
 
 
 def linear_dot(x, kernel, dimension_numbers, **options):

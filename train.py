@@ -1669,13 +1669,16 @@ def make_mesh(parallel: str, devices: list, heads: int) -> jax.sharding.Mesh:
     for part in parallel.split(","):
         axis, _, number = part.partition(":")
         axes[axis] = int(number or 0)
+    if list(axes.values()).count(0) > 1:
+        fail(f"--parallel {parallel}: say how many along all axes but one, as in data:2,tensor")
     taken = math.prod(number for number in axes.values() if number > 0)
     for axis, number in axes.items():
         axes[axis] = number or len(devices) // taken
 
     count = math.prod(axes.values())
     if not 0 < count <= len(devices):
-        fail(f"--parallel {parallel} does not fit {len(devices)} devices: lower its numbers")
+        needed = max(count, taken)
+        fail(f"--parallel {parallel} needs {needed} devices, and there are {len(devices)}")
     if count < len(devices) and jax.process_count() > 1:
         fail(f"--parallel {parallel} leaves devices out: of several hosts all must take part")
     tensor = axes.get("tensor", 1)

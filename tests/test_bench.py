@@ -483,7 +483,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, 
 def test_what_is_not_there_is_one_line_too(tmp_path):
     for options, said in [
         (["--device", "tpu"], "--device tpu: JAX finds no such device"),
-        (["--parallel", "data:64"], "--parallel data:64 does not fit 1 devices"),
+        (["--parallel", "data:64"], "--parallel data:64 needs 64 devices, and there are 1"),
         (["--weights", tmp_path], "config.json"),
         (["--length", "192"], "257 tokens do not fit the context of 256"),
     ]:

@@ -357,7 +357,7 @@ def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
 @pytest.mark.parametrize(
     "program, flags, message",
     [
-        ("train.py", "--parallel data:8", "there are 4 devices; say how many along"),
+        ("train.py", "--parallel data:8", "--parallel data:8 needs 8 devices, and there are 4"),
         ("train.py", "--parallel data,tensor", "say how many along all axes but one"),
         (
             "train.py",
@@ -366,7 +366,7 @@ def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
         ),
         ("train.py", "--multihost auto --parallel no", "--multihost takes all devices"),
         ("train.py", "--multihost 127.0.0.1:9,2,2", "there is no host 2 of 2, counted from 0"),
-        ("train.py", "--parallel tensor:3", "4 heads split over tensor: [2, 4], not over 3"),
+        ("train.py", "--parallel tensor:3", "4 heads split over tensor: [1, 2, 4], not over 3"),
         (
             "train.py",
             "--parallel data --batch 6",
@@ -377,7 +377,11 @@ def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
         ("train.py", "--parallel pmap --multihost auto", "--prompt are for one host"),
         ("train.py", "--multihost here", "--multihost must be auto, or like 10.0.0.1:1234,2,0"),
         ("train.py", "--multihost auto", "--multihost auto: coordinator_address should be defined"),
-        ("sample.py", "--parallel tensor:8", "--parallel tensor:8 does not fit 4 devices"),
+        (
+            "sample.py",
+            "--parallel tensor:8",
+            "--parallel tensor:8 needs 8 devices, and there are 4",
+        ),
         ("sample.py", "--parallel tensor:3", "4 heads split over tensor: [1, 2, 4], not over 3"),
         ("sample.py", "--parallel rows", "--parallel must be pmap, or like data, tensor:2"),
     ],
