@@ -200,7 +200,7 @@ def finish(run: Run) -> int:
         write_model(run, nnx.merge(run.graphdef, params, frozen))
     print(
         f"finished: {run.args.out}, in {dtype}\n"
-        f"validation loss: {loss:.4f} a token over all of the text; "
+        f"validation loss over the whole text: {loss:.4f} nats per token; "
         f"perplexity {np.exp(loss):.2f}, accuracy {accuracy:.1%}"
     )
     return 0

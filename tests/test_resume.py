@@ -252,7 +252,7 @@ def test_the_best_checkpoint_stays_beside_the_last_ones_and_is_what_is_written(t
     assert steps_in(tmp_path / "out") == [best, 40, 50]
     assert f"the validation loss was lowest at step {best}: its weights are written" in printed
     assert losses[best] < losses[50] - 0.1
-    assert f"validation loss: {losses[best]:.4f} a token over all of the text" in printed
+    assert f"validation loss over the whole text: {losses[best]:.4f} nats per token" in printed
 
 
 @pytest.mark.parametrize(
