@@ -29,7 +29,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +73,7 @@ class Config:
     rope_factor: float = 1.0  # linear RoPE scaling of the FULL layers
     rope_local_base_freq: float = 10000.0  # theta of the SLIDING layers
     initializer_range: float = 0.02  # standard deviation of the initial weights
+    tie_word_embeddings: bool = True  # the head is the token table
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 1
     padded_vocab_size: int | None = None  # train with so many token vectors; save drops the rest
@@ -337,6 +338,8 @@ class Model(nnx.Module):
         layers = range(config.num_hidden_layers)
         self.layers = nnx.List([Block(config, layer, **options) for layer in layers])
         self.norm = RMSNorm(config, D, **options)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(D, V, use_bias=False, kernel_init=init, **options)
 
     def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
@@ -381,7 +384,10 @@ class Model(nnx.Module):
     @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32."""
-        w = self.embed_tokens.embedding  # [V, D]
+        if self.config.tie_word_embeddings:
+            w = self.embed_tokens.embedding  # [V, D]
+        else:
+            w = self.lm_head.kernel.T
         w = w.astype(x.dtype)
 
         logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
@@ -521,7 +527,9 @@ def sample(
 
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
+    # The largest logit becomes 0, so that no temperature is too low to divide by.
+    best = logits.max(axis=-1, keepdims=True)
+    logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
     # From here on there are only k logits, and `ids` says whose they are.
     ids = None
@@ -727,15 +735,18 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
 
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
     float32 to train. mesh: a jax.sharding.Mesh (not of jax.make_mesh); each tensor goes straight
-    to its devices, as SHARDING says. InputError: another kind of model, or tensors that are
+    to its devices, as SHARDING says. A checkpoint with a head of its own is loaded with it, even if
+    its config.json calls the two tied. InputError: another kind of model, or tensors that are
     missing, unexpected or of the wrong shape.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
-    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     stored = stored_tensors(folder)
+    if config.tie_word_embeddings:
+        config, stored = find_head(config, stored)
+    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
     # The largest come first: while a tensor is converted, there are two more copies of it.
@@ -787,10 +798,34 @@ def named_parameters(state):
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
-        for pattern, template, transposed in CHECKPOINT:
-            if re.fullmatch(pattern, path):
-                yield path, param, re.sub(pattern, template, path), transposed
-                break
+        name, transposed = name_in_checkpoint(path)
+        if name is not None:
+            yield path, param, name, transposed
+
+
+def name_in_checkpoint(path: str) -> tuple:
+    """(the name that a parameter has in checkpoints, or None; whether it is transposed there)."""
+    for pattern, template, transposed in CHECKPOINT:
+        if re.fullmatch(pattern, path):
+            return re.sub(pattern, template, path), transposed
+    return None, False
+
+
+def find_head(config: Config, stored: dict) -> tuple[Config, dict]:
+    """The config and the stored tensors of a tied model, corrected by what the file holds.
+
+    Some files hold the token table under the name of the head. Others, such as merged adapters,
+    hold a head that differs from the table: that model is not tied.
+    """
+    table, _ = name_in_checkpoint(VOCABULARY[0])
+    head, _ = name_in_checkpoint("lm_head.kernel")
+    if head not in stored:
+        return config, stored
+    if table not in stored:
+        return config, {**stored, table: stored[head]}
+    if np.array_equal(stored[head](), stored[table]()):
+        return config, stored
+    return replace(config, tie_word_embeddings=False), stored
 
 
 def check_names(folder: Path, state, stored: dict) -> None:
@@ -839,7 +874,9 @@ def stored_tensors(folder: Path) -> dict:
         stored = {}
         for file in files:
             for name, read in tensors_in(folder / file).items():
-                stored[re.sub(*RENAMED, name)] = read
+                for pattern, new in RENAMED:
+                    name = re.sub(pattern, new, name)
+                stored[name] = read
         if stored:
             return stored
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
@@ -895,8 +932,6 @@ def config_from_hf(values: dict) -> Config:
     values = {**values, **values.get("text_config", {})}  # of a multimodal Gemma 3
     kind = values.get("model_type", Config.model_type)
     check_supported("model_type", kind, ARCHITECTURES)
-    tied = values.get("tie_word_embeddings", True)
-    check_supported("tie_word_embeddings", tied, [True])
     act = values.get("hidden_activation") or values.get("hidden_act", "gelu_pytorch_tanh")
     check_supported("hidden_activation", act, ["gelu", "gelu_pytorch_tanh"])  # the tanh form, both
 
@@ -1002,13 +1037,17 @@ PRESETS = {  # by id on the Hub; the first is the default
 
 # Parameter path -> its name in a checkpoint, and whether it is transposed there.
 CHECKPOINT = [
+    (r"lm_head\.kernel", "lm_head.weight", True),
     (r"(.+)\.kernel", r"model.\1.weight", True),
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
-VOCABULARY = ("embed_tokens.embedding",)  # saved without a padded vocabulary
-RENAMED = (r"^(language_model\.|model\.)*(?!lm_head\.)", "model.")  # multimodal models
+VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # saved without a padded vocabulary
+RENAMED = [  # of multimodal models
+    (r"^(language_model\.|model\.)+(?=lm_head\.)", ""),
+    (r"^(language_model\.|model\.)*(?!lm_head\.)", "model."),
+]
 # Ignored where a file has them: the token table again as the head, and what is for pictures.
-IGNORED = r".*lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
+IGNORED = r"lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
 FORMATS = {"model.safetensors": safetensors_in}  # files of weights, and what reads them
 
@@ -1025,6 +1064,8 @@ def tokenizer(name, revision: str | None = None):
     folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        codec.no_truncation()  # some files ask to cut or to pad every text
+        codec.no_padding()
 
         def encode(text: str) -> list[int]:
             return codec.encode(text).ids
@@ -1040,7 +1081,7 @@ def tokenizer(name, revision: str | None = None):
 # How each dimension of a parameter is split over a mesh with the axes "fsdp" and "tensor".
 SHARDING = [
     (r"embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel", ("fsdp", "tensor")),
+    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel|lm_head\.kernel", ("fsdp", "tensor")),
     (r".+\.(o_proj|down_proj)\.kernel", ("tensor", "fsdp")),
     (r".+", ()),
 ]

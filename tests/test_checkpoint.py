@@ -117,6 +117,31 @@ def test_buffers_and_a_repeated_tied_head_are_skipped(family, plain, folder, ten
     assert_same_model(family.module.load(folder), plain.model)
 
 
+def test_a_tied_file_with_a_head_of_its_own_is_loaded_with_it(family, plain, folder, tensors):
+    """Merged adapters leave such files. transformers uses the head that is there, too."""
+    table = tensors[name_of(plain, f"{family.table}.embedding")]
+    head = np.random.default_rng(0).normal(size=table.shape).astype(np.float32)
+    write(folder, tensors | {"lm_head.weight": head})
+    model = family.module.load(folder)
+    np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)
+    theirs = read_hf(family, folder)
+    np.testing.assert_array_equal(theirs.lm_head.weight.detach(), head)
+    tokens = np.arange(20)[None]
+    expected = theirs(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(model(tokens), expected, rtol=1e-3, atol=1e-3)  # logits of about 50
+
+    family.module.save(model, folder)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_same_model(family.module.load(folder), model)
+
+
+def test_a_tied_file_may_hold_the_token_table_as_the_head_alone(family, plain, folder, tensors):
+    table = name_of(plain, f"{family.table}.embedding")
+    head = tensors.pop(table)
+    write(folder, tensors | {"lm_head.weight": head})
+    assert_same_model(family.module.load(folder), plain.model)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @once
 def test_parameters_are_stored_as_dtype_or_param_dtype_says(family, plain, dtype):
@@ -206,8 +231,6 @@ def test_a_missing_an_unexpected_and_a_misshapen_tensor_are_named(family, plain,
 
 
 def test_an_own_head_is_missed_where_the_config_wants_one(family, folder, tensors):
-    if not family.own_head:
-        pytest.skip("the head is always the token table")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     write(folder, tensors)
@@ -307,11 +330,10 @@ def test_a_bfloat16_model_is_saved_as_such(family, plain, tmp_path):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
 @pytest.mark.core_gpt2_only
 def test_rows_that_pad_the_vocabulary_are_not_saved(family, tmp_path, tied):
-    if not tied and not family.own_head:
-        pytest.skip("the head is always the token table")
-    own = {"tie_word_embeddings": tied} if family.own_head else {}
     config = dataclasses.replace(
-        family.module.Config.from_hf(family.sizes), padded_vocab_size=128, **own
+        family.module.Config.from_hf(family.sizes),
+        padded_vocab_size=128,
+        tie_word_embeddings=tied,
     )
     model = family.module.Model(config, rngs=nnx.Rngs(0))
     assert getattr(model, family.table).embedding.shape[0] == 128

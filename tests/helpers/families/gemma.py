@@ -37,12 +37,11 @@ GEMMA = Family(
     hf_config=gemma_config,
     cut={"vocab_size": 2000},
     halves=("bfloat16",),
-    own_head=False,
     sizes=SMALL | {"pad_token_id": 0},
     configs={
         "plain": {},
         "grouped heads": GROUPED,
-        "square head": {"vocab_size": 48},
+        "square head": {"vocab_size": 48, "tie_word_embeddings": False},
         "one key head, wide": {
             "num_attention_heads": 4,
             "num_key_value_heads": 1,
@@ -65,6 +64,9 @@ GEMMA = Family(
         **ROTARY_FAULTS,
         "epsilon of flax": Mutation("config.rms_norm_eps", "1e-6", "one key head, wide"),
         "weight and not 1 + weight": Mutation("x32 * (1 + self.scale", "x32 * (0 + self.scale"),
+        "own head transposed": Mutation(
+            '"lm_head.weight", True', '"lm_head.weight", False', "square head"
+        ),
         "tokens not scaled": Mutation("self.config.hidden_size**0.5", "1.0"),
         "erf for tanh in GELU": Mutation("approximate=True", "approximate=False"),
         "gate and up exchanged": Mutation(
