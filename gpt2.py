@@ -767,9 +767,16 @@ def stored_tensors(folder: Path) -> dict:
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
 
-    # The file is opened again for each tensor: pages of an open file count as memory in use.
     def reader(name):
-        return lambda: safe_open(file, "np").get_tensor(name)
+        def read():
+            # Opened again for each tensor: pages of an open file count as memory in use.
+            opened = safe_open(file, "np")
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
+            return opened.get_tensor(name)
+
+        return read
 
     return {name: reader(name) for name in list(safe_open(file, "np").keys())}
 
@@ -782,6 +789,20 @@ def known_fields(values: dict) -> dict:
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
+
+
+def check_kind(values: dict, supported) -> str:
+    """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
+    kind = values.get("model_type", supported[0])
+    check_supported("model_type", kind, supported)
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise InputError(
+            f"config.json: the weights are quantized ({method}), which is not supported: "
+            "use the checkpoint that they were made from"
+        )
+    return kind
 
 
 def check_supported(name: str, value, supported) -> None:
@@ -811,7 +832,7 @@ PRESETS = {  # by id on the Hub; the first is the default
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    check_supported("model_type", values.get("model_type", "gpt2"), ["gpt2"])
+    check_kind(values, ["gpt2"])
     config = Config(**known_fields(values))
     check_supported("activation_function", config.activation_function, ACTIVATIONS)
     return config

@@ -803,9 +803,16 @@ def stored_tensors(folder: Path) -> dict:
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
 
-    # The file is opened again for each tensor: pages of an open file count as memory in use.
     def reader(name):
-        return lambda: safe_open(file, "np").get_tensor(name)
+        def read():
+            # Opened again for each tensor: pages of an open file count as memory in use.
+            opened = safe_open(file, "np")
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
+            return opened.get_tensor(name)
+
+        return read
 
     return {name: reader(name) for name in list(safe_open(file, "np").keys())}
 
@@ -818,6 +825,20 @@ def known_fields(values: dict) -> dict:
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
+
+
+def check_kind(values: dict, supported) -> str:
+    """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
+    kind = values.get("model_type", supported[0])
+    check_supported("model_type", kind, supported)
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise InputError(
+            f"config.json: the weights are quantized ({method}), which is not supported: "
+            "use the checkpoint that they were made from"
+        )
+    return kind
 
 
 def check_supported(name: str, value, supported) -> None:
@@ -934,7 +955,7 @@ PRESETS = {  # by id on the Hub; the first is the default
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    check_supported("model_type", values.get("model_type", "llama"), ["llama"])
+    check_kind(values, ["llama"])
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
     known = known_fields(values)
 
@@ -945,20 +966,36 @@ def config_from_hf(values: dict) -> Config:
     known["head_dim"] = values.get("head_dim") or D // H
 
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
     known["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", Config.rope_theta))
-    kind = rope.pop("type", rope.get("rope_type", "default"))
-    check_supported("rope_type", kind, ["default", "linear", "dynamic", "llama3"])
-    rope["rope_type"] = kind
+    kind = rope.pop("type", "default")
+    kind = rope.setdefault("rope_type", kind)
+    check_supported("rope_type", kind, ROPE_NEEDS)
+    for key in ROPE_NEEDS[kind]:
+        if key not in rope:
+            raise InputError(f"config.json: RoPE scaling of type {kind} lacks {key}")
+
+    trained = known.get("max_position_embeddings", Config.max_position_embeddings)
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", trained)
+        original = values.get("original_max_position_embeddings", original)
+        rope["original_max_position_embeddings"] = original
 
     # With these two, a sequence may be `factor` times as long as in training.
     if kind in ("linear", "dynamic"):
-        trained = known.get("max_position_embeddings", Config.max_position_embeddings)
         rope["trained"] = trained
         known["max_position_embeddings"] = int(rope["factor"] * trained)
 
     known["rope_scaling"] = () if kind == "default" else tuple(sorted(rope.items()))
     return Config(**known)
+
+
+ROPE_NEEDS = {  # by rope_type: the keys that it must have
+    "default": [],
+    "linear": ["factor"],
+    "dynamic": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+}
 
 
 def config_to_hf(config: Config) -> dict:

@@ -987,9 +987,16 @@ def stored_tensors(folder: Path) -> dict:
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
 
-    # The file is opened again for each tensor: pages of an open file count as memory in use.
     def reader(name):
-        return lambda: safe_open(file, "np").get_tensor(name)
+        def read():
+            # Opened again for each tensor: pages of an open file count as memory in use.
+            opened = safe_open(file, "np")
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
+            return opened.get_tensor(name)
+
+        return read
 
     return {name: reader(name) for name in list(safe_open(file, "np").keys())}
 
@@ -1002,6 +1009,20 @@ def known_fields(values: dict) -> dict:
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
+
+
+def check_kind(values: dict, supported) -> str:
+    """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
+    kind = values.get("model_type", supported[0])
+    check_supported("model_type", kind, supported)
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise InputError(
+            f"config.json: the weights are quantized ({method}), which is not supported: "
+            "use the checkpoint that they were made from"
+        )
+    return kind
 
 
 def check_supported(name: str, value, supported) -> None:
@@ -1044,23 +1065,42 @@ ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    kind = values.get("model_type", Config.model_type)
-    check_supported("model_type", kind, ARCHITECTURES)
+    kind = check_kind(values, list(ARCHITECTURES))
+    values = {**ABSENT[kind], **values}
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
     known = known_fields(values)
 
-    # Older files leave out the KV heads and the head width.
+    # null in some files: as many KV heads as heads, and heads that share the width.
     H = known.get("num_attention_heads", Config.num_attention_heads)
     D = known.get("hidden_size", Config.hidden_size)
     known["num_key_value_heads"] = values.get("num_key_value_heads") or H
     known["head_dim"] = values.get("head_dim") or D // H
 
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    known["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", Config.rope_theta))
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    known["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     check_supported("rope_type", kind, ["default"])
     return Config(**known)
+
+
+# What transformers assumes where a config.json lacks a key.
+ABSENT = {
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    },
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+}
 
 
 def config_to_hf(config: Config) -> dict:

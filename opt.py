@@ -60,6 +60,7 @@ class Config:
     word_embed_proj_dim: int | None = None  # E; None: hidden_size
     activation_function: str = "relu"
     do_layer_norm_before: bool = True  # pre-norm; False: post-norm
+    remove_final_layer_norm: bool = False  # no norm after the last block
     layer_norm_elementwise_affine: bool = True  # layer norms have weights and biases
     enable_bias: bool = True  # linear layers have biases
     init_std: float = 0.006  # standard deviation of the initial weights; config.json often has 0.02
@@ -262,7 +263,7 @@ class Model(nnx.Module):
         if self.projected:
             self.project_in = Linear(E, D, **linear)
         self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
-        if config.do_layer_norm_before:
+        if config.do_layer_norm_before and not config.remove_final_layer_norm:
             self.final_layer_norm = layer_norm(config, **options)
         if self.projected:
             self.project_out = Linear(D, E, **linear)
@@ -307,7 +308,7 @@ class Model(nnx.Module):
                 x, kept = run(block, x, positions, k_positions, cache.layers[i], start, rngs)
             layers.append(kept)
 
-        if self.config.do_layer_norm_before:
+        if hasattr(self, "final_layer_norm"):
             x = self.final_layer_norm(x)
         if self.projected:
             x = self.project_out(x)  # [B, T, E]
@@ -773,9 +774,16 @@ def stored_tensors(folder: Path) -> dict:
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
 
-    # The file is opened again for each tensor: pages of an open file count as memory in use.
     def reader(name):
-        return lambda: safe_open(file, "np").get_tensor(name)
+        def read():
+            # Opened again for each tensor: pages of an open file count as memory in use.
+            opened = safe_open(file, "np")
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
+            return opened.get_tensor(name)
+
+        return read
 
     return {name: reader(name) for name in list(safe_open(file, "np").keys())}
 
@@ -788,6 +796,20 @@ def known_fields(values: dict) -> dict:
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
+
+
+def check_kind(values: dict, supported) -> str:
+    """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
+    kind = values.get("model_type", supported[0])
+    check_supported("model_type", kind, supported)
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise InputError(
+            f"config.json: the weights are quantized ({method}), which is not supported: "
+            "use the checkpoint that they were made from"
+        )
+    return kind
 
 
 def check_supported(name: str, value, supported) -> None:
@@ -828,8 +850,10 @@ PRESETS = {  # by id on the Hub; the first is the default
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    check_supported("model_type", values.get("model_type", "opt"), ["opt"])
-    config = Config(**known_fields(values))
+    check_kind(values, ["opt"])
+    known = known_fields(values)
+    known["remove_final_layer_norm"] = values.get("_remove_final_layer_norm", False)
+    config = Config(**known)
     check_supported("activation_function", config.activation_function, ACTIVATIONS)
     return config
 
@@ -837,6 +861,7 @@ def config_from_hf(values: dict) -> Config:
 def config_to_hf(config: Config) -> dict:
     """The contents of config.json for a Config; see Config.to_hf."""
     values = {"architectures": ["OPTForCausalLM"], "model_type": "opt", **asdict(config)}
+    values["_remove_final_layer_norm"] = values.pop("remove_final_layer_norm")
     del values["padded_vocab_size"]
     return values
 

@@ -11,6 +11,7 @@ import textwrap
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from flax import nnx
 from helpers.families import GPT2, once
@@ -273,6 +274,22 @@ def test_a_config_of_something_else_is_refused_with_what_would_do(family, folder
         with pytest.raises(family.module.InputError, match=value) as error:
             family.module.load(folder)
         assert any(other in str(error.value) for other in possible)
+
+
+@once
+def test_quantized_weights_are_refused_by_name(family, plain, folder, tensors):
+    values = json.loads((folder / "config.json").read_text())
+    quantized = values | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(family.module.InputError, match=r"quantized \(gptq\)"):
+        family.module.Config.from_hf(quantized)
+
+    name = name_of(plain, family.matrix)
+    write(folder, tensors | {name: tensors[name].astype(np.int8)})
+    refuse(family.module, folder, name, "I8", "quantized")
+    float8 = {key: torch.tensor(value) for key, value in tensors.items()}
+    float8[name] = float8[name].to(torch.float8_e4m3fn)
+    safetensors.torch.save_file(float8, folder / "model.safetensors")
+    refuse(family.module, folder, name, "F8_E4M3", "quantized")
 
 
 # -------------------------------------------------------------------------------------- the config
