@@ -29,7 +29,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +72,10 @@ class Config:
     rope_theta: float = 1000000.0
     rope_factor: float = 1.0  # linear RoPE scaling of the FULL layers
     rope_local_base_freq: float = 10000.0  # theta of the SLIDING layers
+    rope_local_factor: float = 1.0  # and their linear RoPE scaling, if a checkpoint has one
+    hidden_activation: str = "gelu_pytorch_tanh"  # of the gate in the MLP
     initializer_range: float = 0.02  # standard deviation of the initial weights
+    tie_word_embeddings: bool = True  # the head is the token table
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 1
     padded_vocab_size: int | None = None  # train with so many token vectors; save drops the rest
@@ -188,12 +191,15 @@ def rope_frequencies(config: Config, sliding: bool):
 
     Full layers have a larger theta, and linear scaling in models with a long context.
     """
+    theta = config.rope_theta
+    factor = config.rope_factor
+    if sliding:
+        theta = config.rope_local_base_freq
+        factor = config.rope_local_factor
+
     Dh = config.head_dim
-    theta = config.rope_local_base_freq if sliding else config.rope_theta
     inv_freq = theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)
-    if not sliding:
-        inv_freq = inv_freq / config.rope_factor
-    return inv_freq
+    return inv_freq / factor
 
 
 class Attention(nnx.Module):
@@ -252,7 +258,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """A gated MLP: two projections to F, one of which gates the other, and one back to D.
 
-    The gate's activation is GELU in its tanh form: GeGLU, Shazeer 2020.
+    The gate's activation is GELU: GeGLU, Shazeer 2020.
     """
 
     def __init__(self, config: Config, **options):
@@ -261,6 +267,7 @@ class MLP(nnx.Module):
         init = normal(config.initializer_range)
         linear = {"use_bias": False, "kernel_init": init, **options}
 
+        self.act = ACTIVATIONS[config.hidden_activation]
         self.gate_proj = Linear(D, F, **linear)
         self.up_proj = Linear(D, F, **linear)
         self.down_proj = Linear(F, D, **linear)
@@ -268,7 +275,7 @@ class MLP(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x):
         """x [B, T, D] -> [B, T, D]"""
-        gate = jax.nn.gelu(self.gate_proj(x), approximate=True)  # [B, T, F]
+        gate = self.act(self.gate_proj(x))  # [B, T, F]
         x = gate * self.up_proj(x)
         return self.down_proj(x)  # [B, T, D]
 
@@ -337,6 +344,8 @@ class Model(nnx.Module):
         layers = range(config.num_hidden_layers)
         self.layers = nnx.List([Block(config, layer, **options) for layer in layers])
         self.norm = RMSNorm(config, D, **options)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(D, V, use_bias=False, kernel_init=init, **options)
 
     def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
@@ -381,7 +390,10 @@ class Model(nnx.Module):
     @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32."""
-        w = self.embed_tokens.embedding  # [V, D]
+        if self.config.tie_word_embeddings:
+            w = self.embed_tokens.embedding  # [V, D]
+        else:
+            w = self.lm_head.kernel.T
         w = w.astype(x.dtype)
 
         logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
@@ -389,6 +401,12 @@ class Model(nnx.Module):
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits[..., : self.config.vocab_size]  # without a padded vocabulary
+
+
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),  # all published Gemmas have it
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
 
 
 class RMSNorm(nnx.Module):
@@ -521,7 +539,9 @@ def sample(
 
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
+    # The largest logit becomes 0, so that no temperature is too low to divide by.
+    best = logits.max(axis=-1, keepdims=True)
+    logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
     # From here on there are only k logits, and `ids` says whose they are.
     ids = None
@@ -727,15 +747,18 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
 
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
     float32 to train. mesh: a jax.sharding.Mesh (not of jax.make_mesh); each tensor goes straight
-    to its devices, as SHARDING says. InputError: another kind of model, or tensors that are
+    to its devices, as SHARDING says. A checkpoint with a head of its own is loaded with it, even if
+    its config.json calls the two tied. InputError: another kind of model, or tensors that are
     missing, unexpected or of the wrong shape.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
-    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     stored = stored_tensors(folder)
+    if config.tie_word_embeddings:
+        config, stored = find_head(config, stored)
+    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
     # The largest come first: while a tensor is converted, there are two more copies of it.
@@ -787,10 +810,34 @@ def named_parameters(state):
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
-        for pattern, template, transposed in CHECKPOINT:
-            if re.fullmatch(pattern, path):
-                yield path, param, re.sub(pattern, template, path), transposed
-                break
+        name, transposed = name_in_checkpoint(path)
+        if name is not None:
+            yield path, param, name, transposed
+
+
+def name_in_checkpoint(path: str) -> tuple:
+    """(the name that a parameter has in checkpoints, or None; whether it is transposed there)."""
+    for pattern, template, transposed in CHECKPOINT:
+        if re.fullmatch(pattern, path):
+            return re.sub(pattern, template, path), transposed
+    return None, False
+
+
+def find_head(config: Config, stored: dict) -> tuple[Config, dict]:
+    """The config and the stored tensors of a tied model, corrected by what the file holds.
+
+    Some files hold the token table under the name of the head. Others, such as merged adapters,
+    hold a head that differs from the table: that model is not tied.
+    """
+    table, _ = name_in_checkpoint(VOCABULARY[0])
+    head, _ = name_in_checkpoint("lm_head.kernel")
+    if head not in stored:
+        return config, stored
+    if table not in stored:
+        return config, {**stored, table: stored[head]}
+    if np.array_equal(stored[head](), stored[table]()):
+        return config, stored
+    return replace(config, tie_word_embeddings=False), stored
 
 
 def check_names(folder: Path, state, stored: dict) -> None:
@@ -839,7 +886,9 @@ def stored_tensors(folder: Path) -> dict:
         stored = {}
         for file in files:
             for name, read in tensors_in(folder / file).items():
-                stored[re.sub(*RENAMED, name)] = read
+                for pattern, new in RENAMED:
+                    name = re.sub(pattern, new, name)
+                stored[name] = read
         if stored:
             return stored
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
@@ -848,9 +897,16 @@ def stored_tensors(folder: Path) -> dict:
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
 
-    # The file is opened again for each tensor: pages of an open file count as memory in use.
     def reader(name):
-        return lambda: safe_open(file, "np").get_tensor(name)
+        def read():
+            # Opened again for each tensor: pages of an open file count as memory in use.
+            opened = safe_open(file, "np")
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
+            return opened.get_tensor(name)
+
+        return read
 
     return {name: reader(name) for name in list(safe_open(file, "np").keys())}
 
@@ -863,6 +919,20 @@ def known_fields(values: dict) -> dict:
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
+
+
+def check_kind(values: dict, supported) -> str:
+    """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
+    kind = values.get("model_type", supported[0])
+    check_supported("model_type", kind, supported)
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise InputError(
+            f"config.json: the weights are quantized ({method}), which is not supported: "
+            "use the checkpoint that they were made from"
+        )
+    return kind
 
 
 def check_supported(name: str, value, supported) -> None:
@@ -892,22 +962,34 @@ def preset(parameters: int, GB: float, kind: dict, *, D, F, L, H, K, Dh=256, sca
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    values = {**values, **values.get("text_config", {})}  # of a multimodal Gemma 3
-    kind = values.get("model_type", Config.model_type)
-    check_supported("model_type", kind, ARCHITECTURES)
-    tied = values.get("tie_word_embeddings", True)
-    check_supported("tie_word_embeddings", tied, [True])
-    act = values.get("hidden_activation") or values.get("hidden_act", "gelu_pytorch_tanh")
-    check_supported("hidden_activation", act, ["gelu", "gelu_pytorch_tanh"])  # the tanh form, both
+    kind = check_kind(values, [*ARCHITECTURES, "gemma3"])
+    if kind == "gemma3":  # a multimodal one, of which the text model is read
+        kind = "gemma3_text"
+        values = {**values, **(values.get("text_config") or {}), "model_type": kind}
+    values = {**ABSENT[kind], **values}
+    both_ways = values.get("use_bidirectional_attention") or False
+    check_supported("use_bidirectional_attention", both_ways, [False])
 
     known = known_fields(values)
     known |= rope_of(values, kind)
     known["layer_types"] = layer_types_of(values, kind)
+    known["hidden_activation"] = activation_of(values, kind)
     if kind == "gemma":
-        known["query_pre_attn_scalar"] = known.get("head_dim", Config.head_dim)
-    if kind == "gemma2":
-        known = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **known}
+        known["query_pre_attn_scalar"] = values["head_dim"]
+    if kind == "gemma3_text":
+        known["attn_logit_softcapping"] = None  # the reference does not use it
     return Config(**known)
+
+
+def activation_of(values: dict, kind: str) -> str:
+    """The activation of the MLP. In every Gemma 1 "gelu" means its tanh form."""
+    if kind == "gemma":
+        name = values.get("hidden_act", "gelu")
+        name = {"gelu": "gelu_pytorch_tanh"}.get(name, name)
+    else:
+        name = values.get("hidden_activation", "gelu_pytorch_tanh")
+    check_supported("hidden_activation", name, ACTIVATIONS)
+    return name
 
 
 def rope_of(values: dict, kind: str) -> dict:
@@ -916,20 +998,32 @@ def rope_of(values: dict, kind: str) -> dict:
     Old files have rope_theta, rope_local_base_freq and rope_scaling, new ones rope_parameters: in
     Gemma 3 one set of them for each kind of layer.
     """
+    scaling = values.get("rope_scaling") or {}
     parameters = values.get("rope_parameters") or {}
-    full = {**(values.get("rope_scaling") or {}), **parameters.get(FULL, parameters)}
-    rope_type = full.get("rope_type", full.get("type"))
-    check_supported("rope_type", rope_type, [None, "default", "linear"])
-
     if kind == "gemma3_text":
-        theta = full.get("rope_theta", values.get("rope_theta", 1e6))
-        local = values.get("rope_local_base_freq", 1e4)
-        local = parameters.get(SLIDING, {}).get("rope_theta", local)
+        full = {**(parameters.get(FULL) or {}), **scaling}
+        sliding = parameters.get(SLIDING) or {}
+        local = values["rope_local_base_freq"]
     else:
-        theta = full.get("rope_theta", values.get("rope_theta", 1e4))
-        local = theta
-    factor = full.get("factor", 1.0)
-    return {"rope_theta": theta, "rope_local_base_freq": local, "rope_factor": factor}
+        full = sliding = scaling or parameters
+        local = values["rope_theta"]
+    return {
+        "rope_theta": full.get("rope_theta", values["rope_theta"]),
+        "rope_factor": linear_factor(full),
+        "rope_local_base_freq": sliding.get("rope_theta", local),
+        "rope_local_factor": linear_factor(sliding),
+    }
+
+
+def linear_factor(rope: dict) -> float:
+    """The factor of linear RoPE scaling; 1 where there is none."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    check_supported("rope_type", kind, ["default", "linear"])
+    if kind == "default":
+        return 1.0
+    if "factor" not in rope:
+        raise InputError("config.json: RoPE scaling of type linear lacks factor")
+    return rope["factor"]
 
 
 def layer_types_of(values: dict, kind: str) -> tuple[str, ...]:
@@ -939,7 +1033,7 @@ def layer_types_of(values: dict, kind: str) -> tuple[str, ...]:
     period = values.get("sliding_window_pattern", 6)
     if kind != "gemma3_text":
         period = {"gemma": 1, "gemma2": 2}[kind]
-    return layer_pattern(values.get("num_hidden_layers", Config.num_hidden_layers), period)
+    return layer_pattern(values["num_hidden_layers"], period)
 
 
 def layer_pattern(layers: int, period: int) -> tuple[str, ...]:
@@ -952,21 +1046,53 @@ def config_to_hf(config: Config) -> dict:
     values = {
         "architectures": [ARCHITECTURES[config.model_type]],
         **asdict(config),
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": config.hidden_activation,
         "rope_scaling": None,
     }
     factor = values.pop("rope_factor")
     if factor != 1:
         values["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    local_factor = values.pop("rope_local_factor")
+    if config.model_type == "gemma3_text" and local_factor != 1:
+        sliding = {"rope_type": "linear", "factor": local_factor}
+        sliding["rope_theta"] = config.rope_local_base_freq
+        full = {"rope_type": "default", "rope_theta": config.rope_theta}
+        values["rope_parameters"] = {SLIDING: sliding, FULL: full}
     del values["padded_vocab_size"]
     return values
 
 
 ARCHITECTURES = {  # by model_type
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+}
+# What transformers assumes where a config.json lacks a key.
+ABSENT = {
+    "gemma3_text": {
+        "num_hidden_layers": 26,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+    "gemma2": {
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "num_hidden_layers": 26,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "rope_theta": 1e4,
+    },
+    "gemma": {
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "rope_theta": 1e4,
+    },
 }
 GEMMA1 = {"model_type": "gemma", "vocab_size": 256000, "max_position_embeddings": 8192}
 GEMMA2 = GEMMA1 | {"model_type": "gemma2"}
@@ -1002,13 +1128,17 @@ PRESETS = {  # by id on the Hub; the first is the default
 
 # Parameter path -> its name in a checkpoint, and whether it is transposed there.
 CHECKPOINT = [
+    (r"lm_head\.kernel", "lm_head.weight", True),
     (r"(.+)\.kernel", r"model.\1.weight", True),
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
-VOCABULARY = ("embed_tokens.embedding",)  # saved without a padded vocabulary
-RENAMED = (r"^(language_model\.|model\.)*(?!lm_head\.)", "model.")  # multimodal models
+VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # saved without a padded vocabulary
+RENAMED = [  # of multimodal models
+    (r"^(language_model\.|model\.)+(?=lm_head\.)", ""),
+    (r"^(language_model\.|model\.)*(?!lm_head\.)", "model."),
+]
 # Ignored where a file has them: the token table again as the head, and what is for pictures.
-IGNORED = r".*lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
+IGNORED = r"lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
 FORMATS = {"model.safetensors": safetensors_in}  # files of weights, and what reads them
 
@@ -1025,6 +1155,8 @@ def tokenizer(name, revision: str | None = None):
     folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        codec.no_truncation()  # some files ask to cut or to pad every text
+        codec.no_padding()
 
         def encode(text: str) -> list[int]:
             return codec.encode(text).ids
@@ -1040,7 +1172,7 @@ def tokenizer(name, revision: str | None = None):
 # How each dimension of a parameter is split over a mesh with the axes "fsdp" and "tensor".
 SHARDING = [
     (r"embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel", ("fsdp", "tensor")),
+    (r".+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel|lm_head\.kernel", ("fsdp", "tensor")),
     (r".+\.(o_proj|down_proj)\.kernel", ("tensor", "fsdp")),
     (r".+", ()),
 ]

@@ -28,7 +28,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -629,7 +629,9 @@ def sample(
 
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
+    # The largest logit becomes 0, so that no temperature is too low to divide by.
+    best = logits.max(axis=-1, keepdims=True)
+    logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
     # From here on there are only k logits, and `ids` says whose they are.
     ids = None
@@ -835,15 +837,18 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
 
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
     float32 to train. mesh: a jax.sharding.Mesh (not of jax.make_mesh); each tensor goes straight
-    to its devices, as SHARDING says. InputError: another kind of model, or tensors that are
+    to its devices, as SHARDING says. A checkpoint with a head of its own is loaded with it, even if
+    its config.json calls the two tied. InputError: another kind of model, or tensors that are
     missing, unexpected or of the wrong shape.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
-    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     stored = stored_tensors(folder)
+    if config.tie_word_embeddings:
+        config, stored = find_head(config, stored)
+    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
     # The largest come first: while a tensor is converted, there are two more copies of it.
@@ -895,10 +900,34 @@ def named_parameters(state):
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
-        for pattern, template, transposed in CHECKPOINT:
-            if re.fullmatch(pattern, path):
-                yield path, param, re.sub(pattern, template, path), transposed
-                break
+        name, transposed = name_in_checkpoint(path)
+        if name is not None:
+            yield path, param, name, transposed
+
+
+def name_in_checkpoint(path: str) -> tuple:
+    """(the name that a parameter has in checkpoints, or None; whether it is transposed there)."""
+    for pattern, template, transposed in CHECKPOINT:
+        if re.fullmatch(pattern, path):
+            return re.sub(pattern, template, path), transposed
+    return None, False
+
+
+def find_head(config: Config, stored: dict) -> tuple[Config, dict]:
+    """The config and the stored tensors of a tied model, corrected by what the file holds.
+
+    Some files hold the token table under the name of the head. Others, such as merged adapters,
+    hold a head that differs from the table: that model is not tied.
+    """
+    table, _ = name_in_checkpoint(VOCABULARY[0])
+    head, _ = name_in_checkpoint("lm_head.kernel")
+    if head not in stored:
+        return config, stored
+    if table not in stored:
+        return config, {**stored, table: stored[head]}
+    if np.array_equal(stored[head](), stored[table]()):
+        return config, stored
+    return replace(config, tie_word_embeddings=False), stored
 
 
 def check_names(folder: Path, state, stored: dict) -> None:
@@ -947,7 +976,9 @@ def stored_tensors(folder: Path) -> dict:
         stored = {}
         for file in files:
             for name, read in tensors_in(folder / file).items():
-                stored[re.sub(*RENAMED, name)] = read
+                for pattern, new in RENAMED:
+                    name = re.sub(pattern, new, name)
+                stored[name] = read
         if stored:
             return stored
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
@@ -956,9 +987,16 @@ def stored_tensors(folder: Path) -> dict:
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
 
-    # The file is opened again for each tensor: pages of an open file count as memory in use.
     def reader(name):
-        return lambda: safe_open(file, "np").get_tensor(name)
+        def read():
+            # Opened again for each tensor: pages of an open file count as memory in use.
+            opened = safe_open(file, "np")
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
+            return opened.get_tensor(name)
+
+        return read
 
     return {name: reader(name) for name in list(safe_open(file, "np").keys())}
 
@@ -971,6 +1009,20 @@ def known_fields(values: dict) -> dict:
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
+
+
+def check_kind(values: dict, supported) -> str:
+    """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
+    kind = values.get("model_type", supported[0])
+    check_supported("model_type", kind, supported)
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise InputError(
+            f"config.json: the weights are quantized ({method}), which is not supported: "
+            "use the checkpoint that they were made from"
+        )
+    return kind
 
 
 def check_supported(name: str, value, supported) -> None:
@@ -1013,23 +1065,42 @@ ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    kind = values.get("model_type", Config.model_type)
-    check_supported("model_type", kind, ARCHITECTURES)
+    kind = check_kind(values, list(ARCHITECTURES))
+    values = {**ABSENT[kind], **values}
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
     known = known_fields(values)
 
-    # Older files leave out the KV heads and the head width.
+    # null in some files: as many KV heads as heads, and heads that share the width.
     H = known.get("num_attention_heads", Config.num_attention_heads)
     D = known.get("hidden_size", Config.hidden_size)
     known["num_key_value_heads"] = values.get("num_key_value_heads") or H
     known["head_dim"] = values.get("head_dim") or D // H
 
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    known["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", Config.rope_theta))
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    known["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     check_supported("rope_type", kind, ["default"])
     return Config(**known)
+
+
+# What transformers assumes where a config.json lacks a key.
+ABSENT = {
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    },
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+}
 
 
 def config_to_hf(config: Config) -> dict:
@@ -1046,7 +1117,7 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # saved without a padded vocabulary
-RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # bare models lack the prefix
+RENAMED = [(r"^(?!model\.|lm_head\.)", "model.")]  # bare models lack the prefix
 # Ignored where a file has them: the token table again as the head, and RoPE's frequencies.
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"]
@@ -1065,6 +1136,8 @@ def tokenizer(name, revision: str | None = None):
     folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        codec.no_truncation()  # some files ask to cut or to pad every text
+        codec.no_padding()
 
         def encode(text: str) -> list[int]:
             return codec.encode(text).ids

@@ -30,7 +30,7 @@ import pickle
 import re
 import sys
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +60,7 @@ class Config:
     word_embed_proj_dim: int | None = None  # E; None: hidden_size
     activation_function: str = "relu"
     do_layer_norm_before: bool = True  # pre-norm; False: post-norm
+    remove_final_layer_norm: bool = False  # no norm after the last block
     layer_norm_elementwise_affine: bool = True  # layer norms have weights and biases
     enable_bias: bool = True  # linear layers have biases
     init_std: float = 0.006  # standard deviation of the initial weights; config.json often has 0.02
@@ -262,7 +263,7 @@ class Model(nnx.Module):
         if self.projected:
             self.project_in = Linear(E, D, **linear)
         self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
-        if config.do_layer_norm_before:
+        if config.do_layer_norm_before and not config.remove_final_layer_norm:
             self.final_layer_norm = layer_norm(config, **options)
         if self.projected:
             self.project_out = Linear(D, E, **linear)
@@ -307,7 +308,7 @@ class Model(nnx.Module):
                 x, kept = run(block, x, positions, k_positions, cache.layers[i], start, rngs)
             layers.append(kept)
 
-        if self.config.do_layer_norm_before:
+        if hasattr(self, "final_layer_norm"):
             x = self.final_layer_norm(x)
         if self.projected:
             x = self.project_out(x)  # [B, T, E]
@@ -415,7 +416,9 @@ def sample(
 
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
+    # The largest logit becomes 0, so that no temperature is too low to divide by.
+    best = logits.max(axis=-1, keepdims=True)
+    logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
     # From here on there are only k logits, and `ids` says whose they are.
     ids = None
@@ -621,15 +624,18 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
 
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
     float32 to train. mesh: a jax.sharding.Mesh (not of jax.make_mesh); each tensor goes straight
-    to its devices, as SHARDING says. InputError: another kind of model, or tensors that are
+    to its devices, as SHARDING says. A checkpoint with a head of its own is loaded with it, even if
+    its config.json calls the two tied. InputError: another kind of model, or tensors that are
     missing, unexpected or of the wrong shape.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     folder = fetch(source, revision)
     config = Config.from_hf(json.loads((folder / "config.json").read_text()))
-    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     stored = stored_tensors(folder)
+    if config.tie_word_embeddings:
+        config, stored = find_head(config, stored)
+    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
     # The largest come first: while a tensor is converted, there are two more copies of it.
@@ -681,10 +687,34 @@ def named_parameters(state):
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
-        for pattern, template, transposed in CHECKPOINT:
-            if re.fullmatch(pattern, path):
-                yield path, param, re.sub(pattern, template, path), transposed
-                break
+        name, transposed = name_in_checkpoint(path)
+        if name is not None:
+            yield path, param, name, transposed
+
+
+def name_in_checkpoint(path: str) -> tuple:
+    """(the name that a parameter has in checkpoints, or None; whether it is transposed there)."""
+    for pattern, template, transposed in CHECKPOINT:
+        if re.fullmatch(pattern, path):
+            return re.sub(pattern, template, path), transposed
+    return None, False
+
+
+def find_head(config: Config, stored: dict) -> tuple[Config, dict]:
+    """The config and the stored tensors of a tied model, corrected by what the file holds.
+
+    Some files hold the token table under the name of the head. Others, such as merged adapters,
+    hold a head that differs from the table: that model is not tied.
+    """
+    table, _ = name_in_checkpoint(VOCABULARY[0])
+    head, _ = name_in_checkpoint("lm_head.kernel")
+    if head not in stored:
+        return config, stored
+    if table not in stored:
+        return config, {**stored, table: stored[head]}
+    if np.array_equal(stored[head](), stored[table]()):
+        return config, stored
+    return replace(config, tie_word_embeddings=False), stored
 
 
 def check_names(folder: Path, state, stored: dict) -> None:
@@ -733,7 +763,9 @@ def stored_tensors(folder: Path) -> dict:
         stored = {}
         for file in files:
             for name, read in tensors_in(folder / file).items():
-                stored[re.sub(*RENAMED, name)] = read
+                for pattern, new in RENAMED:
+                    name = re.sub(pattern, new, name)
+                stored[name] = read
         if stored:
             return stored
     raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
@@ -742,9 +774,16 @@ def stored_tensors(folder: Path) -> dict:
 def safetensors_in(file: Path) -> dict:
     """The tensors of a .safetensors file: name -> a function that reads one as a numpy array."""
 
-    # The file is opened again for each tensor: pages of an open file count as memory in use.
     def reader(name):
-        return lambda: safe_open(file, "np").get_tensor(name)
+        def read():
+            # Opened again for each tensor: pages of an open file count as memory in use.
+            opened = safe_open(file, "np")
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
+            return opened.get_tensor(name)
+
+        return read
 
     return {name: reader(name) for name in list(safe_open(file, "np").keys())}
 
@@ -757,6 +796,20 @@ def known_fields(values: dict) -> dict:
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
+
+
+def check_kind(values: dict, supported) -> str:
+    """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
+    kind = values.get("model_type", supported[0])
+    check_supported("model_type", kind, supported)
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise InputError(
+            f"config.json: the weights are quantized ({method}), which is not supported: "
+            "use the checkpoint that they were made from"
+        )
+    return kind
 
 
 def check_supported(name: str, value, supported) -> None:
@@ -797,8 +850,10 @@ PRESETS = {  # by id on the Hub; the first is the default
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    check_supported("model_type", values.get("model_type", "opt"), ["opt"])
-    config = Config(**known_fields(values))
+    check_kind(values, ["opt"])
+    known = known_fields(values)
+    known["remove_final_layer_norm"] = values.get("_remove_final_layer_norm", False)
+    config = Config(**known)
     check_supported("activation_function", config.activation_function, ACTIVATIONS)
     return config
 
@@ -806,6 +861,7 @@ def config_from_hf(values: dict) -> Config:
 def config_to_hf(config: Config) -> dict:
     """The contents of config.json for a Config; see Config.to_hf."""
     values = {"architectures": ["OPTForCausalLM"], "model_type": "opt", **asdict(config)}
+    values["_remove_final_layer_norm"] = values.pop("remove_final_layer_norm")
     del values["padded_vocab_size"]
     return values
 
@@ -818,7 +874,7 @@ CHECKPOINT = [
     (r"(.+)\.bias", r"model.decoder.\1.bias", False),
 ]
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # saved without a padded vocabulary
-RENAMED = (r"^(?!model\.|lm_head\.)", "model.")  # bare models lack the prefix
+RENAMED = [(r"^(?!model\.|lm_head\.)", "model.")]  # bare models lack the prefix
 IGNORED = r"lm_head\.weight"  # ignored where a file has it: the token table again as the head
 DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
 
@@ -833,6 +889,8 @@ def tokenizer(name, revision: str | None = None):
     folder = fetch(name, revision, weights=False)
     if (folder / "tokenizer.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        codec.no_truncation()  # some files ask to cut or to pad every text
+        codec.no_padding()
     else:
         codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
         codec.add_special_tokens(["<pad>", "</s>"])

@@ -595,7 +595,7 @@ def place(model_file, model, mesh, prompts: list[list[int]], limit: int, seed: i
     rows = len(prompts)
 
     tokens, positions, length = model_file.batch_prompts(model.config, prompts, limit)
-    key_of_row = partial(jax.random.fold_in, jax.random.key(seed))
+    key_of_row = partial(jax.random.fold_in, random_key(seed))
     keys = jax.vmap(key_of_row)(np.arange(rows))
     batch = [tokens, positions, keys]
 
@@ -802,7 +802,7 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
     short, or if ids begin differently: some templates drop parts of earlier answers.
     """
     graphdef, state = nnx.split(model)
-    key = jax.random.fold_in(jax.random.key(args.seed), 0)  # as the first row of a batch has
+    key = jax.random.fold_in(random_key(args.seed), 0)  # as the first row of a batch has
     options = {"keys": key[None], "sampling": sampling_options(args), "top_k": args.top_k}
     prefill = partial(model_file.prefill, graphdef, state, **options)
     decode = partial(model_file.decode, graphdef, state, **options)
@@ -877,6 +877,14 @@ def pick_devices(name: str | None, parallel: str) -> list:
     own = next(device for device in devices if device.process_index == jax.process_index())
     jax.config.update("jax_default_device", own)
     return devices
+
+
+def random_key(seed: int):
+    """A random key for a seed; jax.random.key itself knows the last 32 bits only."""
+    key = jax.random.key(seed % 2**32)
+    if seed >= 2**32:
+        key = jax.random.fold_in(key, seed // 2**32)
+    return key
 
 
 def memory_of(device) -> float:

@@ -129,7 +129,7 @@ class Run:
 
 def train(run: Run, stop: "Stop") -> None:
     """The training loop: until --steps, a signal, or a loss that diverges."""
-    key = jax.random.key(run.args.seed)
+    key = random_key(run.args.seed)
     run.val_loss, _ = evaluate(run, run.learned, some_batches(run))
     print(f"validation loss before step {run.step + 1}: {run.val_loss:.4f}", flush=True)
 
@@ -1175,7 +1175,7 @@ def make_model(args, module, folder: Path | None, data: Data, devices: list) -> 
     options = {"dtype": args.dtype, "remat": args.remat}
 
     def draw():
-        return module.Model(config, rngs=nnx.Rngs(args.seed), **options)
+        return module.Model(config, rngs=nnx.Rngs(random_key(args.seed)), **options)
 
     heads = config.num_attention_heads
     parallel = args.parallel
@@ -1250,7 +1250,7 @@ def add_adapters(module, model, args) -> dict:
     not changed: the layers of the model are. Returns {path: the matrix's name in a checkpoint}.
     """
     names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
-    rngs = nnx.Rngs(args.seed)
+    rngs = nnx.Rngs(random_key(args.seed))
     adapters = {}
     for path, (holder, name, layer) in linear_layers(model).items():
         dotted = ".".join(map(str, path))
@@ -1652,6 +1652,14 @@ def pick_devices(name: str | None, parallel: str) -> list:
     own = next(device for device in devices if device.process_index == jax.process_index())
     jax.config.update("jax_default_device", own)
     return devices
+
+
+def random_key(seed: int):
+    """A random key for a seed; jax.random.key itself knows the last 32 bits only."""
+    key = jax.random.key(seed % 2**32)
+    if seed >= 2**32:
+        key = jax.random.fold_in(key, seed // 2**32)
+    return key
 
 
 def memory_of(device) -> float:

@@ -31,6 +31,7 @@ COPIES = [
     ),
     (["llama", "gemma", "mistral"], ["attend", "rotate"]),
     (["llama", "mistral"], ["rms_norm", "tokenizer"]),
+    (["sample", "train"], ["random_key"]),
     (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
     (
         PROGRAMS,

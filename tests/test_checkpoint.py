@@ -11,6 +11,7 @@ import textwrap
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from flax import nnx
 from helpers.families import GPT2, once
@@ -117,6 +118,31 @@ def test_buffers_and_a_repeated_tied_head_are_skipped(family, plain, folder, ten
     assert_same_model(family.module.load(folder), plain.model)
 
 
+def test_a_tied_file_with_a_head_of_its_own_is_loaded_with_it(family, plain, folder, tensors):
+    """Merged adapters leave such files. transformers uses the head that is there, too."""
+    table = tensors[name_of(plain, f"{family.table}.embedding")]
+    head = np.random.default_rng(0).normal(size=table.shape).astype(np.float32)
+    write(folder, tensors | {"lm_head.weight": head})
+    model = family.module.load(folder)
+    np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)
+    theirs = read_hf(family, folder)
+    np.testing.assert_array_equal(theirs.lm_head.weight.detach(), head)
+    tokens = np.arange(20)[None]
+    expected = theirs(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(model(tokens), expected, rtol=1e-3, atol=1e-3)  # logits of about 50
+
+    family.module.save(model, folder)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_same_model(family.module.load(folder), model)
+
+
+def test_a_tied_file_may_hold_the_token_table_as_the_head_alone(family, plain, folder, tensors):
+    table = name_of(plain, f"{family.table}.embedding")
+    head = tensors.pop(table)
+    write(folder, tensors | {"lm_head.weight": head})
+    assert_same_model(family.module.load(folder), plain.model)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @once
 def test_parameters_are_stored_as_dtype_or_param_dtype_says(family, plain, dtype):
@@ -206,8 +232,6 @@ def test_a_missing_an_unexpected_and_a_misshapen_tensor_are_named(family, plain,
 
 
 def test_an_own_head_is_missed_where_the_config_wants_one(family, folder, tensors):
-    if not family.own_head:
-        pytest.skip("the head is always the token table")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     write(folder, tensors)
@@ -250,6 +274,22 @@ def test_a_config_of_something_else_is_refused_with_what_would_do(family, folder
         with pytest.raises(family.module.InputError, match=value) as error:
             family.module.load(folder)
         assert any(other in str(error.value) for other in possible)
+
+
+@once
+def test_quantized_weights_are_refused_by_name(family, plain, folder, tensors):
+    values = json.loads((folder / "config.json").read_text())
+    quantized = values | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(family.module.InputError, match=r"quantized \(gptq\)"):
+        family.module.Config.from_hf(quantized)
+
+    name = name_of(plain, family.matrix)
+    write(folder, tensors | {name: tensors[name].astype(np.int8)})
+    refuse(family.module, folder, name, "I8", "quantized")
+    float8 = {key: torch.tensor(value) for key, value in tensors.items()}
+    float8[name] = float8[name].to(torch.float8_e4m3fn)
+    safetensors.torch.save_file(float8, folder / "model.safetensors")
+    refuse(family.module, folder, name, "F8_E4M3", "quantized")
 
 
 # -------------------------------------------------------------------------------------- the config
@@ -307,11 +347,10 @@ def test_a_bfloat16_model_is_saved_as_such(family, plain, tmp_path):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
 @pytest.mark.core_gpt2_only
 def test_rows_that_pad_the_vocabulary_are_not_saved(family, tmp_path, tied):
-    if not tied and not family.own_head:
-        pytest.skip("the head is always the token table")
-    own = {"tie_word_embeddings": tied} if family.own_head else {}
     config = dataclasses.replace(
-        family.module.Config.from_hf(family.sizes), padded_vocab_size=128, **own
+        family.module.Config.from_hf(family.sizes),
+        padded_vocab_size=128,
+        tie_word_embeddings=tied,
     )
     model = family.module.Model(config, rngs=nnx.Rngs(0))
     assert getattr(model, family.table).embedding.shape[0] == 128

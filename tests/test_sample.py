@@ -138,6 +138,7 @@ def test_prompts_come_from_files_and_from_standard_input_too(weights, tmp_path):
 def test_the_seed_decides(weights):
     options = ["--weights", weights, "--prompt", "Hello", "--temperature", 1.5, "--seed"]
     assert text_of(*options, 1) == text_of(*options, 1) != text_of(*options, 2)
+    assert text_of(*options, 1) != text_of(*options, 2**32 + 1)  # whose last 32 bits are the same
 
 
 def test_temperature_0_is_greedy_and_top_k_1_the_same(weights):

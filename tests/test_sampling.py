@@ -137,6 +137,13 @@ def test_the_chi_square_test_notices_an_option_that_is_a_little_off(draw, asked,
     assert surprise(draw(logits_of(0), **asked), exact(logits_of(0), **meant)) < SIGNIFICANCE
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-44])
+def test_a_temperature_near_0_is_greedy(draw, temperature):
+    """1e-44 is so small that a CPU counts it as 0, by which nothing can be divided."""
+    counts = draw(logits_of(0), temperature=temperature)
+    assert counts[logits_of(0).argmax()] == DRAWS
+
+
 def test_the_filters_keep_the_tokens_that_can_be_worked_out_by_hand(draw):
     """0.4, 0.3, 0.15, 0.1, 0.05: in an order of its own, so that sorting cannot hide an error."""
     logits = np.full(V, -1e9)

@@ -1,12 +1,14 @@
 """tokenizer(): the ids of transformers and of tiktoken, and every text back unchanged."""
 
+import importlib
 import json
 import shutil
 
 import pytest
 import tiktoken
 import transformers
-from helpers.reference import MATERIAL
+from helpers.reference import MATERIAL, ROOT
+from tokenizers import Tokenizer
 
 import gpt2
 import opt
@@ -101,6 +103,21 @@ def test_ids_of_gpt2_are_those_of_tiktoken(tmp_path, monkeypatch):
     for text in TEXTS + SPECIAL + long_texts():
         expected = encoding.encode(text, allowed_special={"<|endoftext|>"})
         assert codec.encode(text) == expected, text[:60]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gemma", "mistral"])
+def test_a_tokenizer_json_that_asks_to_cut_or_pad_texts_is_not_obeyed(name, tmp_path):
+    """Both are for batches of training; transformers switches them off, too."""
+    module = importlib.import_module(name)
+    stored = ROOT / "tiny" / name / "tokenizer.json"
+    fast = Tokenizer.from_file(str(stored))
+    fast.enable_truncation(4)
+    fast.enable_padding(length=64)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    expected = module.tokenizer(stored.parent).encode("Two households, both alike in dignity")
+    assert len(expected) > 4
+    found = module.tokenizer(tmp_path).encode("Two households, both alike in dignity")
+    assert found == expected
 
 
 def test_decoding_gives_every_text_back(codec):

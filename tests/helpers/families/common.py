@@ -35,7 +35,6 @@ class Family:
     table: str  # the module that is the token table
     matrix: str  # the path of a matrix of layer 1 that is not square
     activation: str = "activation_function"  # what config.json calls it
-    own_head: bool = True  # whether a config may ask for one
     halves: tuple[str, ...] = ("bfloat16", "float16")  # dtypes beside float32
     buffers: tuple[str, ...] = ()  # tensors of old files that are no parameters
     cut: dict = field(default_factory=dict)  # makes the published size small enough for a test

@@ -23,7 +23,7 @@ def opt_parts(model, tokens, x):
     if model.projected:
         parts["project_in"] = model.project_in(x[..., : model.embed_tokens.features])
         parts["project_out"] = model.project_out(x)
-    if model.config.do_layer_norm_before:
+    if hasattr(model, "final_layer_norm"):
         parts["final norm"] = model.final_layer_norm(x)
     return parts
 
@@ -65,6 +65,7 @@ OPT = Family(
         "norms after, narrow tokens": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
         "no biases": {"enable_bias": False, "num_attention_heads": 4, "num_hidden_layers": 3},
         "norms without weights": {"layer_norm_elementwise_affine": False, "ffn_dim": 40},
+        "no last norm": {"_remove_final_layer_norm": True, "layer_norm_elementwise_affine": False},
         "gelu, one head": {"activation_function": "gelu", "num_attention_heads": 1},
         "own head, narrow tokens": {"tie_word_embeddings": False, "word_embed_proj_dim": 24},
         "one layer, 5 heads of 7": {

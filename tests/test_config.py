@@ -1,0 +1,130 @@
+"""Config.from_hf: what a config.json means, key by key, as transformers reads it."""
+
+import importlib
+
+import pytest
+import torch
+import transformers
+from helpers.families.gemma import GEMMA3
+from helpers.families.rotary import SMALL
+
+import gemma
+import llama
+import mistral
+
+KINDS = {
+    "gpt2": ("gpt2", transformers.GPT2Config),
+    "opt": ("opt", transformers.OPTConfig),
+    "llama": ("llama", transformers.LlamaConfig),
+    "gemma": ("gemma", transformers.GemmaConfig),
+    "gemma2": ("gemma", transformers.Gemma2Config),
+    "gemma3_text": ("gemma", transformers.Gemma3TextConfig),
+    "mistral": ("mistral", transformers.MistralConfig),
+    "mixtral": ("mistral", transformers.MixtralConfig),
+}
+# Kept apart from the reference: OPT was trained from normal(0.006), as its paper says, and this is
+# for training from scratch alone.
+OUR_OWN = {"opt": {"init_std"}}
+
+
+def meaning(kind, values):
+    """The fields of Config for a config.json."""
+    name, _ = KINDS[kind]
+    config = importlib.import_module(name).Config.from_hf(values)
+    fields = {key: getattr(config, key) for key in config.__dataclass_fields__}
+    if kind == "opt":  # null means the same
+        fields["word_embed_proj_dim"] = fields["word_embed_proj_dim"] or config.hidden_size
+    return fields
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_that_is_left_out_means_what_transformers_takes_it_for(kind):
+    """Each key alone, and all of them: a config.json of a model_type and nothing else."""
+    _, config_class = KINDS[kind]
+    reference = config_class().to_dict()
+    expected = meaning(kind, reference)
+    for keys in [*([key] for key in reference), reference]:
+        left = {key: value for key, value in reference.items() if key not in keys}
+        found = meaning(kind, {**left, "model_type": kind})
+        unlike = {key for key in expected if found[key] != expected[key]}
+        assert unlike <= OUR_OWN.get(kind, set()), keys
+
+
+def rope_of_llama(scaling, **values):
+    config = llama.Config.from_hf({"rope_scaling": scaling, **values})
+    return dict(config.rope_scaling)
+
+
+BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def test_rope_type_wins_where_an_older_type_disagrees():
+    scaling = {"type": "dynamic", "rope_type": "linear", "factor": 2.0}
+    assert rope_of_llama(scaling)["rope_type"] == "linear"
+    with pytest.raises(mistral.InputError, match="rope_type is 'yarn'"):
+        mistral.Config.from_hf({"rope_scaling": {"type": "default", "rope_type": "yarn"}})
+
+
+def test_rope_scaling_wins_over_rope_parameters():
+    """Files that were saved by several versions of transformers have both."""
+    parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+    rope = rope_of_llama({"type": "linear", "factor": 2.0}, rope_parameters=parameters)
+    reference = transformers.LlamaConfig(
+        rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=parameters
+    )
+    assert rope["factor"] == reference.rope_parameters["factor"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "original"),
+    [
+        ({}, 4096),
+        ({"original_max_position_embeddings": 512}, 512),
+    ],
+)
+def test_llama3_without_its_original_context_takes_that_of_the_model(values, original):
+    values = {"max_position_embeddings": 4096, **values}
+    rope = rope_of_llama({"rope_type": "llama3", **BANDS}, **values)
+    reference = transformers.LlamaConfig(rope_scaling={"rope_type": "llama3", **BANDS}, **values)
+    reference.standardize_rope_params()  # as it does again where it computes the frequencies
+    expected = reference.rope_parameters["original_max_position_embeddings"]
+    assert rope["original_max_position_embeddings"] == expected == original
+
+
+@pytest.mark.parametrize(
+    ("module", "values", "said"),
+    [
+        (llama, {"rope_scaling": {"rope_type": "linear"}}, "type linear lacks factor"),
+        (llama, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        (llama, {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        (llama, {"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn"}}, "is 'qwen2'"),
+        (gemma, {"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "paligemma"),
+        (gemma, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        (gemma, {"model_type": "gemma2", "rope_scaling": {"type": "linear"}}, "lacks factor"),
+        (gemma, {"model_type": "gemma4", "rope_scaling": {"rope_type": "yarn"}}, "is 'gemma4'"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(module, values, said):
+    with pytest.raises(module.InputError, match=said) as error:
+        module.Config.from_hf(values)
+    assert "\n" not in str(error.value)
+
+
+def test_gemma_3_caps_no_attention_scores_whatever_its_config_says():
+    """So does transformers: the same weights make the same logits."""
+    sizes = SMALL | GEMMA3 | {"pad_token_id": 0}
+    logits = []
+    for cap in (None, 0.1):
+        torch.manual_seed(0)
+        config = transformers.Gemma3TextConfig(**sizes, attn_logit_softcapping=cap)
+        reference = transformers.Gemma3ForCausalLM(config).eval()
+        logits.append(reference(torch.arange(20)[None]).logits.detach())
+        assert gemma.Config.from_hf(config.to_dict()).attn_logit_softcapping is None
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
+def test_a_multimodal_gemma_3_is_read_as_its_text_model():
+    text = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 3}
+    expected = gemma.Config.from_hf(text)
+    assert gemma.Config.from_hf({"model_type": "gemma3", "text_config": text}) == expected
+    assert gemma.Config.from_hf({"model_type": "gemma3", "text_config": None}).hidden_size == 2304
