@@ -507,7 +507,9 @@ def test_without_an_answer_shakespeare_is_one_line(refused, cache, monkeypatch):
 # ------------------------------------------------------------------------ .bin pairs and datasets
 
 
-def test_a_second_bin_is_what_is_validated_on(prepare):
+@pytest.mark.skipif(not TIKTOKEN.exists(), reason="needs GPT-2's vocabulary")
+def test_a_second_bin_is_what_is_validated_on(prepare, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
     for name, ids in [("train.bin", range(100)), ("val.bin", range(100, 130))]:
         np.array(ids, np.uint16).tofile(name)
     train_tokens, val_tokens, _ = prepare("--data", "train.bin", "val.bin")

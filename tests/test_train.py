@@ -419,7 +419,7 @@ def test_a_finished_folder_is_read_by_the_model_file_and_by_transformers(
     assert done.returncode == 0, done.stderr
     [(_, _, first), (step, _, last)] = curve(done.stderr)
     assert step == 8 and last < first
-    [stated] = map(float, re.findall(r"validation loss: ([\d.]+) a token", done.stdout))
+    [stated] = map(float, re.findall(r"whole text: ([\d.]+) nats per token", done.stdout))
     # The estimate is of 20 batches; and bfloat16 keeps 8 bits of each weight.
     assert stated == pytest.approx(last, abs=1e-2)
     assert f"finished: {out}, in {dtype}\n" in done.stdout
@@ -750,7 +750,7 @@ def test_shakespeare_is_learned_to_nanogpts_loss(flags, tmp_path):
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    assert float(re.search(r"validation loss: ([\d.]+)", done.stdout)[1]) <= 1.88
+    assert float(re.search(r"whole text: ([\d.]+) nats", done.stdout)[1]) <= 1.88
 
 
 @pytest.mark.slow
