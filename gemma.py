@@ -78,7 +78,7 @@ class Config:
     tie_word_embeddings: bool = True  # the head is the token table
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 1
-    padded_vocab_size: int | None = None  # train with so many token vectors; save drops the rest
+    padded_vocab_size: int | None = None  # V in training, rounded up for speed; not saved
 
     @classmethod
     def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
@@ -126,7 +126,7 @@ def attend(q, k, v, q_positions, k_positions, **options):
     S, K = k.shape[1:3]
     G = H // K
 
-    # Query heads kG to kG + G - 1 share KV head k: below they are G * T queries of K heads.
+    # Folds the G query heads that share a KV head into the queries: K heads, G * T queries each.
     q = q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, Dh]
     q = q.reshape(B, K, G * T, Dh)
     q_positions = jnp.tile(q_positions, G)  # [B, G * T]
@@ -151,7 +151,8 @@ def attention_scores(q, k, q_positions, k_positions, scale, window=None, softcap
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
 
-    # Not -inf: a padding query may attend to nothing, and its softmax would be NaN.
+    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. Now it takes
+    # the mean of all values, which is finite and never read.
     mask = causal_mask(q_positions, k_positions, window)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
@@ -243,7 +244,8 @@ class Attention(nnx.Module):
         q = rotate(q, positions, inv_freq)
         k = rotate(k, positions, inv_freq)
 
-        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)  # [B, S, K, Dh]
+        # k and v [B, S, K, Dh]; with a sliding window, S is what the ring buffer and x hold.
+        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)
 
         options = {
             "scale": self.config.query_pre_attn_scalar**-0.5,
@@ -302,7 +304,7 @@ class Block(nnx.Module):
         """x [B, T, D] -> (x [B, T, D], kept); arguments and `kept` as for Attention."""
         y, kept = self.self_attn(self.input_layernorm(x), positions, k_positions, past, start)
 
-        # The checkpoints of Gemma 1 give this name to the norm before the MLP, as Llama does.
+        # In Gemma 1, post_attention_layernorm is the name of the norm before the MLP, as in Llama.
         if not self.norms_after:
             x = x + y
             y = self.mlp(self.post_attention_layernorm(x))
@@ -321,7 +323,7 @@ class Model(nnx.Module):
     checkpointing: the backward pass recomputes each block's activations instead of keeping them.
 
     From scratch it is initialised as the reference is: normal(0.02), norms 0, which means 1 + 0.
-    InputError: float16, whose range the residual stream leaves.
+    InputError: float16, which the residual stream overflows.
     """
 
     def __init__(
@@ -363,19 +365,22 @@ class Model(nnx.Module):
         rngs: not used; other models need it to train with dropout.
         """
         B, T = tokens.shape
-        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or in less memory
+        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
+
+        # Without a cache a new one of T slots is filled: training and generation share this code.
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype, whole=True)
 
-        # The new tokens take the slots from `start` on.
+        # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
+        # default the first token of a sequence has position 0.
         start = cache.filled
         if positions is None:
             positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
         k_positions = write_slots(cache.positions, positions, start)  # [B, S]
 
         x = self.embed_tokens(tokens)  # [B, T, D]
-        x = x * jnp.array(self.config.hidden_size**0.5, x.dtype)  # the factor is rounded, too
+        x = x * jnp.array(self.config.hidden_size**0.5, x.dtype)  # rounded, as in the reference
 
         layers = []
         for i, block in enumerate(self.layers):
@@ -384,8 +389,8 @@ class Model(nnx.Module):
             layers.append(kept)
 
         x = self.norm(x)
-        tokens = write_slots(cache.tokens, tokens, start)
-        return x, Cache(tuple(layers), tokens, k_positions, start + T)
+        all_tokens = write_slots(cache.tokens, tokens, start)  # [B, S]
+        return x, Cache(tuple(layers), all_tokens, k_positions, start + T)
 
     @jax.named_scope("head")
     def head(self, x):
@@ -400,7 +405,7 @@ class Model(nnx.Module):
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
-        return logits[..., : self.config.vocab_size]  # without a padded vocabulary
+        return logits[..., : self.config.vocab_size]  # drops what pads the vocabulary
 
 
 ACTIVATIONS = {
@@ -431,7 +436,7 @@ class RMSNorm(nnx.Module):
 class Cache(NamedTuple):
     """The KV cache: keys and values of all tokens so far, so that they are computed only once.
 
-    With a sliding window a layer keeps only the last of them, in a ring buffer: see update_layer.
+    With a sliding window a layer keeps only the last ones, in a ring buffer: see update_layer.
     All rows fill the same slots; shorter prompts are padded on the left. The position of padding
     and of empty slots is -1, which hides them from every query.
     """
@@ -460,8 +465,8 @@ def update_layer(past, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
     k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; (k, v) to keep). A layer with a
-    sliding window is a ring buffer: slot s is held in place s % ring, where it replaces a slot
-    that has left the window.
+    sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in the
+    ring: slot s is held in place s % ring, where it replaces a slot that has left the window.
     """
     T = k.shape[1]
     S = k_positions.shape[1]
@@ -473,7 +478,7 @@ def update_layer(past, k, v, k_positions, start):
         v = write_slots(past[1], v, start)
         return k, v, k_positions, (k, v)
 
-    # In each place of the ring, either what it held or one of the new tokens.
+    # Each place of the ring keeps its old token, or takes one of the new ones.
     slot, ring_positions = ring_contents(k_positions, ring, start + T)
     is_old = (slot < start)[:, None, None]
     new = jnp.clip(slot - start, 0, T - 1)
@@ -481,11 +486,11 @@ def update_layer(past, k, v, k_positions, start):
     v = v.astype(past[1].dtype)
     kept = (jnp.where(is_old, past[0], k[:, new]), jnp.where(is_old, past[1], v[:, new]))
 
-    # A single token: the ring is its window.
+    # With one new token, the ring holds exactly the window of that token.
     if T == 1:
         return *kept, ring_positions, kept
 
-    # Several tokens: the first ones still attend to keys that the last ones replace.
+    # With several, the first ones still attend to keys that the last ones replace.
     _, old_positions = ring_contents(k_positions, ring, start)
     new_positions = jax.lax.dynamic_slice_in_dim(k_positions, start, T, axis=1)
     k = jnp.concatenate([past[0], k], axis=1)
@@ -604,10 +609,14 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B])."""
+    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B]).
+
+    In `decode` it does the same with a single token, T = 1. Options that are None are no inputs of
+    the compiled program, which has no code for them.
+    """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
-    logits = model.head(x[:, -1])  # [B, V]
+    logits = model.head(x[:, -1])  # [B, V]; padding is on the left, so every last token is real
 
     # Which tokens each row holds; padding does not count.
     seen = None
@@ -616,7 +625,7 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
         real = cache.positions >= 0
         seen = jnp.zeros(logits.shape, bool).at[rows, cache.tokens].max(real)
 
-    # A row's random numbers depend on its own key and the position of the new token alone.
+    # A row's random numbers depend only on its own key and the position of the new token.
     new_positions = 1 + cache.positions.max(axis=1)
     rng_keys = jax.vmap(jax.random.fold_in)(keys, new_positions)
     token = sample(logits, rng_keys, seen, top_k=top_k, **sampling)
@@ -696,9 +705,10 @@ def until_stop(row: list[int], stop_ids: list[int]) -> list[int]:
 def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
     """Makes one batch of ragged prompts: (tokens [B, T], positions [B, T], cache length).
 
-    Shorter prompts are padded on the left, at position -1. T is a power of two from 64 on and the
-    cache length a multiple of 128, since each new shape is compiled; both may exceed the context
-    length. InputError: no tokens, too many of them, or ids outside the vocabulary.
+    Shorter prompts are padded on the left, at position -1. T is rounded up to a power of two, at
+    least 64, and the cache length to a multiple of 128, since each new shape is compiled; both may
+    exceed the context length. InputError: no tokens, too many of them, or ids outside the
+    vocabulary.
     """
     if not prompts or min(map(len, prompts)) == 0 or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
@@ -746,10 +756,10 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     """The model in a folder or under a Hub id. Weights are read one tensor at a time.
 
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
-    float32 to train. mesh: a jax.sharding.Mesh (not of jax.make_mesh); each tensor goes straight
-    to its devices, as SHARDING says. A checkpoint with a head of its own is loaded with it, even if
-    its config.json calls the two tied. InputError: another kind of model, or tensors that are
-    missing, unexpected or of the wrong shape.
+    float32 to train. mesh: a jax.sharding.Mesh, whose axes are Auto (those of jax.make_mesh are
+    Explicit); each tensor goes straight to its devices, as SHARDING says. A head that differs from
+    the token table is used, even if config.json says that they are tied. InputError: another kind
+    of model, or tensors that are missing, unexpected or of the wrong shape.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -799,7 +809,7 @@ def save(model, folder) -> None:
 
 def skeleton(config: Config, **options):
     """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # nothing is drawn; faster than Rngs
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # for nnx.Rngs: nothing is drawn
     return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
 
 
@@ -853,7 +863,7 @@ def check_names(folder: Path, state, stored: dict) -> None:
 def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` itself if it is one, else the Hub's cache.
 
-    What the cache lacks is downloaded, of the weights only the first format of FORMATS there is.
+    Downloads what the cache lacks: of the weights, only the first format in FORMATS that there is.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -936,7 +946,7 @@ def check_kind(values: dict, supported) -> str:
 
 
 def check_supported(name: str, value, supported) -> None:
-    """InputError where a value in config.json is none that this file supports."""
+    """InputError where a value in config.json is not one that this file supports."""
     if value not in supported:
         options = ", ".join(map(repr, supported))
         file = Path(__file__).name
@@ -1132,7 +1142,7 @@ CHECKPOINT = [
     (r"(.+)\.kernel", r"model.\1.weight", True),
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
-VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # saved without a padded vocabulary
+VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # `save` drops what pads the vocabulary
 RENAMED = [  # of multimodal models
     (r"^(language_model\.|model\.)+(?=lm_head\.)", ""),
     (r"^(language_model\.|model\.)*(?!lm_head\.)", "model."),
@@ -1181,11 +1191,11 @@ SHARDING = [
 def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
-    A dimension is split over an axis of the mesh if the axis divides it; heads stay whole.
+    A dimension is split over an axis of the mesh if the axis divides it. Keys and values are split
+    between KV heads, where k_proj and v_proj make them.
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 
-    # The keys and values are split by whole KV heads.
     sizes = list(shape)
     if re.search("[kv]_proj", path):
         sizes[-1] = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -1200,7 +1210,8 @@ def sharding(mesh, config: Config, path: str, shape):
 # --------------------------- Faster forms: the same in every model file ---------------------------
 # A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
 # and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
-# On a GPU or TPU, `linear_dot` and `run_fenced` change nothing and may be deleted.
+# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write
+# `Linear = nnx.Linear` and leave out the first `if` of `how_to_run`.
 
 
 def linear_dot(x, kernel, dimension_numbers, **options):
@@ -1212,7 +1223,7 @@ def linear_dot(x, kernel, dimension_numbers, **options):
         parts = jnp.einsum("pd,pdf->pf", x.reshape(16, -1), kernel.reshape(16, -1, F))
         y = parts.sum(axis=0)
     else:
-        # As a matrix [rows, D]: the kernel's gradient would copy an x of more dimensions.
+        # As a matrix [rows, D]: for its gradient, XLA on a CPU copies an x of more dimensions.
         y = jnp.matmul(x.reshape(-1, D), kernel, **options)
     return y.reshape(*x.shape[:-1], F)
 
@@ -1245,7 +1256,7 @@ def run_fenced(block, x, positions, k_positions, past, start, *rngs):
     return jax.lax.cond(start >= 0, run, skip)
 
 
-LONG = 2048  # sequences are attended to in chunks from LONG queries times LONG keys on
+LONG = 2048  # attention is in chunks where queries times keys reach LONG^2
 CHUNK = 256  # keys in a chunk
 
 

@@ -69,6 +69,7 @@ def main():
         tokenizer = ChatTokenizer(folder) if args.chat else model_file.tokenizer(folder)
         model, mesh = load_model(model_file, folder, devices, prompts, args)
         stop_ids = find_stop_ids(folder, model.config)
+        stop_ids += special_ids(model_file, folder, args.stop)
 
         if prompts is None:
             converse(model_file, model, mesh, tokenizer, stop_ids, args)
@@ -344,6 +345,21 @@ def find_stop_ids(folder: Path, config) -> list[int]:
     if isinstance(ids, int):
         return [ids]
     return list(ids)
+
+
+def special_ids(model_file, folder: Path, stops: list[str]) -> list[int]:
+    """The ids of the stop strings that are special tokens: no text shows those."""
+    if not stops:
+        return []
+
+    found = []
+    tokenizer = model_file.tokenizer(folder)
+    begin = tokenizer.encode("")  # a BOS token, perhaps
+    for stop in stops:
+        ids = tokenizer.encode(stop)[len(begin) :]
+        if len(ids) == 1 and tokenizer.decode(ids) == "":
+            found += ids
+    return found
 
 
 # --------------------------------------------- Texts ----------------------------------------------

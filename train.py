@@ -209,8 +209,8 @@ def finish(run: Run) -> int:
 class Stop:
     """Whether Ctrl-C (SIGINT) or SIGTERM has asked the run to stop.
 
-    The step that runs is finished, a checkpoint is saved, and then the program ends. A second
-    Ctrl-C ends it at once.
+    The current step is finished (with several hosts, up to ten more), a checkpoint is saved, and
+    then the program ends. A Ctrl-C after that ends it at once.
     """
 
     def __init__(self):
@@ -260,7 +260,7 @@ def next_batch(run: Run):
     """
     args = run.args
     numbers = np.arange(args.batch).reshape(args.accumulate, groups_of(run.mesh), -1)
-    numbers = numbers + run.step * args.batch  # rows are numbered from the begin of the run
+    numbers = numbers + run.step * args.batch  # rows are numbered from the start of the run
 
     def read(index):
         return rows_of(run.data.train, numbers[index[:3]], args.block, args.seed)
@@ -510,19 +510,19 @@ def balance_of(module, config) -> Callable | None:
 
 # ---------------------------------------- A training step -----------------------------------------
 
-LOGITS = (
-    2**28
-)  # the most logits at once, 1 GiB; more are made in parts, and again in the backward pass
+# More logits than this, 1 GiB in float32, are computed in parts, and again in the backward pass.
+LOGITS = 2**28
 
 
 def token_losses(model, tokens, rngs=None):
     """The cross-entropy of each next token: tokens [B, T + 1] -> (losses, correct, the cache).
 
     losses float32 [B, T]; correct [B, T]: whether the target was the likeliest token, for the
-    accuracy. Both are 0 where the target is -1.
+    accuracy. Both are 0 where the target is -1. Many logits are computed for some time steps after
+    the others: chunked cross-entropy.
     """
 
-    def of_token(x, target):  # [D], a token id
+    def token_loss(x, target):  # [D], a token id
         logits = model.head(x)  # [V]
         label = logits[jnp.maximum(target, 0)]
         loss = jnp.where(target < 0, 0, jax.nn.logsumexp(logits) - label)
@@ -531,19 +531,19 @@ def token_losses(model, tokens, rngs=None):
 
     x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
     targets = tokens[:, 1:]
-    of_column = jax.vmap(of_token)  # [B, D], [B]
     B, T = targets.shape
-    most = max(1, LOGITS // (B * model.config.vocab_size))  # columns of B logits at once
-    if most >= T:
-        losses, correct = jax.vmap(of_column)(x, targets)
+    chunk = LOGITS // (B * model.config.vocab_size)  # time steps whose logits are few enough
+    step_loss = jax.vmap(token_loss)  # [B, D], [B]: all rows at one time step
+    if chunk >= T:
+        losses, correct = jax.vmap(step_loss)(x, targets)
         return losses, correct, cache
 
     @jax.checkpoint
-    def of_columns(column):
-        return of_column(*column)
+    def recomputed(time_step):
+        return step_loss(*time_step)
 
-    columns = (x.swapaxes(0, 1), targets.T)
-    losses, correct = jax.lax.map(of_columns, columns, batch_size=most)
+    time_steps = (x.swapaxes(0, 1), targets.T)  # [T, B, D], [T, B]
+    losses, correct = jax.lax.map(recomputed, time_steps, batch_size=max(1, chunk))
     return losses.T, correct.T, cache
 
 
@@ -553,7 +553,7 @@ class Step:
 
     merge: Callable  # (params, frozen) -> model
     optimizer: optax.GradientTransformation
-    balance: Callable | None  # of `balance_of`
+    balance: Callable | None  # what `balance_of` returned
     ema: float  # how much of the running mean of the weights each step keeps; 0: there is none
     remat: Callable | None = None  # changes what the loss keeps for the backward pass
     axis: str | None = None  # the name of pmap's axis of devices
@@ -563,8 +563,8 @@ def train_step(how: Step, state: dict, frozen, tokens, key):
     """One update of the weights: tokens [parts, ..., T + 1] -> (state, metrics).
 
     parts: gradient accumulation, one after another. metrics: the mean loss, the accuracy and the
-    norm of the gradient. In float16, a step whose gradient is not finite changes nothing but the
-    loss scale: Micikevicius et al. 2018.
+    norm of the gradient. In float16, a step whose gradient overflows is skipped; only the loss
+    scale and the number of steps change: Micikevicius et al. 2018.
     """
     loss_and_accuracy, gradients = mean_gradients(how, state, frozen, tokens, key)
     if "scale" in state:
@@ -593,15 +593,16 @@ def mean_gradients(how: Step, state: dict, frozen, tokens, key):
         key = jax.random.fold_in(key, jax.lax.axis_index(how.axis))
     keys = jax.random.split(key, len(tokens))
 
-    # With pmap the all-reduce over devices is written here. In all other modes the program is for
-    # all rows, and XLA puts the same all-reduce in where rows are split over devices.
+    # Each loss is divided by the targets of all devices, so that gradients are summed and not
+    # averaged. With pmap that sum, an all-reduce, is written here. In all other modes the program
+    # is written for the whole batch, and XLA inserts the all-reduce where the batch is sharded.
     def all_reduce(x):
         if how.axis is None:
             return x
         return jax.lax.psum(x, how.axis)
 
     targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
-    shares = all_reduce(len(tokens))  # parts of all devices
+    total_parts = all_reduce(len(tokens))  # of all devices
 
     def mean_loss(params, rows, key):
         model = how.merge(params, frozen)
@@ -609,10 +610,11 @@ def mean_gradients(how: Step, state: dict, frozen, tokens, key):
         loss = losses.sum() / targets
         balance = 0
         if how.balance is not None:
-            # Of the choices on all devices: it is not a sum over devices.
+            # It is a product of means over all tokens, so the router's statistics, which the cache
+            # holds, are averaged over devices first. Every part adds its share.
             if how.axis is not None:
                 cache = cache._replace(layers=jax.lax.pmean(cache.layers, how.axis))
-            balance = how.balance(cache) / shares
+            balance = how.balance(cache) / total_parts
         found = {"loss": loss, "accuracy": correct.sum() / targets}
         return state.get("scale", 1) * (loss + balance), found
 
@@ -638,10 +640,12 @@ def rescale(state: dict, new: dict, norm):
     every 1,000 steps.
     """
     scale = state["scale"]
-    finite = jnp.isfinite(norm) | (scale < 1)
-    new, norm = jax.tree.map(partial(jnp.where, finite), (new, norm), (state, 0.0))
+    # A scale below 1 is not what overflows: the NaN is let through, and the run stops as diverged.
+    usable = jnp.isfinite(norm) | (scale < 1)
+    new = jax.tree.map(partial(jnp.where, usable), new, state)
+    norm = jnp.where(usable, norm, 0.0)
     growth = jnp.where(state["step"] % 1000 == 999, 2.0, 1.0)
-    new["scale"] = scale * jnp.where(finite, growth, 0.5)
+    new["scale"] = scale * jnp.where(usable, growth, 0.5)
     return new, norm
 
 
@@ -656,7 +660,7 @@ def eval_step(how: Step, params, frozen, tokens):
 
 
 def compile_steps(how: Step, mesh, state: dict):
-    """(train_step, eval_step) as compiled programs, for tokens of `place`.
+    """(train_step, eval_step) as compiled programs, for tokens that `place` has placed.
 
     The first overwrites the state that it is given.
     """
@@ -676,7 +680,7 @@ def compile_steps(how: Step, mesh, state: dict):
 def compile_steps_pmap(how: Step, mesh):
     """The same with pmap: each device runs the program on its own rows, on a copy of the state.
 
-    The sums over devices are those that the steps write out.
+    Devices communicate only by the `psum` and `pmean` in `mean_gradients` and `eval_step`.
     """
     how = replace(how, axis="pmap")
     options = {"axis_name": "pmap", "out_axes": None, "devices": [*mesh.devices.flat]}
@@ -689,7 +693,8 @@ def compile_steps_pmap(how: Step, mesh):
 def merge_on(mesh, graphdef, dtype, params, frozen) -> Callable:
     """The function (params, frozen) -> model for use inside of a program.
 
-    What is split along the axis fsdp is all-gathered, in `dtype`, where a block needs it.
+    What is sharded along the axis fsdp is marked as whole, in `dtype`: XLA puts each all-gather
+    where a block needs the weight. The name "gathered" lets `compile_steps` drop it after use.
     """
     shardings = jax.tree.map(lambda p: p.sharding, (params, frozen))
 
@@ -724,8 +729,8 @@ def evaluate(run: Run, params, batches) -> tuple:
 def make_optimizer(args) -> tuple:
     """(the optimizer of --optimizer behind a clipped gradient, step -> learning rate).
 
-    Weight decay is for matrices alone. To add an optimizer, add it to the table, and its name to
-    OPTIMIZERS.
+    Weight decay is for matrices only. To add an optimizer, add a row to the table, a function of
+    the learning rate such as `partial(optax.sgd, momentum=args.beta1)`, and its name to OPTIMIZERS.
     """
     rate = learning_rate(args)
     decay = args.weight_decay
@@ -762,7 +767,7 @@ def learning_rate(args) -> Callable:
     elif args.schedule == "linear":
         fall = optax.linear_schedule(args.lr, args.min_lr, steps)
     else:
-        level = steps - args.steps // 5  # wsd: falls in the last fifth alone
+        level = steps - args.steps // 5  # wsd: falls only in the last fifth
         fall = optax.linear_schedule(args.lr, args.min_lr, steps - level, level)
     rise = optax.linear_schedule(args.lr / (args.warmup + 1), args.lr, args.warmup)
     return optax.join_schedules([rise, fall], [args.warmup])
@@ -1109,10 +1114,11 @@ def split_validation(tokens: np.ndarray) -> list[np.ndarray]:
 
 
 def rows_of(tokens, numbers, block: int, seed: int):
-    """The rows [..., T + 1] with these numbers [...], counted from the begin of a run.
+    """The rows [..., T + 1] with these numbers [...], counted from the start of a run.
 
-    The text is cut into rows of T + 1 tokens. Each epoch cuts it at other places and shuffles the
-    rows, so a run that is resumed goes on with the rows that come next.
+    A row begins every T tokens and has T + 1 of them: the last is the target of the one before.
+    Each epoch begins at another place of the text and shuffles the rows, so a run that is resumed
+    goes on with the rows that come next.
     """
     rows = len(shuffled(len(tokens), block, seed, 0))
     starts = [shuffled(len(tokens), block, seed, i // rows)[i % rows] for i in numbers.flat]
@@ -1124,7 +1130,7 @@ def rows_of(tokens, numbers, block: int, seed: int):
 def shuffled(length: int, block: int, seed: int, epoch: int):
     """Where the rows of an epoch begin, in the order of training."""
     rng = np.random.default_rng((seed, epoch))
-    rows = max(1, (length - 1) // block - 1)
+    rows = max(1, (length - 1) // block - 1)  # one less than fit, so that the first can move
     first = rng.integers(length - rows * block)
     return first + block * rng.permutation(rows)
 
@@ -1287,12 +1293,12 @@ def linear_layers(model) -> dict:
 
 
 def merge_adapters(model, paths):
-    """Adds each A B to its matrix, so that the model is again one of its file."""
+    """Adds each A B to its matrix: the model is an ordinary one of its file again."""
     layers = linear_layers(model)
     for path in paths:
         holder, name, lora = layers[path]
         kernel = lora.base_module.kernel
-        kernel.set_value(kernel[...] + lora.lora_a[...] @ lora.lora_b[...])  # in float32
+        kernel.set_value(kernel[...] + lora.lora_a[...] @ lora.lora_b[...])  # all are float32
         setattr(holder, name, lora.base_module)
 
 
@@ -1572,7 +1578,7 @@ def meet(address: str, hosts: int, host: int):
     else:
         missing = report_to_first(name, int(port), host)
     if missing:
-        fail(f"--multihost {address}: {missing} of {hosts} did not come in {JOIN} s")
+        fail(f"--multihost {address}: {missing} of {hosts} did not connect in {JOIN} s")
 
 
 def wait_for_hosts(port: int, hosts: int) -> list[int]:

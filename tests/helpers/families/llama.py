@@ -48,7 +48,9 @@ LLAMA = Family(
             "pass",
         ),
         "linear scaling ignored": Mutation("inv_freq = inv_freq / factor", "pass", "linear RoPE"),
-        "Llama 3.1's scaling ignored": Mutation('kind == "llama3"', "False", "llama3 RoPE"),
+        "Llama 3.1's scaling ignored": Mutation(
+            "inv_freq = scale_low_frequencies(inv_freq, scaling)", "pass", "llama3 RoPE"
+        ),
         "no transition between the bands": Mutation(
             "kept = np.clip((turns - low) / (high - low), 0, 1)",
             "kept = 1.0 * (turns > high)",
