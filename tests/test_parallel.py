@@ -456,4 +456,4 @@ def test_a_host_that_never_joins_is_named(host, missing, tmp_path):
         f"127.0.0.1:{free_port()},3,{host}",
         code=2,
     ).stderr
-    assert f"{missing} of 3 did not come in 3 s" in error and error.count("\n") == 1
+    assert f"{missing} of 3 did not connect in 3 s" in error and error.count("\n") == 1
