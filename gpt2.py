@@ -24,10 +24,15 @@ model file. Faster forms come last, `Linear` too: until then, read it as nnx.Lin
 From "Open language models in JAX, one file each". MIT License, copyright (c) 2026 its authors.
 """
 
+import argparse
 import json
 import math
+import operator
+import os
+import pickle
 import re
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn.initializers import normal
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 # --------------------------------------------- Config ---------------------------------------------
@@ -65,8 +70,14 @@ class Config:
     scale_attn_by_inverse_layer_idx: bool = False  # and also by layer index + 1
     tie_word_embeddings: bool = True  # the head is the token table
     bos_token_id: int | None = 50256
-    eos_token_id: int | tuple[int, ...] | None = 50256
+    eos_token_id: int | tuple | None = 50256
     padded_vocab_size: int | None = None  # V in training, rounded up for speed; not saved
+
+    def __post_init__(self):
+        """InputError: sizes that do not fit each other."""
+        check_fields(self)
+        check_divides(self, "n_head", "n_embd")
+        check_supported("activation_function", self.activation_function, ACTIVATIONS)
 
     @property
     def max_position_embeddings(self) -> int:
@@ -280,6 +291,7 @@ class Model(nnx.Module):
         cache: needs T empty slots; by default a new one, which these tokens fill.
         rngs: an nnx.Rngs, to train with dropout.
         """
+        tokens = as_array(tokens)  # lists will do
         B, T = tokens.shape
         run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
 
@@ -293,6 +305,7 @@ class Model(nnx.Module):
         start = cache.filled
         if positions is None:
             positions = cache.positions.max(axis=1, keepdims=True) + 1 + jnp.arange(T)
+        positions = as_array(positions)
         k_positions = write_slots(cache.positions, positions, start)  # [B, S]
 
         x = self.wte(tokens) + self.wpe(jnp.maximum(positions, 0))  # [B, T, D]
@@ -464,7 +477,8 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
     """
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
-    ids = list(prompt)
+    key = as_key(key)
+    ids = as_integers(prompt)
     end = len(prompt) + max_new_tokens
 
     for n in range(len(prompt), end):
@@ -536,7 +550,8 @@ def generate(
 
     A row ends before its first stop id. It depends on its own prompt and key alone, but for
     rounding. key: one jax.random.key for each row, or a single one, which is folded with the row
-    numbers. temperature 0: greedy. InputError: see `batch_prompts`.
+    numbers; a seed will do. temperature 0: greedy. stop_ids: ids, or a single one, or None.
+    InputError: see `batch_prompts`, and arguments of another kind.
     """
     sampling = {
         "temperature": temperature or None,
@@ -545,17 +560,19 @@ def generate(
         "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
     }
     tokens, positions, length = batch_prompts(model.config, prompts, max_new_tokens)
-    B = len(prompts)
-    keys = key
-    if key.ndim == 0:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    B = len(tokens)
+    keys = as_key(key)
+    if keys.ndim == 0:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(B))
+    if keys.shape != (B,):
+        raise InputError(f"there are {len(keys)} random keys for {B} prompts")
+    stop_ids = [] if stop_ids is None else as_integers(np.ravel(stop_ids))
 
     # The first new token comes from the prompts, the others one after another.
     graphdef, state = nnx.split(model)
     cache = init_cache(model.config, B, length, model.dtype)
     cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling, top_k)
     new = np.asarray(token)[:, None]  # [B, 1]
-    stop_ids = list(stop_ids)
     while new.shape[1] < max_new_tokens and not np.isin(new, stop_ids).any(axis=1).all():
         steps = min(STEPS, max_new_tokens - new.shape[1])
         cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps, top_k)
@@ -577,9 +594,10 @@ def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
 
     Shorter prompts are padded on the left, at position -1. T is rounded up to a power of two, at
     least 64, and the cache length to a multiple of 128, since each new shape is compiled; both may
-    exceed the context length. InputError: no tokens, too many of them, or ids outside the
-    vocabulary.
+    exceed the context length. InputError: not lists of token ids, no tokens, too many of them, or
+    ids outside the vocabulary.
     """
+    prompts = [as_integers(prompt) for prompt in prompts]
     if not prompts or min(map(len, prompts)) == 0 or max_new_tokens < 1:
         raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
     longest = max(map(len, prompts))
@@ -595,6 +613,38 @@ def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     return tokens, positions, round_up(T + max_new_tokens, 128)
+
+
+def as_integers(values) -> list[int]:
+    """A sequence or array of token ids as a list. InputError: anything else, such as a text."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise InputError(
+            f"{values!r:.60} is not a list of token ids; a prompt is one such as [464, 3290], "
+            "`tokenizer` makes it from a text, and `generate` takes a list of prompts"
+        ) from None
+
+
+def as_array(tokens):
+    """Tokens or positions as an array [B, T]. InputError: they are something else."""
+    rows = tokens
+    if not hasattr(rows, "ndim"):
+        rows = np.array([as_integers(row) for row in rows])
+    if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise InputError(f"{rows.dtype}{list(rows.shape)} is not an array of integers [B, T]")
+    return rows
+
+
+def as_key(key):
+    """A typed key array from what users have: itself, a seed, or an older jax.random.PRNGKey."""
+    if isinstance(key, int):
+        return jax.random.key(key)
+    if not hasattr(key, "dtype"):
+        raise InputError(f"{key!r:.60} is not a random key: use jax.random.key(0)")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(key)
+    return key
 
 
 def check_length(config, tokens: int, new_tokens: int = 0) -> None:
@@ -613,6 +663,18 @@ def round_up(n, multiple: int) -> int:
 # --------------------------- Checkpoints: the same in every model file ----------------------------
 
 
+DOWNLOADS = [  # of a repository on the Hub, beside the weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+]
+
+
 class Preset(NamedTuple):
     """A checkpoint that is published on the Hugging Face Hub."""
 
@@ -628,13 +690,13 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
     float32 to train. mesh: a jax.sharding.Mesh, whose axes are Auto (those of jax.make_mesh are
     Explicit); each tensor goes straight to its devices, as SHARDING says. A head that differs from
-    the token table is used, even if config.json says that they are tied. InputError: another kind
-    of model, or tensors that are missing, unexpected or of the wrong shape.
+    the token table is used, even if config.json says that they are tied. InputError: no checkpoint,
+    another kind of model, damaged files, or tensors that are missing, unexpected or misshapen.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     folder = fetch(source, revision)
-    config = Config.from_hf(json.loads((folder / "config.json").read_text()))
+    config = read_config(folder)
     stored = stored_tensors(folder)
     if config.tie_word_embeddings:
         config, stored = find_head(config, stored)
@@ -659,8 +721,11 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     return nnx.merge(graphdef, state)
 
 
-def save(model, folder) -> None:
-    """Writes config.json and model.safetensors, which transformers and `load` read."""
+def save(model, folder, tokenizer=None) -> None:
+    """Writes config.json and model.safetensors, which transformers and `load` read.
+
+    With what `tokenizer` returned it writes tokenizer.json, too: sample.py then reads the folder.
+    """
     tensors = {}
     for path, param, name, transposed in named_parameters(nnx.state(model)):
         tensor = np.asarray(param[...])
@@ -675,6 +740,8 @@ def save(model, folder) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.codec.save(str(Path(folder, "tokenizer.json")))
 
 
 def skeleton(config: Config, **options):
@@ -734,44 +801,126 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` itself if it is one, else the Hub's cache.
 
     Downloads what the cache lacks: of the weights, only the first format in FORMATS that there is.
+    InputError: there is no such folder, and the Hub does not deliver it.
     """
     if Path(name).is_dir():
         return Path(name)
 
-    from huggingface_hub import snapshot_download  # respects HF_HOME and HF_TOKEN
+    from huggingface_hub import errors, snapshot_download  # respects HF_HOME and HF_TOKEN
 
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
-    if weights:
-        for whole in FORMATS:
-            pattern = whole.replace(".", "*.") + "*"  # the shards and their index, too
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+        for whole in FORMATS if weights else []:
+            pattern = whole.replace(".", "*.") + "*"  # model*.safetensors*: shards and index, too
             snapshot_download(name, revision=revision, allow_patterns=pattern)
             if any(folder.glob(pattern)):
                 break
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+        raise InputError(why_no_download(error, name, revision)) from error
     return folder
+
+
+def why_no_download(error, name: str, revision: str | None) -> str:
+    """Says what is wrong where the Hub gives an error, and what to do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.HFValidationError):
+        return f"{name}: no such folder, and not a name on the Hub"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
+            "then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no revision {revision}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no folder {name}, and the Hub has no model of that name; "
+            "if it is private, set HF_TOKEN"
+        )
+
+    reason = " ".join(str(error).split())
+    bundled = Path(__file__).parent / "tiny" / Path(__file__).stem
+    instead = f", or take the bundled {bundled}" if bundled.is_dir() else ""
+    return (
+        f"there is no folder {name}, it is not complete in {constants.HF_HUB_CACHE}, and the Hub "
+        f"does not deliver it ({type(error).__name__}: {reason}): try again online{instead}"
+    )
+
+
+def check_file(file: Path) -> None:
+    """InputError where a file of a checkpoint is missing, or plainly not what its name says."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder, not a file: download it again")
+    if not file.exists() and file.is_symlink():
+        raise InputError(f"{file} is a link to a file that is gone: download it again")
+    if not file.exists():
+        raise InputError(f"{file.parent} has no {file.name}: no checkpoint, or an incomplete one")
+
+    with open(file, "rb") as stream:
+        start = stream.read(64).lstrip().lower()
+    if not start:
+        raise InputError(f"{file} is damaged or cut short (it is empty): download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{file} is a web page, not the file itself: download it again")
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. InputError: it is missing, damaged or something else."""
+    check_file(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8-sig"))  # some begin with a BOM
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise InputError(f"{file} is damaged ({error}): download it again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} holds {type(values).__name__}, not a JSON object")
+    return values
+
+
+def read_config(folder: Path) -> Config:
+    """The Config of the checkpoint in a folder. InputError: it has none that this file reads."""
+    file = folder / "config.json"
+    values = read_json(file)
+    try:
+        return Config.from_hf(values)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
 
 
 def stored_tensors(folder: Path) -> dict:
     """The tensors of a checkpoint: name -> a function that reads one as a numpy array.
 
-    They are in one file, or in shards that an index lists. FileNotFoundError: in neither.
+    They are in one file, or in shards that an index lists. InputError: in neither, or damaged.
     """
     for whole, tensors_in in FORMATS.items():
-        index = folder / f"{whole}.index.json"
-        files = []
-        if (folder / whole).exists():
-            files = [whole]
-        elif index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-
+        files = weight_files(folder, whole)
         stored = {}
         for file in files:
-            for name, read in tensors_in(folder / file).items():
+            check_file(file)
+            for name, read in tensors_in(file).items():
                 for pattern, new in RENAMED:
                     name = re.sub(pattern, new, name)
                 stored[name] = read
-        if stored:
+        if files:
             return stored
-    raise FileNotFoundError(f"{folder} has no {' or '.join(FORMATS)}")
+    raise InputError(f"{folder} has no weights: no {' or '.join(FORMATS)}")
+
+
+def weight_files(folder: Path, whole: str) -> list[Path]:
+    """The file of this name in a folder, or its shards, or nothing."""
+    file = folder / whole
+    if os.path.lexists(file):
+        return [file]
+
+    index = folder / f"{whole}.index.json"
+    if not index.exists():
+        return []
+    shards = read_json(index).get("weight_map")
+    if not shards:
+        raise InputError(f"{index} has no weight_map: download it again")
+    return [folder / shard for shard in sorted(set(shards.values()))]
 
 
 def safetensors_in(file: Path) -> dict:
@@ -788,7 +937,11 @@ def safetensors_in(file: Path) -> dict:
 
         return read
 
-    return {name: reader(name) for name in list(safe_open(file, "np").keys())}
+    try:
+        names = list(safe_open(file, "np").keys())
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
+    return {name: reader(name) for name in names}
 
 
 def known_fields(values: dict) -> dict:
@@ -823,6 +976,248 @@ def check_supported(name: str, value, supported) -> None:
         raise InputError(f"config.json: {name} is {value!r}, but {file} supports only {options}")
 
 
+def check_fields(config: Config) -> None:
+    """InputError where a field of a Config is of another type than it says, or a size is not."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        expected = field.type
+        if expected in (float, float | None):
+            expected = expected | int  # 1 for 1.0
+        if not isinstance(value, expected):
+            name = getattr(field.type, "__name__", field.type)
+            raise InputError(f"config.json: {field.name} is {value!r}, not of type {name}")
+        is_size = field.type in (int, int | None) and not field.name.endswith("_token_id")
+        if is_size and value is not None and value < 1:
+            raise InputError(f"config.json: {field.name} is {value}, but must be 1 or more")
+
+
+def check_even(config: Config, size: str) -> None:
+    """InputError where a size of a Config is odd."""
+    value = getattr(config, size)
+    if value % 2 != 0:
+        raise InputError(f"config.json: {size} {value} is odd, but RoPE rotates pairs")
+
+
+def check_divides(config: Config, divisor: str, size: str) -> None:
+    """InputError where one size of a Config does not divide another one."""
+    a, b = getattr(config, divisor), getattr(config, size)
+    if b % a != 0:
+        raise InputError(f"config.json: {size} {b} is not a multiple of {divisor} {a}")
+
+
+# ------------ pytorch_model.bin without PyTorch: the same in every model file ---------------------
+#
+# Since PyTorch 1.6 the file is a zip archive. Its member data.pkl is a pickle. For each tensor it
+# says the name, the storage, the offset at which the tensor starts in the storage, and its shape
+# and strides. The members data/0, data/1 and so on are the storages: plain numbers, one after
+# another. Older files are no archive: the pickle comes first, and the storages follow it.
+#
+# A pickle is a program for a small stack machine. Its instructions build lists and dicts, but they
+# can also look up any function of any package by name and call it, so a pickle from a stranger may
+# run any code. Here `find_class` answers each look-up. It has harmless stand-ins for the few names
+# that weights need, and refuses all others.
+
+STORAGES = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+class Storage(NamedTuple):
+    """Numbers in a file, of which tensors are made."""
+
+    kind: str  # a key of STORAGES
+    key: str  # its name in the file
+
+
+def torch_tensors_in(file: Path) -> dict:
+    """The tensors of a pytorch_model.bin: name -> a function that reads one as a numpy array.
+
+    InputError: it is damaged, or its pickle asks for more than weights need.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            return zipped_tensors_in(file)
+        return older_tensors_in(file)
+    except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
+
+
+def zipped_tensors_in(file: Path) -> dict:
+    """The tensors of a file that PyTorch has written since version 1.6."""
+    with zipfile.ZipFile(file) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if not pickles:
+            raise InputError(f"{file} is damaged, or not of PyTorch: it has no data.pkl")
+        folder = pickles[0].removesuffix("data.pkl")
+
+        def read_storage(storage: Storage) -> bytes:
+            with zipfile.ZipFile(file) as archive:
+                return archive.read(f"{folder}data/{storage.key}")
+
+        with archive.open(pickles[0]) as stream:
+            return TorchUnpickler(stream, file, read_storage).load()
+
+
+def older_tensors_in(file: Path) -> dict:
+    """The tensors of a file of PyTorch before 1.6.
+
+    It holds five pickles: a magic number, a version, the sizes of integers, the tensors, and the
+    names of the storages. The storages follow in that order, each after its length in 8 bytes.
+    """
+    starts = {}  # name of a storage -> where its numbers begin, and how many bytes they are
+
+    def read_storage(storage: Storage) -> bytes:
+        start, size = starts[storage.key]
+        with open(file, "rb") as stream:
+            stream.seek(start)
+            return stream.read(size)
+
+    with open(file, "rb") as stream:
+        unpickler = TorchUnpickler(stream, file, read_storage)
+        _magic, _version, _sizes, tensors, names = [unpickler.load() for _ in range(5)]
+        for name in names:
+            length = int.from_bytes(stream.read(8), "little")
+            size = length * np.dtype(STORAGES[unpickler.kinds[name]]).itemsize
+            starts[name] = stream.tell(), size
+            stream.seek(size, os.SEEK_CUR)
+    return tensors
+
+
+class TorchUnpickler(pickle.Unpickler):
+    """Runs the pickles of a file. The module calls find_class and persistent_load as it goes."""
+
+    def __init__(self, stream, file: Path, read_storage):
+        super().__init__(stream)
+        self.file = file
+        self.read_storage = read_storage  # Storage -> its bytes
+        self.kinds = {}  # name of a storage -> its kind
+
+    def find_class(self, module: str, name: str):
+        """What the pickle gets when it looks up a class or a function."""
+        if name in STORAGES:
+            return name  # its kind
+        if name == "OrderedDict":
+            return Weights
+        if name == "_rebuild_tensor_v2":
+            return self.rebuild_tensor
+        if name == "_rebuild_parameter":
+            return lambda tensor, *_: tensor  # a parameter is read as its tensor
+        raise InputError(f"{self.file} asks for {module}.{name}, which weights do not need")
+
+    def persistent_load(self, reference):
+        """What the pickle gets for a storage."""
+        _, kind, key, *_ = reference  # "storage", kind, name, device, length
+        self.kinds[key] = kind
+        return Storage(kind, key)
+
+    def rebuild_tensor(self, storage, offset, shape, strides, *_):
+        """The pickle calls this for each tensor, with the storage from persistent_load."""
+        return partial(self.read_tensor, storage, offset, shape, strides)
+
+    def read_tensor(self, storage, offset, shape, strides):
+        """Reads a tensor from a storage. offset and strides count numbers, not bytes."""
+        known = isinstance(storage, Storage) and storage.kind in STORAGES
+        data = self.read_storage(storage) if known else b""
+        if not data:
+            raise InputError(f"{self.file} is damaged: no numbers for a tensor {shape}")
+
+        dtype = np.dtype(STORAGES[storage.kind])
+        strides = [stride * dtype.itemsize for stride in strides]
+        try:
+            return np.ndarray(shape, dtype, data, offset * dtype.itemsize, strides)
+        except ValueError as error:  # the tensor reaches beyond its storage
+            raise InputError(f"{self.file} is damaged or cut short: {error}") from None
+
+
+class Weights(dict):
+    """Stands for OrderedDict."""
+
+    def __setstate__(self, attributes):
+        """The pickle sets an attribute, _metadata, which is not needed."""
+
+
+# ----------------------------- Tokenizer: the same in every model file ----------------------------
+
+
+def tokenizer(name, revision: str | None = None):
+    """An object with encode(text) -> ids and decode(ids) -> text, of a folder or Hub id.
+
+    The checkpoint's own files say how it cuts a text and what a sequence begins with. The text of
+    special tokens becomes their ids, and `decode` leaves those out. InputError: no tokenizer, or
+    damaged files.
+    """
+    folder = fetch(name, revision, weights=False)
+    if os.path.lexists(folder / "tokenizer.json"):
+        codec = read_new_tokenizer(folder / "tokenizer.json")
+    else:
+        codec = read_old_tokenizer(folder)
+
+    def encode(text: str) -> list[int]:
+        try:
+            return codec.encode(text).ids
+        except TypeError:
+            raise InputError(f"{text!r:.60} is not a text of valid Unicode characters") from None
+
+    return SimpleNamespace(encode=encode, decode=codec.decode, codec=codec)
+
+
+def read_new_tokenizer(file: Path):
+    """The tokenizer in a tokenizer.json, as an object of the package tokenizers."""
+    from tokenizers import Tokenizer
+
+    check_file(file)
+    try:
+        codec = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+    except Exception as error:  # the package raises nothing narrower
+        raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
+
+    codec.no_truncation()  # some files ask to cut or to pad every text
+    codec.no_padding()
+    return codec
+
+
+def read_old_tokenizer(folder: Path):
+    """The same from older files: vocab.json and merges.txt, or a SentencePiece tokenizer.model.
+
+    The package transformers makes it, as it needs the settings in tokenizer_config.json and the
+    tokens in added_tokens.json too. Without those settings it is the published one of the family.
+    """
+    files = []
+    for kind in (["vocab.json", "merges.txt"], ["tokenizer.model"]):
+        if any(os.path.lexists(folder / name) for name in kind):
+            files = kind
+    if not files:
+        raise InputError(
+            f"{folder} has no tokenizer: none of tokenizer.json, vocab.json, tokenizer.model"
+        )
+    for name in files:
+        check_file(folder / name)
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that PyTorch is missing
+    import transformers
+
+    try:
+        if os.path.lexists(folder / "tokenizer_config.json"):
+            read_json(folder / "tokenizer_config.json")
+            made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        else:
+            class_name, settings = OLD_TOKENIZER
+            made = getattr(transformers, class_name).from_pretrained(folder, **settings)
+    except InputError:
+        raise
+    except Exception as error:  # transformers and what it calls raise errors of all kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder} has a tokenizer that cannot be read: {reason}") from error
+    return made.backend_tokenizer
+
+
 # -------------------------------------- Checkpoints of GPT-2 --------------------------------------
 
 
@@ -843,9 +1238,7 @@ PRESETS = {  # by id on the Hub; the first is the default
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
     check_kind(values, ["gpt2"])
-    config = Config(**known_fields(values))
-    check_supported("activation_function", config.activation_function, ACTIVATIONS)
-    return config
+    return Config(**known_fields(values))
 
 
 def config_to_hf(config: Config) -> dict:
@@ -866,30 +1259,12 @@ VOCABULARY = ("wte.embedding", "lm_head.kernel")  # `save` drops what pads the v
 RENAMED = [(r"^(?!transformer\.|lm_head\.)", "transformer.")]  # bare models lack the prefix
 # Ignored where a file has them: causal masks of old files, and the token table again as the head.
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
-FORMATS = {"model.safetensors": safetensors_in}  # files of weights, and what reads them
-DOWNLOADS = ["config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
-
-
-def tokenizer(name, revision: str | None = None):
-    """An object with encode(text) -> ids and decode(ids) -> text. GPT-2 adds no BOS token.
-
-    It is read from the tokenizer.json, else the vocab.json and merges.txt, of a folder or Hub id.
-    """
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-
-    folder = fetch(name, revision, weights=False)
-    if (folder / "tokenizer.json").exists():
-        codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
-        codec.no_truncation()  # some files ask to cut or to pad every text
-        codec.no_padding()
-    else:
-        codec = ByteLevelBPETokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
-        codec.add_special_tokens(["<|endoftext|>"])
-
-    def encode(text: str) -> list[int]:
-        return codec.encode(text).ids
-
-    return SimpleNamespace(encode=encode, decode=codec.decode)
+FORMATS = {  # files of weights, and what reads them; the first that there is counts
+    "model.safetensors": safetensors_in,
+    "pytorch_model.bin": torch_tensors_in,
+}
+# Class and settings of the tokenizer where a folder does not say them.
+OLD_TOKENIZER = ("GPT2Tokenizer", {})
 
 
 # ------------------------------------------ Many devices ------------------------------------------
@@ -1020,16 +1395,36 @@ def in_chunks(x, axis: int, fill=0):
     return jnp.moveaxis(x, axis, 0)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------- Command line: the same in every model file ---------------------------
+
+
+def main():
+    """Continues a text. See the top of this file for two examples."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="For all options see sample.py."
+    )
+    parser.add_argument("text", nargs="?", default="Once upon a time", help="what to continue")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=next(iter(PRESETS)),
+        help="a folder in Hugging Face's format, or an id on the Hub (default: %(default)s)",
+    )
+    args = parser.parse_args()
+
+    try:
+        codec = tokenizer(args.checkpoint)
+        model = load(args.checkpoint)
+        prompt = codec.encode(args.text)
+        key = jax.random.key(0)
+        options = {"temperature": 0.8, "top_k": 50, "stop_ids": model.config.eos_token_id}
+        [new] = generate(model, [prompt], 100, key=key, **options)
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
+    print(codec.decode(prompt + new))
+
 
 if __name__ == "__main__":
-    text = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
-    name = sys.argv[2] if len(sys.argv) > 2 else next(iter(PRESETS))
-
-    codec = tokenizer(name)
-    model = load(name)
-    prompt = codec.encode(text)
-    key = jax.random.key(0)
-    stop_ids = np.ravel(model.config.eos_token_id)
-    [new] = generate(model, [prompt], 100, key=key, temperature=0.8, top_k=50, stop_ids=stop_ids)
-    print(codec.decode(prompt + new))
+    main()

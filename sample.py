@@ -10,6 +10,7 @@ The text goes to standard output while it is generated; all else goes to standar
 """
 
 import argparse
+import codecs
 import contextlib
 import fnmatch
 import importlib
@@ -21,7 +22,6 @@ import select
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,20 +32,7 @@ import numpy as np
 from flax import nnx
 
 HERE = Path(__file__).resolve().parent
-# model_type in a config.json -> the model file that reads it
-KINDS = {
-    "gpt2": "gpt2",
-    "opt": "opt",
-    "llama": "llama",
-    "gemma": "gemma",
-    "gemma2": "gemma",
-    "gemma3": "gemma",
-    "gemma3_text": "gemma",
-    "mistral": "mistral",
-    "mixtral": "mistral",
-}
-MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
-TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # a checkpoint needs one of these
+TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # a checkpoint has one of these
 CONTINUATION = 200  # new tokens by default
 ANSWER = 1000  # the same with --chat
 
@@ -53,23 +40,26 @@ ANSWER = 1000  # the same with --chat
 def main():
     """From the command line to the last line on standard error."""
     args = parse_command_line()
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     if args.list:
         print_presets()
         return
 
     prompts = read_prompts(args)
-    model_file = importlib.import_module(args.model)
+    model_file = importlib.import_module(args.model or model_of(args.weights, args.revision))
     devices = pick_devices(args.device, args.parallel)
     if args.compile_cache != "off":
         keep_compiled_programs(args.compile_cache)
 
     with explained(model_file.InputError, "{}"):
         folder = find_checkpoint(model_file, args.weights, args.revision)
-        check_files(model_file, folder)
-        tokenizer = ChatTokenizer(folder) if args.chat else model_file.tokenizer(folder)
-        model, mesh = load_model(model_file, folder, devices, prompts, args)
-        stop_ids = find_stop_ids(folder, model.config)
-        stop_ids += special_ids(model_file, folder, args.stop)
+        check_family(model_file, folder)
+        config = model_file.read_config(folder)
+        tokenizer = model_file.tokenizer(folder)
+        stop_ids = find_stop_ids(model_file, folder, config) + special_ids(tokenizer, args.stop)
+        if args.chat:
+            tokenizer = ChatTokenizer(tokenizer.codec, folder, args.system)
+        model, mesh = load_model(model_file, folder, config, devices, prompts, args)
 
         if prompts is None:
             converse(model_file, model, mesh, tokenizer, stop_ids, args)
@@ -174,34 +164,30 @@ def find_cached(model_file, name: str, revision: str | None) -> Path | None:
             name, allow_patterns=model_file.DOWNLOADS, local_files_only=True, revision=revision
         )
         folder = Path(folder)
-        has_weights = bool(model_file.stored_tensors(folder))
-    except errors.HFValidationError:
-        fail(f"--weights {name}: no such folder, and not a name on the Hub (try --list)")
-    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+        model_file.stored_tensors(folder)
+    except (errors.HFValidationError, errors.LocalEntryNotFoundError, model_file.InputError):
         return None  # never downloaded, or a download was cut short
 
     has_config = (folder / "config.json").exists()
     has_tokenizer = any((folder / file).exists() for file in TOKENIZERS)
-    if has_weights and has_config and has_tokenizer:
-        return folder
-    return None
+    return folder if has_config and has_tokenizer else None
 
 
 def download(model_file, name: str, revision: str | None) -> Path:
     """Downloads a checkpoint from the Hub into its cache, and says how large it is."""
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, errors
 
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=3)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        patterns = wanted_patterns(model_file, sizes)
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+        fail(model_file.why_no_download(error, name, revision))
 
-        files = {file for pattern in patterns for file in fnmatch.filter(sizes, pattern)}
-        size = sum(sizes[file] for file in files) / 1e6
-        print(f"downloading {name}: {size:,.2f} MB in {len(files)} files", file=sys.stderr)
-        return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
-    except (errors.HTTPError, OSError) as error:
-        fail(why_no_download(error, name, revision))
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    patterns = wanted_patterns(model_file, sizes)
+    files = {file for pattern in patterns for file in fnmatch.filter(sizes, pattern)}
+    size = sum(sizes[file] for file in files) / 1e6
+    print(f"downloading {name}: {size:,.2f} MB in {len(files)} files", file=sys.stderr)
+    return model_file.fetch(name, revision)
 
 
 def wanted_patterns(model_file, names) -> list[str]:
@@ -217,76 +203,6 @@ def wanted_patterns(model_file, names) -> list[str]:
     return model_file.DOWNLOADS
 
 
-def why_no_download(error, name: str, revision: str | None) -> str:
-    """Says what is wrong where the Hub gives an error, and what to do."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, "
-            "then log in with `hf auth login` or set HF_TOKEN"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {revision}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"there is no folder {name}, and the Hub has no model of that name (see --list); "
-            "if it is private, set HF_TOKEN"
-        )
-    return (
-        f"{name} is not complete in {constants.HF_HUB_CACHE}, and the Hub does not deliver it "
-        f"({type(error).__name__}: {error}): try again online, or --weights tiny or a folder"
-    )
-
-
-def check_files(model_file, folder: Path):
-    """Exits where a checkpoint is damaged, incomplete, or of another model family."""
-    weights = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    for file in [*folder.glob("*.json"), *weights]:
-        check_file(file)
-
-    config = folder / "config.json"
-    if not config.exists():
-        fail(f"{folder} has no config.json: it is no checkpoint, or an incomplete one")
-    kind = json.loads(config.read_text()).get("model_type")
-    reader = KINDS.get(kind, model_file.__name__)
-    if reader != model_file.__name__:
-        fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
-
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        fail(f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
-    with explained(FileNotFoundError, f"{folder} is not complete: {{}}"):
-        model_file.stored_tensors(folder)
-
-
-def check_file(file: Path):
-    """Exits where a file of a checkpoint is damaged, or is not what its name says."""
-    from safetensors import SafetensorError, safe_open
-
-    with open(file, "rb") as stream:
-        start = stream.read(64).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        fail(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull`")
-    if start.startswith((b"<!doctype", b"<html")):
-        fail(f"{file} is a web page and not the file itself: download it again")
-    if file.suffix == ".bin" and not is_from_pytorch(file):
-        fail(f"{file} is damaged, or of a PyTorch before 1.6: save it anew")
-
-    damage = (SafetensorError, UnicodeDecodeError, json.JSONDecodeError)
-    with explained(damage, f"{file} is damaged or cut short ({{}}): download it again"):
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".safetensors":
-            safe_open(file, "np")
-
-
-def is_from_pytorch(file: Path) -> bool:
-    """Whether it is a file of torch.save since PyTorch 1.6: a zip file with a pickle."""
-    if not zipfile.is_zipfile(file):
-        return False
-    return any(name.endswith("/data.pkl") for name in zipfile.ZipFile(file).namelist())
-
-
 # ------------------------------------ The model on its devices ------------------------------------
 
 
@@ -296,9 +212,8 @@ def keep_compiled_programs(folder):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def load_model(model_file, folder: Path, devices: list, prompts: list[str] | None, args):
+def load_model(model_file, folder, config, devices: list, prompts: list[str] | None, args):
     """Loads the weights onto the devices -> (model, mesh)."""
-    config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
     heads = config.num_attention_heads
 
     parallel = args.parallel
@@ -333,12 +248,12 @@ def choose_parallel(devices: list, heads: int, size: int, rows: int) -> str:
     return parallel
 
 
-def find_stop_ids(folder: Path, config) -> list[int]:
+def find_stop_ids(model_file, folder: Path, config) -> list[int]:
     """The token ids that end a text: from generation_config.json, or else from config.json."""
     ids = config.eos_token_id
     file = folder / "generation_config.json"
-    if file.exists():
-        ids = json.loads(file.read_text()).get("eos_token_id", ids)
+    if os.path.lexists(file):
+        ids = model_file.read_json(file).get("eos_token_id", ids)
 
     if ids is None:
         return []
@@ -347,13 +262,9 @@ def find_stop_ids(folder: Path, config) -> list[int]:
     return list(ids)
 
 
-def special_ids(model_file, folder: Path, stops: list[str]) -> list[int]:
+def special_ids(tokenizer, stops: list[str]) -> list[int]:
     """The ids of the stop strings that are special tokens: no text shows those."""
-    if not stops:
-        return []
-
     found = []
-    tokenizer = model_file.tokenizer(folder)
     begin = tokenizer.encode("")  # a BOS token, perhaps
     for stop in stops:
         ids = tokenizer.encode(stop)[len(begin) :]
@@ -388,6 +299,11 @@ def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
     print(summary(model, mesh, prompt_ids, timing), file=sys.stderr)
     if args.profile:
         stop_profile(args.profile)
+
+
+def is_utf8() -> bool:
+    """Whether standard output takes every character."""
+    return codecs.lookup(sys.stdout.encoding).name == "utf-8"
 
 
 def streams(args) -> bool:
@@ -436,16 +352,17 @@ class Text:
                 self.reason = "length"
 
         # Decoded with the prompt, because a token's text may depend on the tokens before it.
-        whole = self.tokenizer.decode(self.prompt_ids + self.ids)[self.begin :]
+        ids = self.prompt_ids + self.ids
+        if self.reason is None:
+            ids = settled_ids(self.tokenizer.codec, ids)
+        whole = self.tokenizer.decode(ids)[self.begin :]
         text = cut_at_stop(whole, self.stops)
         if len(text) < len(whole):
             self.reason = "stop"
         if self.reason is None:
             text = hold_back(text, self.stops)
 
-        # The first bytes of a character may hide the one before it. What was shown stays.
-        if self.reason or text.startswith(self.completion):
-            self.completion = text
+        self.completion = text
 
     def record(self, timing) -> dict:
         """The text as --json prints it."""
@@ -461,6 +378,18 @@ class Text:
             "time_to_first_token_s": round(timing.prefill, 4),
             "decode_tokens_per_s": speed,
         }
+
+
+def settled_ids(codec, ids: list[int]) -> list[int]:
+    """The ids without single bytes at their end, whose text depends on the bytes that follow.
+
+    Bytes in a row that are not UTF-8 together are decoded as U+FFFD, all of them, even those that
+    would be a character alone.
+    """
+    end = len(ids)
+    while end > 0 and (codec.id_to_token(ids[end - 1]) or "").startswith("<0x"):
+        end -= 1
+    return ids[:end]
 
 
 def cut_at_stop(text: str, stops: list[str]) -> str:
@@ -496,7 +425,7 @@ class Writer:
         while self.waiting and (streams(self.args) or self.waiting[0].reason):
             text = self.waiting[0]
             if self.args.json:
-                print(json.dumps(text.record(timing), ensure_ascii=False), flush=True)
+                print(json.dumps(text.record(timing), ensure_ascii=not is_utf8()), flush=True)
             else:
                 self.write_new(text)
 
@@ -722,19 +651,28 @@ def stop_profile(folder: Path):
 
 
 class ChatTokenizer:
-    """The tokenizer of a checkpoint, with its chat template."""
+    """The tokenizer of a checkpoint, with its chat template and perhaps a system message."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, codec, folder: Path, system: str | None):
         # Otherwise transformers says that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers import AutoTokenizer  # half a second, which only chats have to wait
 
-        self.codec = AutoTokenizer.from_pretrained(folder)
-        if not self.codec.chat_template:
+        # transformers is here for its template alone; the ids are those of every other text.
+        with explained((ValueError, OSError), f"the chat template of {folder}: {{}}"):
+            self.templates = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.codec = codec
+        self.folder = folder
+        self.system = system
+
+        named = self.templates.chat_template
+        if not named:
             fail(
                 f"{folder} has no chat template, so it was not tuned to answer: "
                 "leave --chat out, or try HuggingFaceTB/SmolLM2-135M-Instruct"
             )
+        if isinstance(named, dict) and "default" not in named:
+            fail(f"{folder} has the chat templates {', '.join(named)}, but none called default")
 
     def encode(self, messages: str | list[dict]) -> list[int]:
         """The token ids of a conversation, up to where the next answer begins.
@@ -742,15 +680,25 @@ class ChatTokenizer:
         A message is {"role": "user" or "assistant", "content": its text}. A text stands for a
         single message of the user.
         """
+        from jinja2.exceptions import TemplateError
+
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.codec.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
+        if self.system is not None:
+            messages = [{"role": "system", "content": self.system}, *messages]
+
+        refusal = f"the chat template of {self.folder} does not take this: {{}}"
+        if self.system is None:
+            refusal += " (if it wants a system message: --system TEXT)"
+        with explained(TemplateError, refusal):
+            text = self.templates.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        return self.codec.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.codec.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.codec.decode(ids)
 
 
 @dataclass
@@ -848,6 +796,20 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
 
 # ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
 
+# model_type in a config.json -> the model file that reads it
+KINDS = {
+    "gpt2": "gpt2",
+    "opt": "opt",
+    "llama": "llama",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3": "gemma",
+    "gemma3_text": "gemma",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+}
+MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
+
 AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"
 PARALLEL = rf"no|auto|pmap|{AXIS}(,{AXIS})*"  # what --parallel takes
 
@@ -866,6 +828,27 @@ def explained(errors, message: str):
         yield
     except errors as error:
         fail(message.replace("{}", str(error)))
+
+
+def model_of(weights: str, revision: str | None = None) -> str:
+    """The model file that reads a checkpoint, by the model_type in its config.json."""
+    any_file = importlib.import_module(MODELS[0])
+    with explained(any_file.InputError, "{}"):
+        folder = any_file.fetch(weights, revision, weights=False)
+        kind = any_file.read_json(folder / "config.json").get("model_type")
+    if kind is None:
+        fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
+    if kind not in KINDS:
+        fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
+    return KINDS[kind]
+
+
+def check_family(model_file, folder: Path):
+    """Exits where another model file than --model reads a checkpoint."""
+    kind = model_file.read_json(folder / "config.json").get("model_type")
+    reader = KINDS.get(kind, model_file.__name__)
+    if reader != model_file.__name__:
+        fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
 
 
 def pick_devices(name: str | None, parallel: str) -> list:
@@ -960,20 +943,24 @@ def parse_command_line() -> argparse.Namespace:
     check_text_flags(args)
     check_sampling_flags(args)
     check_machine_flags(args)
-    if args.model is None:
+    args.prompt = [as_utf8(text, "--prompt") for text in args.prompt]
+    args.stop = [as_utf8(text, "--stop") for text in args.stop]
+    if args.system is not None:
+        args.system = as_utf8(args.system, "--system")
+    if args.model is None and args.weights in (None, "tiny"):
         args.model = "gpt2"
-        args.weights = args.weights or "tiny"
+        args.weights = "tiny"
     return args
 
 
 def add_model_flags(parser):
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, help="model file (default: gpt2)")
+    model.add_argument("--model", choices=MODELS, help="model file (default: as config.json says)")
     model.add_argument(
         "--weights",
         metavar="WEIGHTS",
         help="'tiny' (bundled), a Hub id, or a folder (default: the first preset of --model; "
-        "tiny if --model is not given either)",
+        "the tiny GPT-2 if --model is not given either)",
     )
     model.add_argument("--revision", help="branch, tag or commit of a Hub id")
     model.add_argument(
@@ -1003,6 +990,9 @@ def add_text_flags(parser):
         action="store_true",
         help="let a model that was tuned for it answer: prompts, or messages on the terminal "
         "(Ctrl-C stops an answer, Ctrl-D ends the conversation)",
+    )
+    text.add_argument(
+        "--system", metavar="TEXT", help="with --chat: the system message of the conversation"
     )
     text.add_argument(
         "--num-samples",
@@ -1099,15 +1089,23 @@ def add_output_flags(parser):
     )
 
 
+def as_utf8(text: str, flag: str) -> str:
+    """A text of the command line. Where the terminal is not of UTF-8, Python reads it as bytes."""
+    if text.isascii():
+        return text
+    with explained(UnicodeError, f"{flag} must be UTF-8 text"):
+        if re.search("[\ud800-\udfff]", text):
+            text = os.fsencode(text).decode("utf-8")
+    return text
+
+
 def check_text_flags(args):
-    for prompt in args.prompt:
-        # Python reads bytes that are not UTF-8 as surrogates.
-        if prompt.encode(errors="ignore").decode() != prompt:
-            fail("--prompt must be UTF-8 text")
     if args.num_samples < 1:
         fail("--num-samples must be 1 or more")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         fail("--max-new-tokens must be 1 or more")
+    if args.system is not None and not args.chat:
+        fail("--system is for --chat")
     if "" in args.stop:
         fail("--stop must be a text; leave it out to go on to --max-new-tokens")
 

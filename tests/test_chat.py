@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -73,6 +74,10 @@ def folder(tmp_path_factory):
     return write_chat(tmp_path_factory.mktemp("chat"))
 
 
+def chat_tokenizer(folder, system=None):
+    return sample.ChatTokenizer(llama.tokenizer(folder).codec, folder, system)
+
+
 def said(folder, messages, n, module=llama):
     """Ids and text of the greedy answer, from `generate` and transformers' tokenizer."""
     codec = transformers.AutoTokenizer.from_pretrained(folder)
@@ -109,7 +114,7 @@ def test_a_prompt_is_answered_as_the_template_asks_and_only_the_answer_is_printe
 def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
     write_chat(tmp_path, template=None)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    ids = sample.ChatTokenizer(tmp_path).encode("Hi")
+    ids = chat_tokenizer(tmp_path).encode("Hi")
     assert ids[0] == END - 1 and ids.count(END - 1) == 2 and ids.count(END) == 1
 
 
@@ -239,7 +244,7 @@ class Talk:
 def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_path, module):
     """In pieces, and for longer than the windows of 24 tokens."""
     folder = write_chat(tmp_path, module)
-    codec, talk, messages, known = sample.ChatTokenizer(folder), Talk(module, folder), [], 0
+    codec, talk, messages, known = chat_tokenizer(folder), Talk(module, folder), [], 0
     for message in [
         "The first message is one of more than sixty-four letters, so of two pieces.",
         "A second.",
@@ -256,7 +261,7 @@ def test_the_cache_computes_new_messages_only_and_gives_the_same_answers(tmp_pat
 
 
 def test_where_a_template_changes_earlier_turns_all_is_computed_anew(folder):
-    codec, talk = sample.ChatTokenizer(folder), Talk(llama, folder)
+    codec, talk = chat_tokenizer(folder), Talk(llama, folder)
     for text in ["Hello", "Another beginning, not of the same ids"]:
         ids = codec.encode(text)
         assert talk.answer(ids, 20) == talk.anew(ids, 20)
@@ -266,7 +271,7 @@ def test_where_a_template_changes_earlier_turns_all_is_computed_anew(folder):
 @pytest.mark.wide
 def test_a_conversation_that_outgrows_its_cache_gets_a_longer_one(folder):
     """It begins with 1,024 slots."""
-    codec, talk = sample.ChatTokenizer(folder), Talk(llama, folder)
+    codec, talk = chat_tokenizer(folder), Talk(llama, folder)
     ids = codec.encode("Hello")
     ids += talk.answer(ids, 20) + codec.encode("a" * 1000)
     assert talk.answer(ids, 20) == talk.anew(ids, 20)
@@ -319,12 +324,102 @@ def test_the_same_message_again_is_answered_again(folder):
     assert len(once) == 1 and once == again
 
 
-def test_a_shown_character_stays_where_bytes_of_the_next_one_hide_it():
-    """As decoders do that join bytes: two characters of two bytes each, and one byte missing."""
-    shown = {(): "", (1,): "\ufffd", (1, 2): "é", (1, 2, 3): "\ufffd" * 3, (1, 2, 3, 4): "éü"}
-    codec = SimpleNamespace(encode=lambda text: [], decode=lambda ids: shown[tuple(ids)])
-    text, completions = sample.Text(codec, "", []), []
-    for token in (1, 2, 3, 4):
+# ------------------------------------------------------------------------- texts made of bytes
+
+
+def byte_fallback_tokenizer():
+    """As Llama's: letters, and the 256 bytes for all that is none."""
+    pieces = ["a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    codec.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+
+    def encode(text):
+        return codec.encode(text).ids
+
+    return SimpleNamespace(encode=encode, decode=codec.decode, codec=codec)
+
+
+def test_a_byte_that_spoils_the_bytes_before_it_is_waited_for():
+    """The decoder replaces all bytes in a row that are not UTF-8 together, the whole é too."""
+    codec = byte_fallback_tokenizer()
+    e_acute, half = codec.encode("é"), codec.encode("ü")[:1]
+    assert codec.decode(e_acute) == "é" and codec.decode(e_acute + half) == "\ufffd" * 3
+
+    text, shown = sample.Text(codec, "a", []), []
+    for token in [*e_acute, *half, *codec.encode("b")]:
         text.add([token], [], 9)
-        completions.append(text.completion)
-    assert completions == ["", "é", "é", "éü"]
+        shown.append(text.completion)
+    assert shown == ["", "", "", "\ufffd" * 3 + "b"]
+
+
+def test_what_is_streamed_is_the_beginning_of_the_whole_text():
+    codec, rng = byte_fallback_tokenizer(), np.random.default_rng(0)
+    common = [*codec.encode("ab"), *codec.encode("éü€😀")]
+    for _ in range(300):
+        tokens = rng.choice(common, 12).tolist()
+        text, shown = sample.Text(codec, "a", []), ""
+        for token in tokens:
+            text.add([token], [], len(tokens))
+            assert text.completion.startswith(shown)
+            shown = text.completion
+        assert shown == codec.decode([*codec.encode("a"), *tokens])[1:]
+
+
+# ------------------------------------------------------------------------------- chat templates
+
+
+def answer_ids(tmp_path, template, system=None):
+    return chat_tokenizer(write_chat(tmp_path, template=template), system).encode("Hi")
+
+
+def test_the_ids_are_those_of_the_folders_own_tokenizer(tmp_path):
+    """Not of the class that tokenizer_config.json names, which may cut digits in another way."""
+    write_chat(tmp_path)
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "GPT2Tokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    expected = llama.tokenizer(tmp_path).encode("<|im_start|>user\nHi<|im_end|>\n")
+    assert chat_tokenizer(tmp_path).encode("Hi")[: len(expected)] == expected
+
+
+def test_a_system_message_comes_first(tmp_path):
+    ids = answer_ids(tmp_path, CHATML, system="Be brief.")
+    expected = llama.tokenizer(tmp_path).encode("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert ids[: len(expected)] == expected
+
+
+def test_of_several_named_templates_the_default_is_taken(tmp_path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    assert answer_ids(tmp_path, named) == answer_ids(tmp_path, CHATML)
+
+
+RAISES = "{{ raise_exception('roles must alternate') }}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+WANTS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('who am I?') }}{% endif %}"
+TOOLS_ONLY = [{"name": "tool_use", "template": CHATML}]
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "said"),
+    [
+        (RAISES, [], "does not take this: roles must alternate"),
+        (NO_SYSTEM, ["--system", "Be brief."], "does not take this: no system"),
+        (WANTS_SYSTEM, [], "who am I? (if it wants a system message: --system TEXT)"),
+        ("{% if %}", [], "does not take this: "),
+        (TOOLS_ONLY, [], "templates tool_use, but none called default"),
+    ],
+)
+def test_a_template_that_refuses_says_why_in_one_line(tmp_path, refused, template, options, said):
+    folder = write_chat(tmp_path, template=template)
+    assert said in refused("--weights", folder, "--chat", "--prompt", "Hi", *options)
+
+
+def test_a_system_message_without_a_chat_is_refused(refused):
+    assert "--system is for --chat" in refused("--system", "Be brief.", "--prompt", "Hi")

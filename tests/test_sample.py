@@ -156,8 +156,8 @@ def test_a_stop_text_that_is_a_special_token_stops_at_its_id(tmp_path):
     tokenizer.add_special_tokens(["<|end|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
 
-    assert sample.special_ids(gpt2, tmp_path, ["<|end|>", "a", "<|end|"]) == [256]
-    assert sample.special_ids(gpt2, tmp_path, []) == []
+    assert sample.special_ids(gpt2.tokenizer(tmp_path), ["<|end|>", "a", "<|end|"]) == [256]
+    assert sample.special_ids(gpt2.tokenizer(tmp_path), []) == []
 
 
 def test_a_stop_text_ends_before_it(weights, records):
@@ -209,7 +209,9 @@ def test_the_end_token_of_the_checkpoint_ends_a_text(tmp_path, weights, records)
 
 
 class ByteCodec:
-    """encode and decode as `gpt2.tokenizer` gives them, over bytes."""
+    """encode, decode and codec as `gpt2.tokenizer` gives them, over bytes."""
+
+    codec = byte_tokenizer()
 
     def encode(self, text):
         return byte_tokenizer().encode(text).ids
@@ -572,7 +574,7 @@ def damage_tokenizer(folder):
 def test_a_bad_checkpoint_is_named_in_one_line(tmp_path, refused, damage, said):
     folder = write_checkpoint(tmp_path / "weights")
     damage(folder)
-    assert said in refused("--weights", folder, "--prompt", "Hello")
+    assert said in refused("--model", "gpt2", "--weights", folder, "--prompt", "Hello")
 
 
 def test_a_file_that_is_not_read_may_be_anything(tmp_path):

@@ -139,10 +139,45 @@ def test_the_end_of_text_is_one_token_and_is_not_shown(module, codec):
 
 
 @pytest.mark.parametrize("adds", [True, False], ids=["adds </s>", "adds nothing"])
-def test_opt_begins_with_one_end_token_whatever_its_tokenizer_json_adds(adds, tmp_path):
+def test_opt_begins_as_its_tokenizer_json_says(adds, tmp_path):
+    """Galactica has a word </s>, and no text begins with it."""
     settings = PUBLISHED[opt][2] | {"add_bos_token": adds}
     saved = transformers.GPT2Tokenizer.from_pretrained(published(opt, tmp_path), **settings)
     saved.save_pretrained(tmp_path)
     post_processor = json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]
     assert ("</s>" in json.dumps(post_processor)) == adds
-    assert opt.tokenizer(tmp_path).encode("Hello world") == [2, 31414, 232]
+    begin = [2] if adds else []
+    assert opt.tokenizer(tmp_path).encode("Hello world") == [*begin, 31414, 232]
+
+
+def test_a_tokenizer_json_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    stored = (ROOT / "tiny" / "gpt2" / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(stored, encoding="utf-8-sig")
+    expected = gpt2.tokenizer(ROOT / "tiny" / "gpt2").encode("Two households")
+    assert gpt2.tokenizer(tmp_path).encode("Two households") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is damaged or cut short"),
+        ('{"version": "1.0", "model": {', "is damaged or cut short"),
+        ("[1, 2]", "is damaged or cut short"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
+        ("<!DOCTYPE html><html>404", "is a web page"),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_refused_in_words(content, says, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(gpt2.InputError, match=rf"tokenizer\.json {says}"):
+        gpt2.tokenizer(tmp_path)
+
+
+def test_a_dangling_link_and_a_folder_are_no_tokenizer_json(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(gpt2.InputError, match="a link to a file that is gone"):
+        gpt2.tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(gpt2.InputError, match="is a folder, not a file"):
+        gpt2.tokenizer(tmp_path)
