@@ -65,7 +65,7 @@ MODELS = [
 def main() -> int:
     """Trains as the command line says; returns the exit code."""
     args = parse_command_line()
-    module = importlib.import_module(args.model)
+    model_file = importlib.import_module(args.model)
     if args.multihost:
         join_hosts(args.multihost)
     devices = pick_devices(args.device, args.parallel)
@@ -74,12 +74,12 @@ def main() -> int:
 
     # OSError: of the Hub, or of a folder.
     message = f"--weights {args.weights}: {{}}" if args.weights else "{}"
-    with explained((OSError, module.InputError), message):
-        folder = find_weights(args, module)
-        data = prepare_data(args, module, folder)
-        model, adapters, mesh = make_model(args, module, folder, data, devices)
+    with explained((OSError, model_file.InputError), message):
+        folder = find_weights(args, model_file)
+        data = prepare_data(args, model_file, folder)
+        model, adapters, mesh = make_model(args, model_file, folder, data, devices)
 
-    run = set_up(args, module, data, model, adapters, mesh)
+    run = set_up(args, model_file, data, model, adapters, mesh)
     del model  # the first step takes its memory for the new state
     train(run, Stop())
     return finish(run)
@@ -93,7 +93,7 @@ class Run:
     """A training run: what its steps need, and what they change."""
 
     args: argparse.Namespace
-    module: Any  # the model file
+    model_file: Any  # the imported gpt2.py, llama.py, ...
     data: "Data"
     mesh: jax.sharding.Mesh
     graphdef: nnx.GraphDef  # the model without its arrays
@@ -358,8 +358,8 @@ def print_sample(run: Run, key) -> None:
     """Prints how the model continues --prompt."""
     model = run.model
     length = min(100, model.config.max_position_embeddings - len(run.prompt))
-    [new] = run.module.generate(model, [run.prompt], length, key=key)
-    text = run.module.tokenizer(run.data.tokenizer).decode(run.prompt + new)
+    [new] = run.model_file.generate(model, [run.prompt], length, key=key)
+    text = run.model_file.tokenizer(run.data.tokenizer).decode(run.prompt + new)
     print(f"--- step {run.step}: {text}", flush=True)
 
 
@@ -387,19 +387,19 @@ def end_trace(run: Run) -> None:
 # ------------------------------------------- Setting up -------------------------------------------
 
 
-def set_up(args, module, data: "Data", model, adapters: dict, mesh) -> Run:
+def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     """Makes the optimizer, compiles the steps, and opens the checkpoints, or resumes from one."""
     check_batch(args, mesh)
     prompt = []
     if args.prompt:
-        prompt = module.tokenizer(data.tokenizer).encode(args.prompt)[: args.block // 2]
+        prompt = model_file.tokenizer(data.tokenizer).encode(args.prompt)[: args.block // 2]
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if adapters else nnx.Param, ...)
-    peak_per_token = describe(args, module, model, params, data, mesh)
+    peak_per_token = describe(args, model_file, model, params, data, mesh)
 
     optimizer, learning_rate = make_optimizer(args)
     state = first_state(args, optimizer, params, mesh)
     merge = merge_on(mesh, graphdef, args.dtype, state["params"], frozen)
-    step = Step(merge, optimizer, balance_of(module, model.config), args.ema)
+    step = Step(merge, optimizer, balance_of(model_file, model.config), args.ema)
     train_step, eval_step = compile_steps(step, mesh, state)
     data.val_batches = validation_batches(args, data.val, mesh)
 
@@ -409,7 +409,7 @@ def set_up(args, module, data: "Data", model, adapters: dict, mesh) -> Run:
 
     run = Run(
         args=args,
-        module=module,
+        model_file=model_file,
         data=data,
         mesh=mesh,
         graphdef=graphdef,
@@ -456,7 +456,7 @@ def settings_of(args, data: "Data") -> dict:
     return settings
 
 
-def describe(args, module, model, params, data: "Data", mesh) -> float:
+def describe(args, model_file, model, params, data: "Data", mesh) -> float:
     """Prints what is trained on what -> the share of the devices' peak that one token/s takes.
 
     Training takes 6 FLOPs for each weight of a matrix and token, LoRA 4: it needs no gradients of
@@ -476,7 +476,7 @@ def describe(args, module, model, params, data: "Data", mesh) -> float:
             N += param.size * (chosen if "experts" in str(path) else 1)
     N = round(N)
 
-    layers = jax.eval_shape(lambda: module.init_cache(config, 1, 1, jnp.float32)).layers
+    layers = jax.eval_shape(lambda: model_file.init_cache(config, 1, 1, jnp.float32)).layers
     L = len(layers)
     D = layers[0][0].shape[-1] * config.num_attention_heads
     T = args.block
@@ -501,11 +501,11 @@ def measure_peak(devices: list, dtype) -> float:
     return len(devices) * 2 * n**3 / np.median(seconds[1:])  # the first one is compiled, too
 
 
-def balance_of(module, config) -> Callable | None:
+def balance_of(model_file, config) -> Callable | None:
     """What a Mixtral adds to the loss, as a function of the cache: its load-balancing loss."""
     if getattr(config, "model_type", "") != "mixtral":
         return None
-    return lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)
+    return lambda cache: config.router_aux_loss_coef * model_file.balance_loss(cache)
 
 
 # ---------------------------------------- A training step -----------------------------------------
@@ -827,7 +827,7 @@ class Data:
     val_batches: np.ndarray = None  # of `validation_batches`
 
 
-def prepare_data(args, module, folder: Path | None) -> Data:
+def prepare_data(args, model_file, folder: Path | None) -> Data:
     """The tokens of --data or --dataset, split into those to train on and those to validate on.
 
     Text is encoded once: tokens and tokenizer are kept in the cache folder. folder: of --weights,
@@ -847,7 +847,7 @@ def prepare_data(args, module, folder: Path | None) -> Data:
     if args.dataset:
         texts += read_dataset(args.dataset)
 
-    cached = encode_once(args, module, folder, texts, has_tokens=bool(encoded))
+    cached = encode_once(args, model_file, folder, texts, has_tokens=bool(encoded))
     V, _ = vocabulary(folder or cached)
     parts = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
     if len(parts) == 1:
@@ -925,12 +925,12 @@ def read_dataset(name: str) -> list[str]:
     return texts
 
 
-def encode_once(args, module, folder: Path | None, texts: list[str], has_tokens: bool) -> Path:
+def encode_once(args, model_file, folder: Path | None, texts: list[str], has_tokens: bool) -> Path:
     """The cache folder of the tokenizer and the tokens of these texts; written if it is new.
 
     Its name is a checksum of all that the tokens depend on, the code included.
     """
-    inputs = [Path(__file__), Path(module.__file__), *(folder.iterdir() if folder else ())]
+    inputs = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
     inputs = [file for file in inputs if re.search("(py|json|txt|model)$", file.name)]
     parts = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in inputs), *texts]
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
@@ -946,7 +946,7 @@ def encode_once(args, module, folder: Path | None, texts: list[str], has_tokens:
             if folder is None:
                 write_tokenizer(Path(part), args.tokens, args.vocab_size, texts)
             if not has_tokens:
-                write_tokens(Path(part), module, folder or Path(part), texts)
+                write_tokens(Path(part), model_file, folder or Path(part), texts)
             if not cached.exists():  # another run may have been faster
                 Path(part).rename(cached)
     return cached
@@ -1051,11 +1051,11 @@ def vocabulary(folder: Path) -> tuple[int, int | None]:
     return values["vocab_size"], next(iter(end), None)
 
 
-def write_tokens(part: Path, module, folder: Path, texts: list[str]):
+def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
     """Writes tokens.bin: the tokens of all texts, each between what begins and what ends a text."""
     V, end = vocabulary(folder)
-    begin = module.tokenizer(folder).encode("")
-    encode = batch_encoder(module, folder)
+    begin = model_file.tokenizer(folder).encode("")
+    encode = batch_encoder(model_file, folder)
     todo = pieces(texts)
     starts = True  # whether the next piece starts a text
     bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
@@ -1072,7 +1072,7 @@ def write_tokens(part: Path, module, folder: Path, texts: list[str]):
                 bar.update(len(piece))
 
 
-def batch_encoder(module, folder: Path) -> Callable:
+def batch_encoder(model_file, folder: Path) -> Callable:
     """A function (pieces of texts) -> their token ids, without what begins or ends a text."""
     file = folder / "tokenizer.json"
     if file.exists():
@@ -1083,7 +1083,7 @@ def batch_encoder(module, folder: Path) -> Callable:
         def encode(batch: list[str]):
             return [row.ids for row in fast.encode_batch_fast(batch, add_special_tokens=False)]
     else:
-        codec = module.tokenizer(folder)
+        codec = model_file.tokenizer(folder)
         begin = codec.encode("")
 
         def encode(batch: list[str]):
@@ -1159,21 +1159,21 @@ def some_batches(run: Run):
 # ------------------------------------------- The model --------------------------------------------
 
 
-def find_weights(args, module) -> Path | None:
+def find_weights(args, model_file) -> Path | None:
     """The folder of --weights; None: from scratch. InputError: this file does not read it."""
     if not args.weights:
         return None
-    folder = module.fetch(args.weights)
-    module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    folder = model_file.fetch(args.weights)
+    model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
     return folder
 
 
-def make_model(args, module, folder: Path | None, data: Data, devices: list) -> tuple:
+def make_model(args, model_file, folder: Path | None, data: Data, devices: list) -> tuple:
     """The model of --weights, or one from scratch -> (model, adapters of LoRA, mesh)."""
     if folder:
-        config = module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+        config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
     else:
-        config = new_config(args, module, *vocabulary(data.tokenizer))
+        config = new_config(args, model_file, *vocabulary(data.tokenizer))
     context = config.max_position_embeddings
     if args.block > context:
         fail(f"--block {args.block}: the context of this model is {context}")
@@ -1181,7 +1181,7 @@ def make_model(args, module, folder: Path | None, data: Data, devices: list) -> 
     options = {"dtype": args.dtype, "remat": args.remat}
 
     def draw():
-        return module.Model(config, rngs=nnx.Rngs(random_key(args.seed)), **options)
+        return model_file.Model(config, rngs=nnx.Rngs(random_key(args.seed)), **options)
 
     heads = config.num_attention_heads
     parallel = args.parallel
@@ -1193,25 +1193,25 @@ def make_model(args, module, folder: Path | None, data: Data, devices: list) -> 
     if folder:
         # Frozen weights need no more digits than they are computed with.
         stored = args.dtype if args.lora and not args.merge else "float32"
-        model = module.load(folder, param_dtype=stored, mesh=mesh, **options)
+        model = model_file.load(folder, param_dtype=stored, mesh=mesh, **options)
     else:
-        model = draw_split(module, config, draw, mesh)
-    for _, part in nnx.iter_modules(model):
-        if isinstance(part, nnx.Dropout):
-            part.rate = args.dropout
-    adapters = add_adapters(module, model, args) if args.lora else {}
+        model = draw_split(model_file, config, draw, mesh)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Dropout):
+            module.rate = args.dropout
+    adapters = add_adapters(model_file, model, args) if args.lora else {}
     return model, adapters, mesh
 
 
-def new_config(args, module, V: int, end: int | None):
+def new_config(args, model_file, V: int, end: int | None):
     """The config of a model from scratch, for V token ids; `end` is the one that ends a text."""
     sizes = {"layers": args.layers, "heads": args.heads, "width": args.width, "context": args.block}
     if args.experts:
         sizes["experts"] = args.experts
-    return module.Config.small(
+    return model_file.Config.small(
         **sizes,
         vocab_size=V,
-        padded_vocab_size=module.round_up(V, 128),  # such sizes are faster
+        padded_vocab_size=model_file.round_up(V, 128),  # such sizes are faster
         bos_token_id=end,
         eos_token_id=end,
     )
@@ -1234,11 +1234,11 @@ def choose_parallel(devices: list, heads: int, draw, bytes_per_weight: int) -> s
     return parallel
 
 
-def draw_split(module, config, draw, mesh):
+def draw_split(model_file, config, draw, mesh):
     """A model from scratch. Each device draws its part of the weights, and no other."""
     graphdef, shardings = nnx.split(nnx.eval_shape(draw))
-    for path, param, *_ in module.named_parameters(shardings):
-        param.set_value(module.sharding(mesh, config, path, param.shape))
+    for path, param, *_ in model_file.named_parameters(shardings):
+        param.set_value(model_file.sharding(mesh, config, path, param.shape))
 
     def draw_state():
         return nnx.state(draw())
@@ -1249,13 +1249,13 @@ def draw_split(module, config, draw, mesh):
 # ---------------------------------------------- LoRA ----------------------------------------------
 
 
-def add_adapters(module, model, args) -> dict:
+def add_adapters(model_file, model, args) -> dict:
     """Adds A B of rank --lora to each matrix whose path --lora-targets matches.
 
     A is random and B zero, so that the model begins as it was: Hu et al. 2021. The model file is
     not changed: the layers of the model are. Returns {path: the matrix's name in a checkpoint}.
     """
-    names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
+    names = {path: name for path, _, name, _ in model_file.named_parameters(nnx.state(model))}
     rngs = nnx.Rngs(random_key(args.seed))
     adapters = {}
     for path, (holder, name, layer) in linear_layers(model).items():
@@ -1415,7 +1415,7 @@ def write_model(run: Run, model):
             merge_adapters(model, run.adapters)
             graphdef, params = nnx.split(model)
             params = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
-            run.module.save(nnx.merge(graphdef, params), part)
+            run.model_file.save(nnx.merge(graphdef, params), part)
 
         # All is written, or no file is replaced.
         for file in Path(part).iterdir():
