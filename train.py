@@ -103,7 +103,8 @@ class Run:
     train_step: Callable  # compiled
     eval_step: Callable  # compiled
     learning_rate: Callable  # step -> learning rate
-    peak_per_token: float  # the share of the devices' peak FLOP/s that one token/s takes
+    flops_per_token: int  # what training takes
+    peak_flops: float  # FLOP/s that the devices reach together
     settings: dict  # what --resume compares
     checkpoints: ocp.CheckpointManager
     state: dict  # all that a step changes: see `first_state`
@@ -136,10 +137,11 @@ def train(run: Run, stop: "Stop") -> None:
     while run.step < run.args.steps and not run.stopped:
         start_trace(run)  # with --profile
         batch = next_batch(run)
-        run.state, found = run.train_step(run.state, run.frozen, batch, key)
+        run.state, metrics = run.train_step(run.state, run.frozen, batch, key)
         run.step += 1
-        run.waiting.append(found)  # loss, accuracy and gradient norm: nothing waits for them yet
-        wait_where_needed(run, found)
+        run.waiting.append(metrics)  # loss, accuracy and gradient norm: nothing waits for them yet
+        wait_on_emulated_devices(run, metrics)
+        end_trace_after_five(run, metrics)  # with --profile
 
         due = what_is_due(run, stop)
         run.stopped = due.stop
@@ -148,7 +150,7 @@ def train(run: Run, stop: "Stop") -> None:
 
         # From here on the host waits for the device.
         log_steps(run)
-        run.trouble = run.metrics.diverged()
+        run.trouble = run.metrics.divergence()
         if run.trouble:
             break
         if due.evaluate or due.save:
@@ -166,7 +168,7 @@ def finish(run: Run) -> int:
     """Ends the run -> the exit code: writes the finished model, or says how to go on."""
     end_trace(run)
     run.metrics.close()
-    with writing(run.args.out):
+    with exit_on_write_error(run.args.out):
         run.checkpoints.wait_until_finished()
 
     if run.trouble:
@@ -254,26 +256,25 @@ def any_host_stops(step: int, stopping: bool) -> bool:
 
 
 def next_batch(run: Run):
-    """The rows of the next step on their devices: tokens [parts, groups, rows, T + 1].
+    """The rows of the next step on their devices: tokens [microbatches, groups, rows, T + 1].
 
-    parts: of gradient accumulation; groups: of devices, where each has its own rows.
+    microbatches: of gradient accumulation; groups: of devices, where each has its own rows.
     """
     args = run.args
     numbers = np.arange(args.batch).reshape(args.accumulate, groups_of(run.mesh), -1)
     numbers = numbers + run.step * args.batch  # rows are numbered from the start of the run
 
-    def read(index):
+    def read(index):  # JAX passes one slice per dimension; the last is the whole row
         return rows_of(run.data.train, numbers[index[:3]], args.block, args.seed)
 
-    return place(run.mesh, 1, (*numbers.shape, args.block + 1), read)
+    return place(run.mesh, (*numbers.shape, args.block + 1), read, accumulated=True)
 
 
-def wait_where_needed(run: Run, found) -> None:
+def wait_on_emulated_devices(run: Run, metrics) -> None:
     """Waits for the step on emulated devices, which share a CPU's cores and lock up with several
-    steps in flight; and at the end of a trace."""
+    steps in flight."""
     if run.mesh.size > 1 and own_device(run.mesh).platform == "cpu":
-        jax.block_until_ready(found)
-    end_trace_after_five(run, found)
+        jax.block_until_ready(metrics)
 
 
 class Clock:
@@ -296,9 +297,9 @@ class Clock:
 def log_steps(run: Run) -> None:
     """Adds the metrics of the steps since the last call to metrics.jsonl; waits for the device."""
     rows = []
-    for step, found in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
+    for step, metrics in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
         learning_rate = float(run.learning_rate(step - 1))
-        rows.append({"step": step, "lr": learning_rate, **jax.tree.map(float, found)})
+        rows.append({"step": step, "lr": learning_rate, **jax.tree.map(float, metrics)})
     run.metrics.add(rows)
     run.waiting = []
     run.clock.stop()
@@ -328,11 +329,12 @@ def print_progress(run: Run, end: str) -> None:
     if run.clock.seconds > 0:
         speed = (step - run.first - 1) / run.clock.seconds  # steps/s
     tokens_per_second = speed * args.batch * args.block
+    mfu = run.flops_per_token * tokens_per_second / run.peak_flops
     left = (args.steps - step) / (speed or 1e9)
     print(
         f"step {step:>6}/{args.steps}  train {np.mean(losses):.4f}  val {run.val_loss:.4f}  "
         f"lr {run.learning_rate(step - 1):.2e}  {tokens_per_second:>9,.0f} tokens/s  "
-        f"MFU {run.peak_per_token * tokens_per_second:5.1%}{usage(own_device(run.mesh))}  "
+        f"MFU {mfu:5.1%}{usage(own_device(run.mesh))}  "
         f"{left // 60:3.0f}:{left % 60:02.0f} left",
         end=end,
         file=sys.stderr,
@@ -359,7 +361,7 @@ def print_sample(run: Run, key) -> None:
     model = run.model
     length = min(100, model.config.max_position_embeddings - len(run.prompt))
     [new] = run.model_file.generate(model, [run.prompt], length, key=key)
-    text = run.model_file.tokenizer(run.data.tokenizer).decode(run.prompt + new)
+    text = run.model_file.tokenizer(run.data.tokenizer_folder).decode(run.prompt + new)
     print(f"--- step {run.step}: {text}", flush=True)
 
 
@@ -369,10 +371,10 @@ def start_trace(run: Run) -> None:
         jax.profiler.start_trace(run.args.profile)
 
 
-def end_trace_after_five(run: Run, found) -> None:
+def end_trace_after_five(run: Run, metrics) -> None:
     """Ends the trace after five steps."""
     if run.args.profile and run.step == run.first + 15:
-        jax.block_until_ready(found)
+        jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
         print(f"five steps are traced: run `xprof {run.args.profile}`", file=sys.stderr)
 
@@ -392,15 +394,16 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     check_batch(args, mesh)
     prompt = []
     if args.prompt:
-        prompt = model_file.tokenizer(data.tokenizer).encode(args.prompt)[: args.block // 2]
+        prompt = model_file.tokenizer(data.tokenizer_folder).encode(args.prompt)[: args.block // 2]
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if adapters else nnx.Param, ...)
-    peak_per_token = describe(args, model_file, model, params, data, mesh)
+    flops_per_token, peak_flops = describe(args, model_file, model, params, data, mesh)
 
     optimizer, learning_rate = make_optimizer(args)
     state = first_state(args, optimizer, params, mesh)
-    merge = merge_on(mesh, graphdef, args.dtype, state["params"], frozen)
-    step = Step(merge, optimizer, balance_of(model_file, model.config), args.ema)
-    train_step, eval_step = compile_steps(step, mesh, state)
+    build_model = make_build_model(mesh, graphdef, args.dtype, state["params"], frozen)
+    balance = balance_of(model_file, model.config)
+    config = StepConfig(build_model, optimizer, balance, args.ema)
+    train_step, eval_step = compile_steps(config, mesh, state)
     data.val_batches = validation_batches(args, data.val, mesh)
 
     if args.profile:
@@ -419,7 +422,8 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
         train_step=train_step,
         eval_step=eval_step,
         learning_rate=learning_rate,
-        peak_per_token=peak_per_token,
+        flops_per_token=flops_per_token,
+        peak_flops=peak_flops,
         settings=settings_of(args, data),
         checkpoints=open_checkpoints(args.out, args.keep),
         state=state,
@@ -440,11 +444,11 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
 def check_batch(args, mesh):
     """Stops where --batch does not split over devices and --accumulate."""
     groups = groups_of(mesh)
-    parts = groups * args.accumulate
-    if args.batch % parts != 0:
+    divisor = groups * args.accumulate
+    if args.batch % divisor != 0:
         fail(
             f"--batch {args.batch} does not split over {groups} devices (or groups of them) in "
-            f"--accumulate {args.accumulate} parts: choose a multiple of {parts}"
+            f"--accumulate {args.accumulate} microbatches: choose a multiple of {divisor}"
         )
 
 
@@ -456,8 +460,8 @@ def settings_of(args, data: "Data") -> dict:
     return settings
 
 
-def describe(args, model_file, model, params, data: "Data", mesh) -> float:
-    """Prints what is trained on what -> the share of the devices' peak that one token/s takes.
+def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
+    """Prints what is trained on what -> (FLOPs per token, peak FLOP/s of the devices).
 
     Training takes 6 FLOPs for each weight of a matrix and token, LoRA 4: it needs no gradients of
     the frozen weights. Attention adds 12 L D T for each token.
@@ -490,7 +494,7 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> float:
         f"{peak / 1e9:,.0f} GFLOP/s",
         flush=True,
     )
-    return (per_weight * N + 12 * L * D * T) / peak
+    return per_weight * N + 12 * L * D * T, peak
 
 
 def measure_peak(devices: list, dtype) -> float:
@@ -502,7 +506,10 @@ def measure_peak(devices: list, dtype) -> float:
 
 
 def balance_of(model_file, config) -> Callable | None:
-    """What a Mixtral adds to the loss, as a function of the cache: its load-balancing loss."""
+    """What a Mixtral adds to the loss, as a function of the cache: its load-balancing loss.
+
+    Training needs no keys and values, but the cache also carries the router's statistics.
+    """
     if getattr(config, "model_type", "") != "mixtral":
         return None
     return lambda cache: config.router_aux_loss_coef * model_file.balance_loss(cache)
@@ -510,16 +517,17 @@ def balance_of(model_file, config) -> Callable | None:
 
 # ---------------------------------------- A training step -----------------------------------------
 
-# More logits than this, 1 GiB in float32, are computed in parts, and again in the backward pass.
-LOGITS = 2**28
+# More logits than this, 1 GiB in float32, are computed in chunks, and again in the backward pass.
+# They are counted over all devices; under pmap, on each device alone.
+MAX_LOGITS = 2**28
 
 
 def token_losses(model, tokens, rngs=None):
     """The cross-entropy of each next token: tokens [B, T + 1] -> (losses, correct, the cache).
 
     losses float32 [B, T]; correct [B, T]: whether the target was the likeliest token, for the
-    accuracy. Both are 0 where the target is -1. Many logits are computed for some time steps after
-    the others: chunked cross-entropy.
+    accuracy. Both are 0 where the target is -1. Above MAX_LOGITS, the logits are computed one chunk
+    of time steps at a time (chunked cross-entropy).
     """
 
     def token_loss(x, target):  # [D], a token id
@@ -532,7 +540,7 @@ def token_losses(model, tokens, rngs=None):
     x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
     targets = tokens[:, 1:]
     B, T = targets.shape
-    chunk = LOGITS // (B * model.config.vocab_size)  # time steps whose logits are few enough
+    chunk = MAX_LOGITS // (B * model.config.vocab_size)  # time steps whose logits are few enough
     step_loss = jax.vmap(token_loss)  # [B, D], [B]: all rows at one time step
     if chunk >= T:
         losses, correct = jax.vmap(step_loss)(x, targets)
@@ -548,10 +556,10 @@ def token_losses(model, tokens, rngs=None):
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a training step is made of, beside its inputs."""
+class StepConfig:
+    """What a training step is made of, besides its inputs."""
 
-    merge: Callable  # (params, frozen) -> model
+    build_model: Callable  # (params, frozen) -> model
     optimizer: optax.GradientTransformation
     balance: Callable | None  # what `balance_of` returned
     ema: float  # how much of the running mean of the weights each step keeps; 0: there is none
@@ -559,78 +567,79 @@ class Step:
     axis: str | None = None  # the name of pmap's axis of devices
 
 
-def train_step(how: Step, state: dict, frozen, tokens, key):
-    """One update of the weights: tokens [parts, ..., T + 1] -> (state, metrics).
+def train_step(config: StepConfig, state: dict, frozen, tokens, key):
+    """One update of the weights: tokens [microbatches, ..., T + 1] -> (state, metrics).
 
-    parts: gradient accumulation, one after another. metrics: the mean loss, the accuracy and the
-    norm of the gradient. In float16, a step whose gradient overflows is skipped; only the loss
-    scale and the number of steps change: Micikevicius et al. 2018.
+    microbatches: of gradient accumulation, one after another. metrics: the mean loss, the accuracy
+    and the norm of the gradient. In float16, a step whose gradient overflows is skipped; only the
+    loss scale and the number of steps change: Micikevicius et al. 2018.
     """
-    loss_and_accuracy, gradients = mean_gradients(how, state, frozen, tokens, key)
+    loss_and_accuracy, gradients = mean_gradients(config, state, frozen, tokens, key)
     if "scale" in state:
         gradients = jax.tree.map(lambda g: g / state["scale"], gradients)
     norm = optax.tree.norm(gradients)
 
     params = state["params"]
-    updates, optimizer_state = how.optimizer.update(gradients, state["optimizer"], params)
+    updates, optimizer_state = config.optimizer.update(gradients, state["optimizer"], params)
     new = state | {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
     if "ema" in state:
-        new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - how.ema)
+        new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - config.ema)
     if "scale" in state:
         new, norm = rescale(state, new, norm)
     new["step"] = state["step"] + 1
     return new, loss_and_accuracy | {"norm": norm}
 
 
-def mean_gradients(how: Step, state: dict, frozen, tokens, key):
-    """({mean loss, accuracy}, gradients of the mean loss) over all parts, rows and devices."""
-    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [parts, B, T + 1]
+def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
+    """({mean loss, accuracy}, gradients of the mean loss) of the whole batch, on all devices."""
+    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [microbatches, B, T + 1]
     params = state["params"]
 
-    # Dropout differs from step to step, from device to device and from part to part.
+    # Dropout differs between steps, between devices and between microbatches.
     key = jax.random.fold_in(key, state["step"])
-    if how.axis is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(how.axis))
+    if config.axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(config.axis))
     keys = jax.random.split(key, len(tokens))
 
-    # Each loss is divided by the targets of all devices, so that gradients are summed and not
-    # averaged. With pmap that sum, an all-reduce, is written here. In all other modes the program
-    # is written for the whole batch, and XLA inserts the all-reduce where the batch is sharded.
+    # The summed loss is divided by the number of targets on all devices, so gradients need only be
+    # summed over devices. Under pmap the sum is this explicit psum; under jit the code sees the
+    # global batch, and XLA inserts the all-reduce.
     def all_reduce(x):
-        if how.axis is None:
+        if config.axis is None:
             return x
-        return jax.lax.psum(x, how.axis)
+        return jax.lax.psum(x, config.axis)
 
-    targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
-    total_parts = all_reduce(len(tokens))  # of all devices
+    num_targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
+    num_microbatches = all_reduce(len(tokens))
 
     def mean_loss(params, rows, key):
-        model = how.merge(params, frozen)
+        model = config.build_model(params, frozen)
         losses, correct, cache = token_losses(model, rows, nnx.Rngs(dropout=key))
-        loss = losses.sum() / targets
+        loss = losses.sum() / num_targets
         balance = 0
-        if how.balance is not None:
+        if config.balance is not None:
             # It is a product of means over all tokens, so the router's statistics, which the cache
-            # holds, are averaged over devices first. Every part adds its share.
-            if how.axis is not None:
-                cache = cache._replace(layers=jax.lax.pmean(cache.layers, how.axis))
-            balance = how.balance(cache) / total_parts
-        found = {"loss": loss, "accuracy": correct.sum() / targets}
-        return state.get("scale", 1) * (loss + balance), found
+            # also carries, are averaged over devices first. Every microbatch adds its share.
+            if config.axis is not None:
+                cache = cache._replace(layers=jax.lax.pmean(cache.layers, config.axis))
+            balance = config.balance(cache) / num_microbatches
+        metrics = {"loss": loss, "accuracy": correct.sum() / num_targets}
+        return state.get("scale", 1) * (loss + balance), metrics
 
-    # Gradient accumulation: the gradients of the parts are summed.
-    if how.remat is not None:
-        mean_loss = how.remat(mean_loss)
+    # FSDP: regather the weights in the backward pass.
+    if config.remat is not None:
+        mean_loss = config.remat(mean_loss)
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
 
-    def add_part(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+    def add_microbatch(total, microbatch):
+        return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
+    # Gradient accumulation: the gradients of the microbatches are summed.
     total = gradient(params, tokens[0], keys[0])
     if len(tokens) > 1:
-        total, _ = jax.lax.scan(add_part, total, (tokens[1:], keys[1:]))
-    (_, found), gradients = all_reduce(total)
-    return found, gradients
+        total, _ = jax.lax.scan(add_microbatch, total, (tokens[1:], keys[1:]))
+    (_, metrics), gradients = all_reduce(total)
+    return metrics, gradients
 
 
 def rescale(state: dict, new: dict, norm):
@@ -649,48 +658,50 @@ def rescale(state: dict, new: dict, norm):
     return new, norm
 
 
-def eval_step(how: Step, params, frozen, tokens):
+def eval_step(config: StepConfig, params, frozen, tokens):
     """tokens [..., T + 1] -> the sum of all losses, and the number of correct predictions."""
-    model = how.merge(params, frozen)
+    model = config.build_model(params, frozen)
     losses, correct, _ = token_losses(model, tokens.reshape(-1, tokens.shape[-1]))
-    found = losses.sum(), correct.sum()
-    if how.axis is not None:
-        found = jax.lax.psum(found, how.axis)
-    return found
+    sums = losses.sum(), correct.sum()
+    if config.axis is not None:
+        sums = jax.lax.psum(sums, config.axis)
+    return sums
 
 
-def compile_steps(how: Step, mesh, state: dict):
+def compile_steps(config: StepConfig, mesh, state: dict):
     """(train_step, eval_step) as compiled programs, for tokens that `place` has placed.
 
     The first overwrites the state that it is given.
     """
     if "pmap" in mesh.shape:
-        return compile_steps_pmap(how, mesh)
+        return compile_steps_pmap(config, mesh)
 
     # One program for all devices. XLA splits it as the state and the rows are split.
     if "fsdp" in mesh.shape:
         # What FSDP gathers for the forward pass is dropped, and gathered again for the backward.
         policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-        how = replace(how, remat=partial(jax.checkpoint, policy=policy))
+        config = replace(config, remat=partial(jax.checkpoint, policy=policy))
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    train = jax.jit(partial(train_step, how), donate_argnums=0, out_shardings=(shardings, None))
-    return train, jax.jit(partial(eval_step, how))
+    train = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
+    return train, jax.jit(partial(eval_step, config))
 
 
-def compile_steps_pmap(how: Step, mesh):
+def compile_steps_pmap(config: StepConfig, mesh):
     """The same with pmap: each device runs the program on its own rows, on a copy of the state.
 
     Devices communicate only by the `psum` and `pmean` in `mean_gradients` and `eval_step`.
     """
-    how = replace(how, axis="pmap")
+    config = replace(config, axis="pmap")
     options = {"axis_name": "pmap", "out_axes": None, "devices": [*mesh.devices.flat]}
-    rows_of_train = (None, None, 1, None)  # state, frozen, tokens, key
-    rows_of_eval = (None, None, 0)  # params, frozen, tokens
-    train = jax.pmap(partial(train_step, how), in_axes=rows_of_train, donate_argnums=0, **options)
-    return train, jax.pmap(partial(eval_step, how), in_axes=rows_of_eval, **options)
+    train_in_axes = (None, None, 1, None)  # state, frozen, tokens, key
+    eval_in_axes = (None, None, 0)  # params, frozen, tokens
+    train = jax.pmap(
+        partial(train_step, config), in_axes=train_in_axes, donate_argnums=0, **options
+    )
+    return train, jax.pmap(partial(eval_step, config), in_axes=eval_in_axes, **options)
 
 
-def merge_on(mesh, graphdef, dtype, params, frozen) -> Callable:
+def make_build_model(mesh, graphdef, dtype, params, frozen) -> Callable:
     """The function (params, frozen) -> model for use inside of a program.
 
     What is sharded along the axis fsdp is marked as whole, in `dtype`: XLA puts each all-gather
@@ -706,17 +717,18 @@ def merge_on(mesh, graphdef, dtype, params, frozen) -> Callable:
         p = jax.lax.with_sharding_constraint(p.astype(dtype), whole)
         return checkpoint_name(p, "gathered")
 
-    def merge(*parts):
-        return nnx.merge(graphdef, *jax.tree.map(gather, parts, shardings))
+    def build_model(params, frozen):
+        params, frozen = jax.tree.map(gather, (params, frozen), shardings)
+        return nnx.merge(graphdef, params, frozen)
 
-    return merge
+    return build_model
 
 
 def evaluate(run: Run, params, batches) -> tuple:
     """(mean loss, accuracy) over all targets of some validation batches."""
     sums = []
     for batch in batches:
-        tokens = place(run.mesh, 0, batch.shape, batch.__getitem__)
+        tokens = place(run.mesh, batch.shape, batch.__getitem__, accumulated=False)
         sums.append(jax.device_get(run.eval_step(params, run.frozen, tokens)))
     targets = np.count_nonzero(batches[..., 1:] >= 0)
     loss, accuracy = np.sum(sums, axis=0) / targets
@@ -797,15 +809,15 @@ def first_state(args, optimizer, params, mesh) -> dict:
     if args.dtype == "float16":
         state["scale"] = jnp.array(2.0**15)  # the loss scale
 
-    # What is not split as its parameter is goes to all devices.
-    everywhere = jax.NamedSharding(mesh, jax.P())
+    # Whatever has no sharding from a parameter (counters, loss scale) is replicated.
+    replicated = jax.NamedSharding(mesh, jax.P())
 
-    def place_on_all(x):
+    def replicate(x):
         if isinstance(x.sharding, jax.NamedSharding):
             return x
-        return jax.device_put(x, everywhere)
+        return jax.device_put(x, replicated)
 
-    return jax.tree.map(place_on_all, state)
+    return jax.tree.map(replicate, state)
 
 
 # -------------------------------------------- The text --------------------------------------------
@@ -823,7 +835,7 @@ class Data:
 
     train: np.ndarray
     val: np.ndarray
-    tokenizer: Path
+    tokenizer_folder: Path
     val_batches: np.ndarray = None  # of `validation_batches`
 
 
@@ -849,10 +861,10 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
 
     cached = encode_once(args, model_file, folder, texts, has_tokens=bool(encoded))
     V, _ = vocabulary(folder or cached)
-    parts = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
-    if len(parts) == 1:
-        parts = split_validation(parts[0])
-    train, val = parts
+    splits = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
+    if len(splits) == 1:
+        splits = split_validation(splits[0])
+    train, val = splits
 
     if min(len(train), len(val)) <= args.block:
         fail(
@@ -930,13 +942,13 @@ def encode_once(args, model_file, folder: Path | None, texts: list[str], has_tok
 
     Its name is a checksum of all that the tokens depend on, the code included.
     """
-    inputs = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
-    inputs = [file for file in inputs if re.search("(py|json|txt|model)$", file.name)]
-    parts = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in inputs), *texts]
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+    files = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
+    files = [file for file in files if re.search("(py|json|txt|model)$", file.name)]
+    inputs = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in files), *texts]
+    digest = hashlib.sha256("\0".join(map(str, inputs)).encode()).hexdigest()
 
     cached = CACHE / "tokens" / digest[:16]
-    with writing(cached):
+    with exit_on_write_error(cached):
         cached.parent.mkdir(parents=True, exist_ok=True)
         if cached.exists():
             return cached
@@ -1117,26 +1129,29 @@ def rows_of(tokens, numbers, block: int, seed: int):
     """The rows [..., T + 1] with these numbers [...], counted from the start of a run.
 
     A row begins every T tokens and has T + 1 of them: the last is the target of the one before.
-    Each epoch begins at another place of the text and shuffles the rows, so a run that is resumed
-    goes on with the rows that come next.
+    Each epoch begins at another place of the text and shuffles the rows. The order depends only on
+    seed and epoch, so resuming needs just the step number.
     """
-    rows = len(shuffled(len(tokens), block, seed, 0))
-    starts = [shuffled(len(tokens), block, seed, i // rows)[i % rows] for i in numbers.flat]
-    found = np.stack([tokens[start : start + block + 1] for start in starts])
-    return found.astype(np.int32).reshape(*numbers.shape, -1)
+    rows_per_epoch = len(epoch_starts(len(tokens), block, seed, 0))
+    rows = []
+    for number in numbers.flat:
+        epoch, i = divmod(number, rows_per_epoch)
+        start = epoch_starts(len(tokens), block, seed, epoch)[i]
+        rows.append(tokens[start : start + block + 1])
+    return np.stack(rows).astype(np.int32).reshape(*numbers.shape, -1)
 
 
 @lru_cache(maxsize=2)
-def shuffled(length: int, block: int, seed: int, epoch: int):
+def epoch_starts(length: int, block: int, seed: int, epoch: int):
     """Where the rows of an epoch begin, in the order of training."""
     rng = np.random.default_rng((seed, epoch))
-    rows = max(1, (length - 1) // block - 1)  # one less than fit, so that the first can move
-    first = rng.integers(length - rows * block)
-    return first + block * rng.permutation(rows)
+    rows = max(1, (length - 1) // block - 1)  # one fewer than would fit: room for a random offset
+    offset = rng.integers(length - rows * block)
+    return offset + block * rng.permutation(rows)
 
 
 def validation_batches(args, tokens, mesh):
-    """All validation tokens as batches [N, groups, rows, T + 1], as large as a part of a step."""
+    """All validation tokens as batches [N, groups, rows, T + 1], as large as a microbatch."""
     batches = windows(tokens, args.batch // args.accumulate, args.block)
     return batches.reshape(len(batches), groups_of(mesh), -1, args.block + 1)
 
@@ -1173,20 +1188,22 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     if folder:
         config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
     else:
-        config = new_config(args, model_file, *vocabulary(data.tokenizer))
+        config = new_config(args, model_file, *vocabulary(data.tokenizer_folder))
     context = config.max_position_embeddings
     if args.block > context:
         fail(f"--block {args.block}: the context of this model is {context}")
 
     options = {"dtype": args.dtype, "remat": args.remat}
 
-    def draw():
+    def init_model():
         return model_file.Model(config, rngs=nnx.Rngs(random_key(args.seed)), **options)
 
     heads = config.num_attention_heads
     parallel = args.parallel
     if parallel in ("no", "auto"):
-        parallel = choose_parallel(devices, heads, draw, bytes_per_weight=4 if args.lora else 16)
+        parallel = choose_parallel(
+            devices, heads, init_model, bytes_per_weight=4 if args.lora else 16
+        )
     mesh = make_mesh(parallel, devices, heads)
     jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # a Mixtral's routing reads it
 
@@ -1195,7 +1212,7 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
         stored = args.dtype if args.lora and not args.merge else "float32"
         model = model_file.load(folder, param_dtype=stored, mesh=mesh, **options)
     else:
-        model = draw_split(model_file, config, draw, mesh)
+        model = init_sharded(model_file, config, init_model, mesh)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout):
             module.rate = args.dropout
@@ -1217,14 +1234,14 @@ def new_config(args, model_file, V: int, end: int | None):
     )
 
 
-def choose_parallel(devices: list, heads: int, draw, bytes_per_weight: int) -> str:
+def choose_parallel(devices: list, heads: int, init_model, bytes_per_weight: int) -> str:
     """What --parallel auto means: data, or tensor where one device has no room for the state.
 
     bytes_per_weight: a weight, its gradient and two moments take 16; a frozen weight takes 4.
     """
     if len(devices) == 1:
         return "data"
-    weights = sum(p.size for p in jax.tree.leaves(nnx.eval_shape(draw)))
+    weights = sum(p.size for p in jax.tree.leaves(nnx.eval_shape(init_model)))
     own = next(device for device in devices if device.process_index == jax.process_index())
     parallel, than = "data", "less"
     if weights * bytes_per_weight > memory_of(own):
@@ -1234,16 +1251,16 @@ def choose_parallel(devices: list, heads: int, draw, bytes_per_weight: int) -> s
     return parallel
 
 
-def draw_split(model_file, config, draw, mesh):
-    """A model from scratch. Each device draws its part of the weights, and no other."""
-    graphdef, shardings = nnx.split(nnx.eval_shape(draw))
+def init_sharded(model_file, config, init_model, mesh):
+    """A model from scratch. Each device initialises its part of the weights, and no other."""
+    graphdef, shardings = nnx.split(nnx.eval_shape(init_model))
     for path, param, *_ in model_file.named_parameters(shardings):
         param.set_value(model_file.sharding(mesh, config, path, param.shape))
 
-    def draw_state():
-        return nnx.state(draw())
+    def init_state():
+        return nnx.state(init_model())
 
-    return nnx.merge(graphdef, jax.jit(draw_state, out_shardings=shardings)())
+    return nnx.merge(graphdef, jax.jit(init_state, out_shardings=shardings)())
 
 
 # ---------------------------------------------- LoRA ----------------------------------------------
@@ -1352,14 +1369,14 @@ def open_checkpoints(out: Path, keep: int) -> ocp.CheckpointManager:
         best_fn=val_loss,
         best_mode="min",
     )
-    with writing(out):
+    with exit_on_write_error(out):
         return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
 
 
 def save_checkpoint(run: Run, val_loss: float | None):
     """Begins to store the state; it is written while the training goes on."""
     checkpoints, state = run.checkpoints, run.state
-    with writing(run.args.out):
+    with exit_on_write_error(run.args.out):
         checkpoints.wait_until_finished()  # of the one before
         size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
         free = shutil.disk_usage(checkpoints.directory).free / 1e6
@@ -1404,8 +1421,8 @@ def write_model(run: Run, model):
     """Writes the finished folder, which the model file and transformers read; or an adapter."""
     args = run.args
     tokenizer = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json")
-    with writing(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
-        for file in run.data.tokenizer.iterdir():
+    with exit_on_write_error(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
+        for file in run.data.tokenizer_folder.iterdir():
             if tokenizer.fullmatch(file.name):
                 shutil.copyfile(file, Path(part, file.name))
 
@@ -1423,8 +1440,8 @@ def write_model(run: Run, model):
             file.replace(args.out / file.name)
 
 
-def writing(path: Path):
-    """For what is written to a path, where there may be no room."""
+def exit_on_write_error(path: Path):
+    """For what writes to a path, where there may be no room."""
     return explained(
         (OSError, SafetensorError),
         f"{path}: {{}}: make room or choose another --out; earlier checkpoints remain",
@@ -1450,7 +1467,7 @@ class Metrics:
             self.read(step)
 
         part = out / "metrics.part"
-        with writing(part):
+        with exit_on_write_error(part):
             if self.writes:
                 part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
                 part.replace(self.file)  # at no moment are the rows gone
@@ -1470,7 +1487,7 @@ class Metrics:
         """Appends rows, each of which has a step."""
         self.rows += rows
         if self.writes:
-            with writing(self.file), open(self.file, "a") as file:
+            with exit_on_write_error(self.file), open(self.file, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.board:
             for row in rows:
@@ -1495,10 +1512,10 @@ class Metrics:
                     points = points[:: len(points) // 4000 + 1]  # 4,000 at most
                     axes.plot(*zip(*points, strict=True), label=column)
             axes.legend()
-        with writing(self.file):
+        with exit_on_write_error(self.file):
             figure.savefig(self.file.with_name("curves.png"))
 
-    def diverged(self) -> str:
+    def divergence(self) -> str:
         """What is wrong with the last ten steps, or "": a loss that is not finite, or that jumped.
 
         It jumped if its median over ten steps is half above the median of the steps before.
@@ -1536,14 +1553,14 @@ def own_device(mesh):
     return next(device for device in mesh.devices.flat if device.process_index == index)
 
 
-def place(mesh, parts: int, shape, read):
-    """Rows [(parts,) groups, rows, T + 1] on the devices, each group of devices with its own.
+def place(mesh, shape, read, accumulated: bool):
+    """Rows [groups, rows, T + 1] on the devices, each group of devices with its own.
 
-    parts: 1 if the first dimension is gradient accumulation, else 0. read(slices) -> the tokens;
-    each host reads those of its own devices.
+    accumulated: a dimension of microbatches comes first. read(slices) -> the tokens; each host
+    reads those of its own devices.
     """
     groups = tuple(axis for axis in mesh.shape if axis != "tensor")
-    spec = jax.P(*[None] * parts, groups)
+    spec = jax.P(None, groups) if accumulated else jax.P(groups)
     return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), read)
 
 
