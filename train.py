@@ -81,7 +81,9 @@ def main() -> int:
 
     run = set_up(args, model_file, data, model, adapters, mesh)
     del model  # the first step takes its memory for the new state
-    train(run, Stop())
+    stop = Stop()
+    train(run, stop)
+    stop.restore()
     return finish(run)
 
 
@@ -212,7 +214,8 @@ class Stop:
     """Whether Ctrl-C (SIGINT) or SIGTERM has asked the run to stop.
 
     The current step is finished (with several hosts, up to ten more), a checkpoint is saved, and
-    then the program ends. A Ctrl-C after that ends it at once.
+    then the program ends. A second Ctrl-C ends it at once, and so does either signal after the
+    training: the checkpoint being written is lost, and earlier ones are kept.
     """
 
     def __init__(self):
@@ -223,6 +226,12 @@ class Stop:
     def ask(self, *_):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self):
+        """After the training. A repeated SIGTERM stays ignored: schedulers may send several."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.asked:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
 
 
 @dataclass
