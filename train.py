@@ -1,4 +1,4 @@
-"""Trains any of the model files on text: from scratch, or on from a checkpoint, whole or with LoRA.
+"""Trains a model file on text: from scratch or from a checkpoint, all weights or LoRA only.
 
     python train.py                                          # a small GPT-2 on Python's own source
     python train.py --data shakespeare --tokens char --out runs/char         # nanoGPT's example
@@ -12,6 +12,12 @@ Face's format, or a LoRA adapter in PEFT's.
 
 How to read this file: `main` is its table of contents, `train` is the training loop, `train_step`
 is one update of the weights. Each later section can be read alone.
+
+On one device you may delete: `join_hosts`, `meet`, `wait_for_hosts`, `report_to_first`,
+`any_host_stops` and each `process_allgather` (--multihost); `compile_steps_pmap` and each branch on
+"pmap" or `config.axis`; `gather` in `make_build_model`, and in `compile_steps` the branch on "fsdp"
+with the `remat` of `StepConfig`; `choose_parallel` and `wait_on_emulated_devices`. The mesh must
+stay: `load` and `sharding` of the model files take it.
 """
 
 import argparse
@@ -72,7 +78,7 @@ def main() -> int:
     if args.dtype == "auto":
         args.dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
 
-    # OSError: of the Hub, or of a folder.
+    # OSError: from the Hub or the folder.
     message = f"--weights {args.weights}: {{}}" if args.weights else "{}"
     with explained((OSError, model_file.InputError), message):
         folder = find_weights(args, model_file)
@@ -80,7 +86,7 @@ def main() -> int:
         model, adapters, mesh = make_model(args, model_file, folder, data, devices)
 
     run = set_up(args, model_file, data, model, adapters, mesh)
-    del model  # the first step takes its memory for the new state
+    del model  # step 1 donates its arrays
     stop = Stop()
     train(run, stop)
     stop.restore()
@@ -113,7 +119,7 @@ class Run:
     step: int = 0  # steps done
     first: int = 0  # steps that were done before, where the run was resumed
     metrics: "Metrics" = None
-    waiting: list = field(default_factory=list)  # metrics of steps that the device may still do
+    waiting: list = field(default_factory=list)  # metrics of steps still in flight
     clock: "Clock" = None
     val_loss: float = math.nan  # the last estimate
     trouble: str = ""  # why the run must stop
@@ -121,7 +127,7 @@ class Run:
 
     @property
     def learned(self):
-        """The weights to evaluate and to write: the running mean, if there is one."""
+        """The weights to evaluate and to write: their moving average, with --ema."""
         return self.state.get("ema", self.state["params"])
 
     @property
@@ -162,6 +168,7 @@ def train(run: Run, stop: "Stop") -> None:
         if due.evaluate and run.prompt:
             print_sample(run, key)
         if due.save or due.stop:
+            # At a stop the estimate may be stale.
             save_checkpoint(run, val_loss=run.val_loss if due.save else None)
         run.clock.go_on()
 
@@ -176,7 +183,7 @@ def finish(run: Run) -> int:
     if run.trouble:
         newest = run.checkpoints.latest_step() or 0
         print(
-            f"train.py: {run.trouble}; newest checkpoint: of step {newest}; "
+            f"train.py: {run.trouble}; newest checkpoint: step {newest}; "
             "try a lower --lr, a longer --warmup or a smaller --clip",
             file=sys.stderr,
         )
@@ -465,7 +472,7 @@ def settings_of(args, data: "Data") -> dict:
     """What must be the same when a run is resumed: see SETTINGS."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     checksum = zlib.crc32(data.val, zlib.crc32(data.train))
-    settings["data"] = f"with checksum {checksum}"
+    settings["data"] = f"with checksum {checksum}"  # as `check_settings` prints it after --data
     return settings
 
 
@@ -571,7 +578,7 @@ class StepConfig:
     build_model: Callable  # (params, frozen) -> model
     optimizer: optax.GradientTransformation
     balance: Callable | None  # what `balance_of` returned
-    ema: float  # how much of the running mean of the weights each step keeps; 0: there is none
+    ema: float  # decay of the exponential moving average (EMA) of the weights; 0: off
     remat: Callable | None = None  # changes what the loss keeps for the backward pass
     axis: str | None = None  # the name of pmap's axis of devices
 
@@ -658,7 +665,8 @@ def rescale(state: dict, new: dict, norm):
     every 1,000 steps.
     """
     scale = state["scale"]
-    # A scale below 1 is not what overflows: the NaN is let through, and the run stops as diverged.
+    # Below scale 1 the loss scale is not to blame: let the NaN through so that the run stops as
+    # diverged.
     usable = jnp.isfinite(norm) | (scale < 1)
     new = jax.tree.map(partial(jnp.where, usable), new, state)
     norm = jnp.where(usable, norm, 0.0)
@@ -748,7 +756,7 @@ def evaluate(run: Run, params, batches) -> tuple:
 
 
 def make_optimizer(args) -> tuple:
-    """(the optimizer of --optimizer behind a clipped gradient, step -> learning rate).
+    """(the optimizer of --optimizer, preceded by gradient clipping; step -> learning rate).
 
     Weight decay is for matrices only. To add an optimizer, add a row to the table, a function of
     the learning rate such as `partial(optax.sgd, momentum=args.beta1)`, and its name to OPTIMIZERS.
@@ -814,7 +822,7 @@ def first_state(args, optimizer, params, mesh) -> dict:
     """All that a step changes, before the first step."""
     state = {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params)}
     if args.ema:
-        state["ema"] = jax.tree.map(jnp.copy, params)  # a running mean of the weights
+        state["ema"] = jax.tree.map(jnp.copy, params)  # exponential moving average
     if args.dtype == "float16":
         state["scale"] = jnp.array(2.0**15)  # the loss scale
 
@@ -930,7 +938,7 @@ def read_texts(file: Path) -> list[str]:
             continue
         errors = (ValueError, KeyError, TypeError, AttributeError)
         with explained(errors, f'--data {file}, line {i}: it must be like {{"text": "..."}}'):
-            texts.append(json.loads(line)["text"].encode().decode())  # no half of a character
+            texts.append(json.loads(line)["text"].encode().decode())  # rejects lone surrogates
     return texts
 
 
@@ -979,6 +987,7 @@ def pieces(texts):
     Long texts are cut at a newline, so that several cores can encode them.
     """
     for text in texts:
+        # At least 16,384 characters, then to the end of a line; or what is left.
         found = re.findall(r"(?s).{16384}.*?\S(?=\n)|.+", text) or [""]
         for i, piece in enumerate(found, 1):
             yield piece, i == len(found)
@@ -1023,7 +1032,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(texts: list[str]) -> Tokenizer:
-    """A token for each character of the texts. Later it drops characters that are not in them."""
+    """A token for each character of the texts. Unknown characters are dropped."""
     letters = sorted(set().union(*texts))
     codec = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     codec.decoder = decoders.Fuse()
@@ -1036,7 +1045,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def bpe_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE, learned from the first nine tenths of the texts: not from what validates."""
+    """Byte-level BPE, learned from the first nine tenths of the texts, not the validation text."""
     codec = byte_level(byte_vocabulary(), [], use_regex=True)
     text = "".join(texts)[: int(0.9 * sum(map(len, texts)))]
     trainer = trainers.BpeTrainer(
@@ -1060,7 +1069,7 @@ def byte_level(vocabulary: dict[str, int], merges: list, use_regex: bool) -> Tok
 
 
 def vocabulary(folder: Path) -> tuple[int, int | None]:
-    """(vocabulary size, the token that ends a text) of a checkpoint, or of a tokenizer of ours."""
+    """(vocabulary size, EOS id) of a checkpoint, or of a tokenizer of ours."""
     config = folder / "config.json"
     if not config.exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
@@ -1068,14 +1077,14 @@ def vocabulary(folder: Path) -> tuple[int, int | None]:
 
     values = json.loads(config.read_text())
     values |= values.get("text_config", {})  # of a multimodal Gemma 3
-    end = np.ravel(values.get("eos_token_id"))
-    return values["vocab_size"], next(iter(end), None)
+    eos = np.ravel(values.get("eos_token_id"))
+    return values["vocab_size"], next(iter(eos), None)
 
 
 def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
-    """Writes tokens.bin: the tokens of all texts, each between what begins and what ends a text."""
-    V, end = vocabulary(folder)
-    begin = model_file.tokenizer(folder).encode("")
+    """Writes tokens.bin: the tokens of all texts, each between BOS and EOS where there are such."""
+    V, eos = vocabulary(folder)
+    bos = model_file.tokenizer(folder).encode("")
     encode = batch_encoder(model_file, folder)
     todo = pieces(texts)
     starts = True  # whether the next piece starts a text
@@ -1085,16 +1094,16 @@ def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
             rows = encode([piece for piece, _ in batch])
             for (piece, ends), ids in zip(batch, rows, strict=True):
                 if starts:
-                    ids = begin + ids
-                if ends and end is not None:
-                    ids = [*ids, end]
+                    ids = bos + ids
+                if ends and eos is not None:
+                    ids = [*ids, eos]
                 np.array(ids, token_type(V)).tofile(out)
                 starts = ends
                 bar.update(len(piece))
 
 
 def batch_encoder(model_file, folder: Path) -> Callable:
-    """A function (pieces of texts) -> their token ids, without what begins or ends a text."""
+    """A function (pieces of texts) -> their token ids, without BOS and EOS."""
     file = folder / "tokenizer.json"
     if file.exists():
         fast = Tokenizer.from_file(str(file))  # encodes on all cores
@@ -1105,10 +1114,10 @@ def batch_encoder(model_file, folder: Path) -> Callable:
             return [row.ids for row in fast.encode_batch_fast(batch, add_special_tokens=False)]
     else:
         codec = model_file.tokenizer(folder)
-        begin = codec.encode("")
+        bos = codec.encode("")
 
         def encode(batch: list[str]):
-            return [codec.encode(piece)[len(begin) :] for piece in batch]
+            return [codec.encode(piece)[len(bos) :] for piece in batch]
 
     return encode
 
@@ -1166,7 +1175,7 @@ def validation_batches(args, tokens, mesh):
 
 
 def windows(tokens, batch: int, block: int):
-    """All tokens as batches [N, B, T + 1]: each but the first is a target once; -1 fills up."""
+    """Batches [N, B, T + 1]: every token but the first is a target exactly once; padded with -1."""
     rows = batch * math.ceil((len(tokens) - 1) / (batch * block))
     missing = rows * block + 1 - len(tokens)
     padded = np.pad(tokens.astype(int), (0, missing), constant_values=-1)
@@ -1229,8 +1238,8 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     return model, adapters, mesh
 
 
-def new_config(args, model_file, V: int, end: int | None):
-    """The config of a model from scratch, for V token ids; `end` is the one that ends a text."""
+def new_config(args, model_file, V: int, eos: int | None):
+    """The config of a model from scratch, for V token ids; EOS serves as BOS, too."""
     sizes = {"layers": args.layers, "heads": args.heads, "width": args.width, "context": args.block}
     if args.experts:
         sizes["experts"] = args.experts
@@ -1238,8 +1247,8 @@ def new_config(args, model_file, V: int, end: int | None):
         **sizes,
         vocab_size=V,
         padded_vocab_size=model_file.round_up(V, 128),  # such sizes are faster
-        bos_token_id=end,
-        eos_token_id=end,
+        bos_token_id=eos,
+        eos_token_id=eos,
     )
 
 
@@ -1286,7 +1295,8 @@ def add_adapters(model_file, model, args) -> dict:
     adapters = {}
     for path, (holder, name, layer) in linear_layers(model).items():
         dotted = ".".join(map(str, path))
-        as_array = name in ("lm_head", "w1", "w2", "w3")  # model files read these without a call
+        # Their kernels are read directly, bypassing an adapter.
+        as_array = name in ("lm_head", "w1", "w2", "w3")
         with explained(re.error, "--lora-targets is not a regular expression: {}"):
             wanted = re.fullmatch(args.lora_targets, dotted)
         if not wanted or as_array:
@@ -1344,7 +1354,7 @@ def write_adapters(folder: Path, args, model, adapters: dict):
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": args.weights,
         "r": args.lora,
-        "lora_alpha": args.lora,
+        "lora_alpha": args.lora,  # alpha = r: scale 1
         "target_modules": sorted(adapters.values()),
         "fan_in_fan_out": args.model == "gpt2",
         "inference_mode": True,
@@ -1403,9 +1413,9 @@ def save_checkpoint(run: Run, val_loss: float | None):
 
 
 def restore_checkpoint(run: Run, step: int) -> dict:
-    """The state after a step, in the shapes and on the devices of the run's."""
+    """The state after a step, in the shapes and on the devices of run.state."""
     folder = run.checkpoints.directory
-    damaged = f"{folder / str(step)} is damaged ({{}}): without it, --resume takes another"
+    damaged = f"{folder / str(step)} is damaged ({{}}): delete it and --resume uses an earlier one"
     with explained((KeyError, ValueError, OSError), damaged):
         items = ocp.args.Composite(settings=ocp.args.JsonRestore())
         check_settings(run, run.checkpoints.restore(step, args=items).settings)
@@ -1527,7 +1537,7 @@ class Metrics:
     def divergence(self) -> str:
         """What is wrong with the last ten steps, or "": a loss that is not finite, or that jumped.
 
-        It jumped if its median over ten steps is half above the median of the steps before.
+        It jumped if its median over ten steps exceeds 1.5 x the earlier median + 0.5.
         """
         steps = [row for row in self.rows[-120:] if "loss" in row]
         last, before = steps[-10:], steps[:-10]
@@ -1652,7 +1662,7 @@ def fail(message) -> NoReturn:
 
 @contextlib.contextmanager
 def explained(errors, message: str):
-    """Turns these exceptions into such an exit; {} in the message is the exception's text."""
+    """Turns these exceptions into `fail(message)`; {} in the message is the exception's text."""
     try:
         yield
     except errors as error:
@@ -1687,7 +1697,7 @@ def pick_devices(name: str | None, parallel: str) -> list:
 
 
 def random_key(seed: int):
-    """A random key for a seed; jax.random.key itself knows the last 32 bits only."""
+    """A random key for a seed; jax.random.key itself uses only the low 32 bits."""
     key = jax.random.key(seed % 2**32)
     if seed >= 2**32:
         key = jax.random.fold_in(key, seed // 2**32)
@@ -1788,7 +1798,8 @@ def add_model_flags(parser):
         "--model", default="gpt2", metavar="NAME", help=f"model file: {', '.join(MODELS)}"
     )
     model.add_argument(
-        "--weights", help="folder or Hub id to go on from (default: from scratch, with:)"
+        "--weights",
+        help="folder or Hub id to go on from (default: from scratch, sized by the flags below)",
     )
     add_number(model, "--layers", 4, "number of blocks")
     add_number(model, "--heads", 4, "attention heads of a block")
@@ -1817,7 +1828,7 @@ def add_training_flags(parser):
     add_number(training, "--steps", 2000, "updates of the weights")
     add_number(training, "--batch", 12, "batch size: sequences in a step")
     add_number(
-        training, "--accumulate", 1, "gradient accumulation: parts of a batch, to save memory"
+        training, "--accumulate", 1, "gradient accumulation: microbatches in a step, to save memory"
     )
     training.add_argument(
         "--optimizer",
@@ -1853,7 +1864,10 @@ def add_training_flags(parser):
     )
     add_number(training, "--clip", 1.0, "clip the global norm of the gradient to this")
     add_number(
-        training, "--ema", 0.0, "evaluate and write a running mean of the weights; its decay"
+        training,
+        "--ema",
+        0.0,
+        "evaluate and write an exponential moving average of the weights; its decay",
     )
     add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
 
@@ -1871,7 +1885,7 @@ def add_output_flags(parser):
     )
     add_number(output, "--eval-every", 250, "steps between estimates of the validation loss")
     add_number(output, "--save-every", 500, "steps between checkpoints; 0: only the final model")
-    add_number(output, "--keep", 2, "how many of the last checkpoints stay, beside the best")
+    add_number(output, "--keep", 2, "how many of the last checkpoints stay, besides the best")
     output.add_argument(
         "--save-dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -2007,7 +2021,7 @@ def check_training_flags(args):
     if not (args.clip > 0 and args.lr > 0 and args.lr >= args.min_lr):
         fail("--lr, --clip: above 0; --min-lr: at most --lr")
     if args.dtype == "float16" and args.model == "gemma":
-        fail("gemma.py leaves the range of float16")
+        fail("gemma.py overflows in float16")
 
 
 def check_machine_flags(args):

@@ -313,7 +313,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     assert_same(new_in_parts["optimizer"], new["optimizer"], rtol=1e-3, atol=1e-8)
 
 
-def test_the_running_mean_keeps_its_share():
+def test_the_moving_average_keeps_its_share():
     step, state = some_step(ema=0.9)
     new, _ = step(state)
     assert_same(
@@ -677,7 +677,7 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
         ("--weights nowhere/here", "--weights nowhere/here:"),
         ("--weights tiny --model llama --data short.txt", "--block 16 is longer than the text"),
         ("--weights tiny --block 300", "the context of this model is 256"),
-        ("--dtype float16 --model gemma", "gemma.py leaves the range of float16"),
+        ("--dtype float16 --model gemma", "gemma.py overflows in float16"),
         ("--data bare.jsonl", 'bare.jsonl, line 1: it must be like {"text": "..."}'),
         ("--optimizer sgd", "invalid choice: 'sgd'"),
         ("--lr 0", "--lr, --clip: above 0"),
