@@ -1310,7 +1310,7 @@ def fail(message) -> NoReturn:
 
 @contextlib.contextmanager
 def explained(errors, message: str):
-    """Turns these exceptions into such an exit; {} in the message is the exception's text."""
+    """Turns these exceptions into `fail(message)`; {} in the message is the exception's text."""
     try:
         yield
     except errors as error:

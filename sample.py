@@ -823,7 +823,7 @@ def fail(message) -> NoReturn:
 
 @contextlib.contextmanager
 def explained(errors, message: str):
-    """Turns these exceptions into such an exit; {} in the message is the exception's text."""
+    """Turns these exceptions into `fail(message)`; {} in the message is the exception's text."""
     try:
         yield
     except errors as error:
@@ -879,7 +879,7 @@ def pick_devices(name: str | None, parallel: str) -> list:
 
 
 def random_key(seed: int):
-    """A random key for a seed; jax.random.key itself knows the last 32 bits only."""
+    """A random key for a seed; jax.random.key itself uses only the low 32 bits."""
     key = jax.random.key(seed % 2**32)
     if seed >= 2**32:
         key = jax.random.fold_in(key, seed // 2**32)

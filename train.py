@@ -1,4 +1,4 @@
-"""Trains any of the model files on text: from scratch, or on from a checkpoint, whole or with LoRA.
+"""Trains a model file on text: from scratch or from a checkpoint, all weights or LoRA only.
 
     python train.py                                          # a small GPT-2 on Python's own source
     python train.py --data shakespeare --tokens char --out runs/char         # nanoGPT's example
@@ -12,6 +12,12 @@ Face's format, or a LoRA adapter in PEFT's.
 
 How to read this file: `main` is its table of contents, `train` is the training loop, `train_step`
 is one update of the weights. Each later section can be read alone.
+
+On one device you may delete: `join_hosts`, `meet`, `wait_for_hosts`, `report_to_first`,
+`any_host_stops` and each `process_allgather` (--multihost); `compile_steps_pmap` and each branch on
+"pmap" or `config.axis`; `gather` in `make_build_model`, and in `compile_steps` the branch on "fsdp"
+with the `remat` of `StepConfig`; `choose_parallel` and `wait_on_emulated_devices`. The mesh must
+stay: `load` and `sharding` of the model files take it.
 """
 
 import argparse
@@ -65,23 +71,25 @@ MODELS = [
 def main() -> int:
     """Trains as the command line says; returns the exit code."""
     args = parse_command_line()
-    module = importlib.import_module(args.model)
+    model_file = importlib.import_module(args.model)
     if args.multihost:
         join_hosts(args.multihost)
     devices = pick_devices(args.device, args.parallel)
     if args.dtype == "auto":
         args.dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
 
-    # OSError: of the Hub, or of a folder.
+    # OSError: from the Hub or the folder.
     message = f"--weights {args.weights}: {{}}" if args.weights else "{}"
-    with explained((OSError, module.InputError), message):
-        folder = find_weights(args, module)
-        data = prepare_data(args, module, folder)
-        model, adapters, mesh = make_model(args, module, folder, data, devices)
+    with explained((OSError, model_file.InputError), message):
+        folder = find_weights(args, model_file)
+        data = prepare_data(args, model_file, folder)
+        model, adapters, mesh = make_model(args, model_file, folder, data, devices)
 
-    run = set_up(args, module, data, model, adapters, mesh)
-    del model  # the first step takes its memory for the new state
-    train(run, Stop())
+    run = set_up(args, model_file, data, model, adapters, mesh)
+    del model  # step 1 donates its arrays
+    stop = Stop()
+    train(run, stop)
+    stop.restore()
     return finish(run)
 
 
@@ -93,7 +101,7 @@ class Run:
     """A training run: what its steps need, and what they change."""
 
     args: argparse.Namespace
-    module: Any  # the model file
+    model_file: Any  # the imported gpt2.py, llama.py, ...
     data: "Data"
     mesh: jax.sharding.Mesh
     graphdef: nnx.GraphDef  # the model without its arrays
@@ -103,14 +111,15 @@ class Run:
     train_step: Callable  # compiled
     eval_step: Callable  # compiled
     learning_rate: Callable  # step -> learning rate
-    peak_per_token: float  # the share of the devices' peak FLOP/s that one token/s takes
+    flops_per_token: int  # what training takes
+    peak_flops: float  # FLOP/s that the devices reach together
     settings: dict  # what --resume compares
     checkpoints: ocp.CheckpointManager
     state: dict  # all that a step changes: see `first_state`
     step: int = 0  # steps done
     first: int = 0  # steps that were done before, where the run was resumed
     metrics: "Metrics" = None
-    waiting: list = field(default_factory=list)  # metrics of steps that the device may still do
+    waiting: list = field(default_factory=list)  # metrics of steps still in flight
     clock: "Clock" = None
     val_loss: float = math.nan  # the last estimate
     trouble: str = ""  # why the run must stop
@@ -118,7 +127,7 @@ class Run:
 
     @property
     def learned(self):
-        """The weights to evaluate and to write: the running mean, if there is one."""
+        """The weights to evaluate and to write: their moving average, with --ema."""
         return self.state.get("ema", self.state["params"])
 
     @property
@@ -136,10 +145,11 @@ def train(run: Run, stop: "Stop") -> None:
     while run.step < run.args.steps and not run.stopped:
         start_trace(run)  # with --profile
         batch = next_batch(run)
-        run.state, found = run.train_step(run.state, run.frozen, batch, key)
+        run.state, metrics = run.train_step(run.state, run.frozen, batch, key)
         run.step += 1
-        run.waiting.append(found)  # loss, accuracy and gradient norm: nothing waits for them yet
-        wait_where_needed(run, found)
+        run.waiting.append(metrics)  # loss, accuracy and gradient norm: nothing waits for them yet
+        wait_on_emulated_devices(run, metrics)
+        end_trace_after_five(run, metrics)  # with --profile
 
         due = what_is_due(run, stop)
         run.stopped = due.stop
@@ -148,7 +158,7 @@ def train(run: Run, stop: "Stop") -> None:
 
         # From here on the host waits for the device.
         log_steps(run)
-        run.trouble = run.metrics.diverged()
+        run.trouble = run.metrics.divergence()
         if run.trouble:
             break
         if due.evaluate or due.save:
@@ -158,6 +168,7 @@ def train(run: Run, stop: "Stop") -> None:
         if due.evaluate and run.prompt:
             print_sample(run, key)
         if due.save or due.stop:
+            # At a stop the estimate may be stale.
             save_checkpoint(run, val_loss=run.val_loss if due.save else None)
         run.clock.go_on()
 
@@ -166,13 +177,13 @@ def finish(run: Run) -> int:
     """Ends the run -> the exit code: writes the finished model, or says how to go on."""
     end_trace(run)
     run.metrics.close()
-    with writing(run.args.out):
+    with exit_on_write_error(run.args.out):
         run.checkpoints.wait_until_finished()
 
     if run.trouble:
         newest = run.checkpoints.latest_step() or 0
         print(
-            f"train.py: {run.trouble}; newest checkpoint: of step {newest}; "
+            f"train.py: {run.trouble}; newest checkpoint: step {newest}; "
             "try a lower --lr, a longer --warmup or a smaller --clip",
             file=sys.stderr,
         )
@@ -210,7 +221,8 @@ class Stop:
     """Whether Ctrl-C (SIGINT) or SIGTERM has asked the run to stop.
 
     The current step is finished (with several hosts, up to ten more), a checkpoint is saved, and
-    then the program ends. A Ctrl-C after that ends it at once.
+    then the program ends. A second Ctrl-C ends it at once, and so does either signal after the
+    training: the checkpoint being written is lost, and earlier ones are kept.
     """
 
     def __init__(self):
@@ -221,6 +233,12 @@ class Stop:
     def ask(self, *_):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self):
+        """After the training. A repeated SIGTERM stays ignored: schedulers may send several."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.asked:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
 
 
 @dataclass
@@ -254,26 +272,25 @@ def any_host_stops(step: int, stopping: bool) -> bool:
 
 
 def next_batch(run: Run):
-    """The rows of the next step on their devices: tokens [parts, groups, rows, T + 1].
+    """The rows of the next step on their devices: tokens [microbatches, groups, rows, T + 1].
 
-    parts: of gradient accumulation; groups: of devices, where each has its own rows.
+    microbatches: of gradient accumulation; groups: of devices, where each has its own rows.
     """
     args = run.args
     numbers = np.arange(args.batch).reshape(args.accumulate, groups_of(run.mesh), -1)
     numbers = numbers + run.step * args.batch  # rows are numbered from the start of the run
 
-    def read(index):
+    def read(index):  # JAX passes one slice per dimension; the last is the whole row
         return rows_of(run.data.train, numbers[index[:3]], args.block, args.seed)
 
-    return place(run.mesh, 1, (*numbers.shape, args.block + 1), read)
+    return place(run.mesh, (*numbers.shape, args.block + 1), read, accumulated=True)
 
 
-def wait_where_needed(run: Run, found) -> None:
+def wait_on_emulated_devices(run: Run, metrics) -> None:
     """Waits for the step on emulated devices, which share a CPU's cores and lock up with several
-    steps in flight; and at the end of a trace."""
+    steps in flight."""
     if run.mesh.size > 1 and own_device(run.mesh).platform == "cpu":
-        jax.block_until_ready(found)
-    end_trace_after_five(run, found)
+        jax.block_until_ready(metrics)
 
 
 class Clock:
@@ -296,9 +313,9 @@ class Clock:
 def log_steps(run: Run) -> None:
     """Adds the metrics of the steps since the last call to metrics.jsonl; waits for the device."""
     rows = []
-    for step, found in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
+    for step, metrics in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
         learning_rate = float(run.learning_rate(step - 1))
-        rows.append({"step": step, "lr": learning_rate, **jax.tree.map(float, found)})
+        rows.append({"step": step, "lr": learning_rate, **jax.tree.map(float, metrics)})
     run.metrics.add(rows)
     run.waiting = []
     run.clock.stop()
@@ -328,11 +345,12 @@ def print_progress(run: Run, end: str) -> None:
     if run.clock.seconds > 0:
         speed = (step - run.first - 1) / run.clock.seconds  # steps/s
     tokens_per_second = speed * args.batch * args.block
+    mfu = run.flops_per_token * tokens_per_second / run.peak_flops
     left = (args.steps - step) / (speed or 1e9)
     print(
         f"step {step:>6}/{args.steps}  train {np.mean(losses):.4f}  val {run.val_loss:.4f}  "
         f"lr {run.learning_rate(step - 1):.2e}  {tokens_per_second:>9,.0f} tokens/s  "
-        f"MFU {run.peak_per_token * tokens_per_second:5.1%}{usage(own_device(run.mesh))}  "
+        f"MFU {mfu:5.1%}{usage(own_device(run.mesh))}  "
         f"{left // 60:3.0f}:{left % 60:02.0f} left",
         end=end,
         file=sys.stderr,
@@ -358,8 +376,8 @@ def print_sample(run: Run, key) -> None:
     """Prints how the model continues --prompt."""
     model = run.model
     length = min(100, model.config.max_position_embeddings - len(run.prompt))
-    [new] = run.module.generate(model, [run.prompt], length, key=key)
-    text = run.module.tokenizer(run.data.tokenizer).decode(run.prompt + new)
+    [new] = run.model_file.generate(model, [run.prompt], length, key=key)
+    text = run.model_file.tokenizer(run.data.tokenizer_folder).decode(run.prompt + new)
     print(f"--- step {run.step}: {text}", flush=True)
 
 
@@ -369,10 +387,10 @@ def start_trace(run: Run) -> None:
         jax.profiler.start_trace(run.args.profile)
 
 
-def end_trace_after_five(run: Run, found) -> None:
+def end_trace_after_five(run: Run, metrics) -> None:
     """Ends the trace after five steps."""
     if run.args.profile and run.step == run.first + 15:
-        jax.block_until_ready(found)
+        jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
         print(f"five steps are traced: run `xprof {run.args.profile}`", file=sys.stderr)
 
@@ -387,20 +405,21 @@ def end_trace(run: Run) -> None:
 # ------------------------------------------- Setting up -------------------------------------------
 
 
-def set_up(args, module, data: "Data", model, adapters: dict, mesh) -> Run:
+def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     """Makes the optimizer, compiles the steps, and opens the checkpoints, or resumes from one."""
     check_batch(args, mesh)
     prompt = []
     if args.prompt:
-        prompt = module.tokenizer(data.tokenizer).encode(args.prompt)[: args.block // 2]
+        prompt = model_file.tokenizer(data.tokenizer_folder).encode(args.prompt)[: args.block // 2]
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if adapters else nnx.Param, ...)
-    peak_per_token = describe(args, module, model, params, data, mesh)
+    flops_per_token, peak_flops = describe(args, model_file, model, params, data, mesh)
 
     optimizer, learning_rate = make_optimizer(args)
     state = first_state(args, optimizer, params, mesh)
-    merge = merge_on(mesh, graphdef, args.dtype, state["params"], frozen)
-    step = Step(merge, optimizer, balance_of(module, model.config), args.ema)
-    train_step, eval_step = compile_steps(step, mesh, state)
+    build_model = make_build_model(mesh, graphdef, args.dtype, state["params"], frozen)
+    balance = balance_of(model_file, model.config)
+    config = StepConfig(build_model, optimizer, balance, args.ema)
+    train_step, eval_step = compile_steps(config, mesh, state)
     data.val_batches = validation_batches(args, data.val, mesh)
 
     if args.profile:
@@ -409,7 +428,7 @@ def set_up(args, module, data: "Data", model, adapters: dict, mesh) -> Run:
 
     run = Run(
         args=args,
-        module=module,
+        model_file=model_file,
         data=data,
         mesh=mesh,
         graphdef=graphdef,
@@ -419,7 +438,8 @@ def set_up(args, module, data: "Data", model, adapters: dict, mesh) -> Run:
         train_step=train_step,
         eval_step=eval_step,
         learning_rate=learning_rate,
-        peak_per_token=peak_per_token,
+        flops_per_token=flops_per_token,
+        peak_flops=peak_flops,
         settings=settings_of(args, data),
         checkpoints=open_checkpoints(args.out, args.keep),
         state=state,
@@ -440,11 +460,11 @@ def set_up(args, module, data: "Data", model, adapters: dict, mesh) -> Run:
 def check_batch(args, mesh):
     """Stops where --batch does not split over devices and --accumulate."""
     groups = groups_of(mesh)
-    parts = groups * args.accumulate
-    if args.batch % parts != 0:
+    divisor = groups * args.accumulate
+    if args.batch % divisor != 0:
         fail(
             f"--batch {args.batch} does not split over {groups} devices (or groups of them) in "
-            f"--accumulate {args.accumulate} parts: choose a multiple of {parts}"
+            f"--accumulate {args.accumulate} microbatches: choose a multiple of {divisor}"
         )
 
 
@@ -452,12 +472,12 @@ def settings_of(args, data: "Data") -> dict:
     """What must be the same when a run is resumed: see SETTINGS."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     checksum = zlib.crc32(data.val, zlib.crc32(data.train))
-    settings["data"] = f"with checksum {checksum}"
+    settings["data"] = f"with checksum {checksum}"  # as `check_settings` prints it after --data
     return settings
 
 
-def describe(args, module, model, params, data: "Data", mesh) -> float:
-    """Prints what is trained on what -> the share of the devices' peak that one token/s takes.
+def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
+    """Prints what is trained on what -> (FLOPs per token, peak FLOP/s of the devices).
 
     Training takes 6 FLOPs for each weight of a matrix and token, LoRA 4: it needs no gradients of
     the frozen weights. Attention adds 12 L D T for each token.
@@ -476,7 +496,7 @@ def describe(args, module, model, params, data: "Data", mesh) -> float:
             N += param.size * (chosen if "experts" in str(path) else 1)
     N = round(N)
 
-    layers = jax.eval_shape(lambda: module.init_cache(config, 1, 1, jnp.float32)).layers
+    layers = jax.eval_shape(lambda: model_file.init_cache(config, 1, 1, jnp.float32)).layers
     L = len(layers)
     D = layers[0][0].shape[-1] * config.num_attention_heads
     T = args.block
@@ -490,7 +510,7 @@ def describe(args, module, model, params, data: "Data", mesh) -> float:
         f"{peak / 1e9:,.0f} GFLOP/s",
         flush=True,
     )
-    return (per_weight * N + 12 * L * D * T) / peak
+    return per_weight * N + 12 * L * D * T, peak
 
 
 def measure_peak(devices: list, dtype) -> float:
@@ -501,25 +521,29 @@ def measure_peak(devices: list, dtype) -> float:
     return len(devices) * 2 * n**3 / np.median(seconds[1:])  # the first one is compiled, too
 
 
-def balance_of(module, config) -> Callable | None:
-    """What a Mixtral adds to the loss, as a function of the cache: its load-balancing loss."""
+def balance_of(model_file, config) -> Callable | None:
+    """What a Mixtral adds to the loss, as a function of the cache: its load-balancing loss.
+
+    Training needs no keys and values, but the cache also carries the router's statistics.
+    """
     if getattr(config, "model_type", "") != "mixtral":
         return None
-    return lambda cache: config.router_aux_loss_coef * module.balance_loss(cache)
+    return lambda cache: config.router_aux_loss_coef * model_file.balance_loss(cache)
 
 
 # ---------------------------------------- A training step -----------------------------------------
 
-# More logits than this, 1 GiB in float32, are computed in parts, and again in the backward pass.
-LOGITS = 2**28
+# More logits than this, 1 GiB in float32, are computed in chunks, and again in the backward pass.
+# They are counted over all devices; under pmap, on each device alone.
+MAX_LOGITS = 2**28
 
 
 def token_losses(model, tokens, rngs=None):
     """The cross-entropy of each next token: tokens [B, T + 1] -> (losses, correct, the cache).
 
     losses float32 [B, T]; correct [B, T]: whether the target was the likeliest token, for the
-    accuracy. Both are 0 where the target is -1. Many logits are computed for some time steps after
-    the others: chunked cross-entropy.
+    accuracy. Both are 0 where the target is -1. Above MAX_LOGITS, the logits are computed one chunk
+    of time steps at a time (chunked cross-entropy).
     """
 
     def token_loss(x, target):  # [D], a token id
@@ -532,7 +556,7 @@ def token_losses(model, tokens, rngs=None):
     x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
     targets = tokens[:, 1:]
     B, T = targets.shape
-    chunk = LOGITS // (B * model.config.vocab_size)  # time steps whose logits are few enough
+    chunk = MAX_LOGITS // (B * model.config.vocab_size)  # time steps whose logits are few enough
     step_loss = jax.vmap(token_loss)  # [B, D], [B]: all rows at one time step
     if chunk >= T:
         losses, correct = jax.vmap(step_loss)(x, targets)
@@ -548,89 +572,90 @@ def token_losses(model, tokens, rngs=None):
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a training step is made of, beside its inputs."""
+class StepConfig:
+    """What a training step is made of, besides its inputs."""
 
-    merge: Callable  # (params, frozen) -> model
+    build_model: Callable  # (params, frozen) -> model
     optimizer: optax.GradientTransformation
     balance: Callable | None  # what `balance_of` returned
-    ema: float  # how much of the running mean of the weights each step keeps; 0: there is none
+    ema: float  # decay of the exponential moving average (EMA) of the weights; 0: off
     remat: Callable | None = None  # changes what the loss keeps for the backward pass
     axis: str | None = None  # the name of pmap's axis of devices
 
 
-def train_step(how: Step, state: dict, frozen, tokens, key):
-    """One update of the weights: tokens [parts, ..., T + 1] -> (state, metrics).
+def train_step(config: StepConfig, state: dict, frozen, tokens, key):
+    """One update of the weights: tokens [microbatches, ..., T + 1] -> (state, metrics).
 
-    parts: gradient accumulation, one after another. metrics: the mean loss, the accuracy and the
-    norm of the gradient. In float16, a step whose gradient overflows is skipped; only the loss
-    scale and the number of steps change: Micikevicius et al. 2018.
+    microbatches: of gradient accumulation, one after another. metrics: the mean loss, the accuracy
+    and the norm of the gradient. In float16, a step whose gradient overflows is skipped; only the
+    loss scale and the number of steps change: Micikevicius et al. 2018.
     """
-    loss_and_accuracy, gradients = mean_gradients(how, state, frozen, tokens, key)
+    loss_and_accuracy, gradients = mean_gradients(config, state, frozen, tokens, key)
     if "scale" in state:
         gradients = jax.tree.map(lambda g: g / state["scale"], gradients)
     norm = optax.tree.norm(gradients)
 
     params = state["params"]
-    updates, optimizer_state = how.optimizer.update(gradients, state["optimizer"], params)
+    updates, optimizer_state = config.optimizer.update(gradients, state["optimizer"], params)
     new = state | {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
     if "ema" in state:
-        new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - how.ema)
+        new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - config.ema)
     if "scale" in state:
         new, norm = rescale(state, new, norm)
     new["step"] = state["step"] + 1
     return new, loss_and_accuracy | {"norm": norm}
 
 
-def mean_gradients(how: Step, state: dict, frozen, tokens, key):
-    """({mean loss, accuracy}, gradients of the mean loss) over all parts, rows and devices."""
-    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [parts, B, T + 1]
+def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
+    """({mean loss, accuracy}, gradients of the mean loss) of the whole batch, on all devices."""
+    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [microbatches, B, T + 1]
     params = state["params"]
 
-    # Dropout differs from step to step, from device to device and from part to part.
+    # Dropout differs between steps, between devices and between microbatches.
     key = jax.random.fold_in(key, state["step"])
-    if how.axis is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(how.axis))
+    if config.axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(config.axis))
     keys = jax.random.split(key, len(tokens))
 
-    # Each loss is divided by the targets of all devices, so that gradients are summed and not
-    # averaged. With pmap that sum, an all-reduce, is written here. In all other modes the program
-    # is written for the whole batch, and XLA inserts the all-reduce where the batch is sharded.
+    # The summed loss is divided by the number of targets on all devices, so gradients need only be
+    # summed over devices. Under pmap the sum is this explicit psum; under jit the code sees the
+    # global batch, and XLA inserts the all-reduce.
     def all_reduce(x):
-        if how.axis is None:
+        if config.axis is None:
             return x
-        return jax.lax.psum(x, how.axis)
+        return jax.lax.psum(x, config.axis)
 
-    targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
-    total_parts = all_reduce(len(tokens))  # of all devices
+    num_targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
+    num_microbatches = all_reduce(len(tokens))
 
     def mean_loss(params, rows, key):
-        model = how.merge(params, frozen)
+        model = config.build_model(params, frozen)
         losses, correct, cache = token_losses(model, rows, nnx.Rngs(dropout=key))
-        loss = losses.sum() / targets
+        loss = losses.sum() / num_targets
         balance = 0
-        if how.balance is not None:
+        if config.balance is not None:
             # It is a product of means over all tokens, so the router's statistics, which the cache
-            # holds, are averaged over devices first. Every part adds its share.
-            if how.axis is not None:
-                cache = cache._replace(layers=jax.lax.pmean(cache.layers, how.axis))
-            balance = how.balance(cache) / total_parts
-        found = {"loss": loss, "accuracy": correct.sum() / targets}
-        return state.get("scale", 1) * (loss + balance), found
+            # also carries, are averaged over devices first. Every microbatch adds its share.
+            if config.axis is not None:
+                cache = cache._replace(layers=jax.lax.pmean(cache.layers, config.axis))
+            balance = config.balance(cache) / num_microbatches
+        metrics = {"loss": loss, "accuracy": correct.sum() / num_targets}
+        return state.get("scale", 1) * (loss + balance), metrics
 
-    # Gradient accumulation: the gradients of the parts are summed.
-    if how.remat is not None:
-        mean_loss = how.remat(mean_loss)
+    # FSDP: regather the weights in the backward pass.
+    if config.remat is not None:
+        mean_loss = config.remat(mean_loss)
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
 
-    def add_part(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+    def add_microbatch(total, microbatch):
+        return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
+    # Gradient accumulation: the gradients of the microbatches are summed.
     total = gradient(params, tokens[0], keys[0])
     if len(tokens) > 1:
-        total, _ = jax.lax.scan(add_part, total, (tokens[1:], keys[1:]))
-    (_, found), gradients = all_reduce(total)
-    return found, gradients
+        total, _ = jax.lax.scan(add_microbatch, total, (tokens[1:], keys[1:]))
+    (_, metrics), gradients = all_reduce(total)
+    return metrics, gradients
 
 
 def rescale(state: dict, new: dict, norm):
@@ -640,7 +665,8 @@ def rescale(state: dict, new: dict, norm):
     every 1,000 steps.
     """
     scale = state["scale"]
-    # A scale below 1 is not what overflows: the NaN is let through, and the run stops as diverged.
+    # Below scale 1 the loss scale is not to blame: let the NaN through so that the run stops as
+    # diverged.
     usable = jnp.isfinite(norm) | (scale < 1)
     new = jax.tree.map(partial(jnp.where, usable), new, state)
     norm = jnp.where(usable, norm, 0.0)
@@ -649,48 +675,50 @@ def rescale(state: dict, new: dict, norm):
     return new, norm
 
 
-def eval_step(how: Step, params, frozen, tokens):
+def eval_step(config: StepConfig, params, frozen, tokens):
     """tokens [..., T + 1] -> the sum of all losses, and the number of correct predictions."""
-    model = how.merge(params, frozen)
+    model = config.build_model(params, frozen)
     losses, correct, _ = token_losses(model, tokens.reshape(-1, tokens.shape[-1]))
-    found = losses.sum(), correct.sum()
-    if how.axis is not None:
-        found = jax.lax.psum(found, how.axis)
-    return found
+    sums = losses.sum(), correct.sum()
+    if config.axis is not None:
+        sums = jax.lax.psum(sums, config.axis)
+    return sums
 
 
-def compile_steps(how: Step, mesh, state: dict):
+def compile_steps(config: StepConfig, mesh, state: dict):
     """(train_step, eval_step) as compiled programs, for tokens that `place` has placed.
 
     The first overwrites the state that it is given.
     """
     if "pmap" in mesh.shape:
-        return compile_steps_pmap(how, mesh)
+        return compile_steps_pmap(config, mesh)
 
     # One program for all devices. XLA splits it as the state and the rows are split.
     if "fsdp" in mesh.shape:
         # What FSDP gathers for the forward pass is dropped, and gathered again for the backward.
         policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-        how = replace(how, remat=partial(jax.checkpoint, policy=policy))
+        config = replace(config, remat=partial(jax.checkpoint, policy=policy))
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    train = jax.jit(partial(train_step, how), donate_argnums=0, out_shardings=(shardings, None))
-    return train, jax.jit(partial(eval_step, how))
+    train = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
+    return train, jax.jit(partial(eval_step, config))
 
 
-def compile_steps_pmap(how: Step, mesh):
+def compile_steps_pmap(config: StepConfig, mesh):
     """The same with pmap: each device runs the program on its own rows, on a copy of the state.
 
     Devices communicate only by the `psum` and `pmean` in `mean_gradients` and `eval_step`.
     """
-    how = replace(how, axis="pmap")
+    config = replace(config, axis="pmap")
     options = {"axis_name": "pmap", "out_axes": None, "devices": [*mesh.devices.flat]}
-    rows_of_train = (None, None, 1, None)  # state, frozen, tokens, key
-    rows_of_eval = (None, None, 0)  # params, frozen, tokens
-    train = jax.pmap(partial(train_step, how), in_axes=rows_of_train, donate_argnums=0, **options)
-    return train, jax.pmap(partial(eval_step, how), in_axes=rows_of_eval, **options)
+    train_in_axes = (None, None, 1, None)  # state, frozen, tokens, key
+    eval_in_axes = (None, None, 0)  # params, frozen, tokens
+    train = jax.pmap(
+        partial(train_step, config), in_axes=train_in_axes, donate_argnums=0, **options
+    )
+    return train, jax.pmap(partial(eval_step, config), in_axes=eval_in_axes, **options)
 
 
-def merge_on(mesh, graphdef, dtype, params, frozen) -> Callable:
+def make_build_model(mesh, graphdef, dtype, params, frozen) -> Callable:
     """The function (params, frozen) -> model for use inside of a program.
 
     What is sharded along the axis fsdp is marked as whole, in `dtype`: XLA puts each all-gather
@@ -706,17 +734,18 @@ def merge_on(mesh, graphdef, dtype, params, frozen) -> Callable:
         p = jax.lax.with_sharding_constraint(p.astype(dtype), whole)
         return checkpoint_name(p, "gathered")
 
-    def merge(*parts):
-        return nnx.merge(graphdef, *jax.tree.map(gather, parts, shardings))
+    def build_model(params, frozen):
+        params, frozen = jax.tree.map(gather, (params, frozen), shardings)
+        return nnx.merge(graphdef, params, frozen)
 
-    return merge
+    return build_model
 
 
 def evaluate(run: Run, params, batches) -> tuple:
     """(mean loss, accuracy) over all targets of some validation batches."""
     sums = []
     for batch in batches:
-        tokens = place(run.mesh, 0, batch.shape, batch.__getitem__)
+        tokens = place(run.mesh, batch.shape, batch.__getitem__, accumulated=False)
         sums.append(jax.device_get(run.eval_step(params, run.frozen, tokens)))
     targets = np.count_nonzero(batches[..., 1:] >= 0)
     loss, accuracy = np.sum(sums, axis=0) / targets
@@ -727,7 +756,7 @@ def evaluate(run: Run, params, batches) -> tuple:
 
 
 def make_optimizer(args) -> tuple:
-    """(the optimizer of --optimizer behind a clipped gradient, step -> learning rate).
+    """(the optimizer of --optimizer, preceded by gradient clipping; step -> learning rate).
 
     Weight decay is for matrices only. To add an optimizer, add a row to the table, a function of
     the learning rate such as `partial(optax.sgd, momentum=args.beta1)`, and its name to OPTIMIZERS.
@@ -793,19 +822,19 @@ def first_state(args, optimizer, params, mesh) -> dict:
     """All that a step changes, before the first step."""
     state = {"step": jnp.zeros((), int), "params": params, "optimizer": optimizer.init(params)}
     if args.ema:
-        state["ema"] = jax.tree.map(jnp.copy, params)  # a running mean of the weights
+        state["ema"] = jax.tree.map(jnp.copy, params)  # exponential moving average
     if args.dtype == "float16":
         state["scale"] = jnp.array(2.0**15)  # the loss scale
 
-    # What is not split as its parameter is goes to all devices.
-    everywhere = jax.NamedSharding(mesh, jax.P())
+    # Whatever has no sharding from a parameter (counters, loss scale) is replicated.
+    replicated = jax.NamedSharding(mesh, jax.P())
 
-    def place_on_all(x):
+    def replicate(x):
         if isinstance(x.sharding, jax.NamedSharding):
             return x
-        return jax.device_put(x, everywhere)
+        return jax.device_put(x, replicated)
 
-    return jax.tree.map(place_on_all, state)
+    return jax.tree.map(replicate, state)
 
 
 # -------------------------------------------- The text --------------------------------------------
@@ -823,11 +852,11 @@ class Data:
 
     train: np.ndarray
     val: np.ndarray
-    tokenizer: Path
+    tokenizer_folder: Path
     val_batches: np.ndarray = None  # of `validation_batches`
 
 
-def prepare_data(args, module, folder: Path | None) -> Data:
+def prepare_data(args, model_file, folder: Path | None) -> Data:
     """The tokens of --data or --dataset, split into those to train on and those to validate on.
 
     Text is encoded once: tokens and tokenizer are kept in the cache folder. folder: of --weights,
@@ -847,12 +876,12 @@ def prepare_data(args, module, folder: Path | None) -> Data:
     if args.dataset:
         texts += read_dataset(args.dataset)
 
-    cached = encode_once(args, module, folder, texts, has_tokens=bool(encoded))
+    cached = encode_once(args, model_file, folder, texts, has_tokens=bool(encoded))
     V, _ = vocabulary(folder or cached)
-    parts = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
-    if len(parts) == 1:
-        parts = split_validation(parts[0])
-    train, val = parts
+    splits = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
+    if len(splits) == 1:
+        splits = split_validation(splits[0])
+    train, val = splits
 
     if min(len(train), len(val)) <= args.block:
         fail(
@@ -909,7 +938,7 @@ def read_texts(file: Path) -> list[str]:
             continue
         errors = (ValueError, KeyError, TypeError, AttributeError)
         with explained(errors, f'--data {file}, line {i}: it must be like {{"text": "..."}}'):
-            texts.append(json.loads(line)["text"].encode().decode())  # no half of a character
+            texts.append(json.loads(line)["text"].encode().decode())  # rejects lone surrogates
     return texts
 
 
@@ -925,18 +954,18 @@ def read_dataset(name: str) -> list[str]:
     return texts
 
 
-def encode_once(args, module, folder: Path | None, texts: list[str], has_tokens: bool) -> Path:
+def encode_once(args, model_file, folder: Path | None, texts: list[str], has_tokens: bool) -> Path:
     """The cache folder of the tokenizer and the tokens of these texts; written if it is new.
 
     Its name is a checksum of all that the tokens depend on, the code included.
     """
-    inputs = [Path(__file__), Path(module.__file__), *(folder.iterdir() if folder else ())]
-    inputs = [file for file in inputs if re.search("(py|json|txt|model)$", file.name)]
-    parts = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in inputs), *texts]
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+    files = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
+    files = [file for file in files if re.search("(py|json|txt|model)$", file.name)]
+    inputs = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in files), *texts]
+    digest = hashlib.sha256("\0".join(map(str, inputs)).encode()).hexdigest()
 
     cached = CACHE / "tokens" / digest[:16]
-    with writing(cached):
+    with exit_on_write_error(cached):
         cached.parent.mkdir(parents=True, exist_ok=True)
         if cached.exists():
             return cached
@@ -946,7 +975,7 @@ def encode_once(args, module, folder: Path | None, texts: list[str], has_tokens:
             if folder is None:
                 write_tokenizer(Path(part), args.tokens, args.vocab_size, texts)
             if not has_tokens:
-                write_tokens(Path(part), module, folder or Path(part), texts)
+                write_tokens(Path(part), model_file, folder or Path(part), texts)
             if not cached.exists():  # another run may have been faster
                 Path(part).rename(cached)
     return cached
@@ -958,6 +987,7 @@ def pieces(texts):
     Long texts are cut at a newline, so that several cores can encode them.
     """
     for text in texts:
+        # At least 16,384 characters, then to the end of a line; or what is left.
         found = re.findall(r"(?s).{16384}.*?\S(?=\n)|.+", text) or [""]
         for i, piece in enumerate(found, 1):
             yield piece, i == len(found)
@@ -1002,7 +1032,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(texts: list[str]) -> Tokenizer:
-    """A token for each character of the texts. Later it drops characters that are not in them."""
+    """A token for each character of the texts. Unknown characters are dropped."""
     letters = sorted(set().union(*texts))
     codec = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     codec.decoder = decoders.Fuse()
@@ -1015,7 +1045,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def bpe_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE, learned from the first nine tenths of the texts: not from what validates."""
+    """Byte-level BPE, learned from the first nine tenths of the texts, not the validation text."""
     codec = byte_level(byte_vocabulary(), [], use_regex=True)
     text = "".join(texts)[: int(0.9 * sum(map(len, texts)))]
     trainer = trainers.BpeTrainer(
@@ -1039,7 +1069,7 @@ def byte_level(vocabulary: dict[str, int], merges: list, use_regex: bool) -> Tok
 
 
 def vocabulary(folder: Path) -> tuple[int, int | None]:
-    """(vocabulary size, the token that ends a text) of a checkpoint, or of a tokenizer of ours."""
+    """(vocabulary size, EOS id) of a checkpoint, or of a tokenizer of ours."""
     config = folder / "config.json"
     if not config.exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
@@ -1047,15 +1077,15 @@ def vocabulary(folder: Path) -> tuple[int, int | None]:
 
     values = json.loads(config.read_text())
     values |= values.get("text_config", {})  # of a multimodal Gemma 3
-    end = np.ravel(values.get("eos_token_id"))
-    return values["vocab_size"], next(iter(end), None)
+    eos = np.ravel(values.get("eos_token_id"))
+    return values["vocab_size"], next(iter(eos), None)
 
 
-def write_tokens(part: Path, module, folder: Path, texts: list[str]):
-    """Writes tokens.bin: the tokens of all texts, each between what begins and what ends a text."""
-    V, end = vocabulary(folder)
-    begin = module.tokenizer(folder).encode("")
-    encode = batch_encoder(module, folder)
+def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
+    """Writes tokens.bin: the tokens of all texts, each between BOS and EOS where there are such."""
+    V, eos = vocabulary(folder)
+    bos = model_file.tokenizer(folder).encode("")
+    encode = batch_encoder(model_file, folder)
     todo = pieces(texts)
     starts = True  # whether the next piece starts a text
     bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
@@ -1064,16 +1094,16 @@ def write_tokens(part: Path, module, folder: Path, texts: list[str]):
             rows = encode([piece for piece, _ in batch])
             for (piece, ends), ids in zip(batch, rows, strict=True):
                 if starts:
-                    ids = begin + ids
-                if ends and end is not None:
-                    ids = [*ids, end]
+                    ids = bos + ids
+                if ends and eos is not None:
+                    ids = [*ids, eos]
                 np.array(ids, token_type(V)).tofile(out)
                 starts = ends
                 bar.update(len(piece))
 
 
-def batch_encoder(module, folder: Path) -> Callable:
-    """A function (pieces of texts) -> their token ids, without what begins or ends a text."""
+def batch_encoder(model_file, folder: Path) -> Callable:
+    """A function (pieces of texts) -> their token ids, without BOS and EOS."""
     file = folder / "tokenizer.json"
     if file.exists():
         fast = Tokenizer.from_file(str(file))  # encodes on all cores
@@ -1083,11 +1113,11 @@ def batch_encoder(module, folder: Path) -> Callable:
         def encode(batch: list[str]):
             return [row.ids for row in fast.encode_batch_fast(batch, add_special_tokens=False)]
     else:
-        codec = module.tokenizer(folder)
-        begin = codec.encode("")
+        codec = model_file.tokenizer(folder)
+        bos = codec.encode("")
 
         def encode(batch: list[str]):
-            return [codec.encode(piece)[len(begin) :] for piece in batch]
+            return [codec.encode(piece)[len(bos) :] for piece in batch]
 
     return encode
 
@@ -1117,32 +1147,35 @@ def rows_of(tokens, numbers, block: int, seed: int):
     """The rows [..., T + 1] with these numbers [...], counted from the start of a run.
 
     A row begins every T tokens and has T + 1 of them: the last is the target of the one before.
-    Each epoch begins at another place of the text and shuffles the rows, so a run that is resumed
-    goes on with the rows that come next.
+    Each epoch begins at another place of the text and shuffles the rows. The order depends only on
+    seed and epoch, so resuming needs just the step number.
     """
-    rows = len(shuffled(len(tokens), block, seed, 0))
-    starts = [shuffled(len(tokens), block, seed, i // rows)[i % rows] for i in numbers.flat]
-    found = np.stack([tokens[start : start + block + 1] for start in starts])
-    return found.astype(np.int32).reshape(*numbers.shape, -1)
+    rows_per_epoch = len(epoch_starts(len(tokens), block, seed, 0))
+    rows = []
+    for number in numbers.flat:
+        epoch, i = divmod(number, rows_per_epoch)
+        start = epoch_starts(len(tokens), block, seed, epoch)[i]
+        rows.append(tokens[start : start + block + 1])
+    return np.stack(rows).astype(np.int32).reshape(*numbers.shape, -1)
 
 
 @lru_cache(maxsize=2)
-def shuffled(length: int, block: int, seed: int, epoch: int):
+def epoch_starts(length: int, block: int, seed: int, epoch: int):
     """Where the rows of an epoch begin, in the order of training."""
     rng = np.random.default_rng((seed, epoch))
-    rows = max(1, (length - 1) // block - 1)  # one less than fit, so that the first can move
-    first = rng.integers(length - rows * block)
-    return first + block * rng.permutation(rows)
+    rows = max(1, (length - 1) // block - 1)  # one fewer than would fit: room for a random offset
+    offset = rng.integers(length - rows * block)
+    return offset + block * rng.permutation(rows)
 
 
 def validation_batches(args, tokens, mesh):
-    """All validation tokens as batches [N, groups, rows, T + 1], as large as a part of a step."""
+    """All validation tokens as batches [N, groups, rows, T + 1], as large as a microbatch."""
     batches = windows(tokens, args.batch // args.accumulate, args.block)
     return batches.reshape(len(batches), groups_of(mesh), -1, args.block + 1)
 
 
 def windows(tokens, batch: int, block: int):
-    """All tokens as batches [N, B, T + 1]: each but the first is a target once; -1 fills up."""
+    """Batches [N, B, T + 1]: every token but the first is a target exactly once; padded with -1."""
     rows = batch * math.ceil((len(tokens) - 1) / (batch * block))
     missing = rows * block + 1 - len(tokens)
     padded = np.pad(tokens.astype(int), (0, missing), constant_values=-1)
@@ -1159,72 +1192,74 @@ def some_batches(run: Run):
 # ------------------------------------------- The model --------------------------------------------
 
 
-def find_weights(args, module) -> Path | None:
+def find_weights(args, model_file) -> Path | None:
     """The folder of --weights; None: from scratch. InputError: this file does not read it."""
     if not args.weights:
         return None
-    folder = module.fetch(args.weights)
-    module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    folder = model_file.fetch(args.weights)
+    model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
     return folder
 
 
-def make_model(args, module, folder: Path | None, data: Data, devices: list) -> tuple:
+def make_model(args, model_file, folder: Path | None, data: Data, devices: list) -> tuple:
     """The model of --weights, or one from scratch -> (model, adapters of LoRA, mesh)."""
     if folder:
-        config = module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+        config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
     else:
-        config = new_config(args, module, *vocabulary(data.tokenizer))
+        config = new_config(args, model_file, *vocabulary(data.tokenizer_folder))
     context = config.max_position_embeddings
     if args.block > context:
         fail(f"--block {args.block}: the context of this model is {context}")
 
     options = {"dtype": args.dtype, "remat": args.remat}
 
-    def draw():
-        return module.Model(config, rngs=nnx.Rngs(random_key(args.seed)), **options)
+    def init_model():
+        return model_file.Model(config, rngs=nnx.Rngs(random_key(args.seed)), **options)
 
     heads = config.num_attention_heads
     parallel = args.parallel
     if parallel in ("no", "auto"):
-        parallel = choose_parallel(devices, heads, draw, bytes_per_weight=4 if args.lora else 16)
+        parallel = choose_parallel(
+            devices, heads, init_model, bytes_per_weight=4 if args.lora else 16
+        )
     mesh = make_mesh(parallel, devices, heads)
     jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # a Mixtral's routing reads it
 
     if folder:
         # Frozen weights need no more digits than they are computed with.
         stored = args.dtype if args.lora and not args.merge else "float32"
-        model = module.load(folder, param_dtype=stored, mesh=mesh, **options)
+        model = model_file.load(folder, param_dtype=stored, mesh=mesh, **options)
     else:
-        model = draw_split(module, config, draw, mesh)
-    for _, part in nnx.iter_modules(model):
-        if isinstance(part, nnx.Dropout):
-            part.rate = args.dropout
-    adapters = add_adapters(module, model, args) if args.lora else {}
+        model = init_sharded(model_file, config, init_model, mesh)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Dropout):
+            module.rate = args.dropout
+    adapters = add_adapters(model_file, model, args) if args.lora else {}
     return model, adapters, mesh
 
 
-def new_config(args, module, V: int, end: int | None):
-    """The config of a model from scratch, for V token ids; `end` is the one that ends a text."""
+def new_config(args, model_file, V: int, eos: int | None):
+    """The config of a model from scratch, for V token ids; EOS serves as BOS, too."""
     sizes = {"layers": args.layers, "heads": args.heads, "width": args.width, "context": args.block}
     if args.experts:
         sizes["experts"] = args.experts
-    return module.Config.small(
+    return model_file.Config.small(
         **sizes,
         vocab_size=V,
-        padded_vocab_size=module.round_up(V, 128),  # such sizes are faster
-        bos_token_id=end,
-        eos_token_id=end,
+        padded_vocab_size=model_file.round_up(V, 128),  # such sizes are faster
+        bos_token_id=eos,
+        eos_token_id=eos,
     )
 
 
-def choose_parallel(devices: list, heads: int, draw, bytes_per_weight: int) -> str:
+def choose_parallel(devices: list, heads: int, init_model, bytes_per_weight: int) -> str:
     """What --parallel auto means: data, or tensor where one device has no room for the state.
 
     bytes_per_weight: a weight, its gradient and two moments take 16; a frozen weight takes 4.
     """
     if len(devices) == 1:
         return "data"
-    weights = sum(p.size for p in jax.tree.leaves(nnx.eval_shape(draw)))
+    weights = sum(p.size for p in jax.tree.leaves(nnx.eval_shape(init_model)))
     own = next(device for device in devices if device.process_index == jax.process_index())
     parallel, than = "data", "less"
     if weights * bytes_per_weight > memory_of(own):
@@ -1234,33 +1269,34 @@ def choose_parallel(devices: list, heads: int, draw, bytes_per_weight: int) -> s
     return parallel
 
 
-def draw_split(module, config, draw, mesh):
-    """A model from scratch. Each device draws its part of the weights, and no other."""
-    graphdef, shardings = nnx.split(nnx.eval_shape(draw))
-    for path, param, *_ in module.named_parameters(shardings):
-        param.set_value(module.sharding(mesh, config, path, param.shape))
+def init_sharded(model_file, config, init_model, mesh):
+    """A model from scratch. Each device initialises its part of the weights, and no other."""
+    graphdef, shardings = nnx.split(nnx.eval_shape(init_model))
+    for path, param, *_ in model_file.named_parameters(shardings):
+        param.set_value(model_file.sharding(mesh, config, path, param.shape))
 
-    def draw_state():
-        return nnx.state(draw())
+    def init_state():
+        return nnx.state(init_model())
 
-    return nnx.merge(graphdef, jax.jit(draw_state, out_shardings=shardings)())
+    return nnx.merge(graphdef, jax.jit(init_state, out_shardings=shardings)())
 
 
 # ---------------------------------------------- LoRA ----------------------------------------------
 
 
-def add_adapters(module, model, args) -> dict:
+def add_adapters(model_file, model, args) -> dict:
     """Adds A B of rank --lora to each matrix whose path --lora-targets matches.
 
     A is random and B zero, so that the model begins as it was: Hu et al. 2021. The model file is
     not changed: the layers of the model are. Returns {path: the matrix's name in a checkpoint}.
     """
-    names = {path: name for path, _, name, _ in module.named_parameters(nnx.state(model))}
+    names = {path: name for path, _, name, _ in model_file.named_parameters(nnx.state(model))}
     rngs = nnx.Rngs(random_key(args.seed))
     adapters = {}
     for path, (holder, name, layer) in linear_layers(model).items():
         dotted = ".".join(map(str, path))
-        as_array = name in ("lm_head", "w1", "w2", "w3")  # model files read these without a call
+        # Their kernels are read directly, bypassing an adapter.
+        as_array = name in ("lm_head", "w1", "w2", "w3")
         with explained(re.error, "--lora-targets is not a regular expression: {}"):
             wanted = re.fullmatch(args.lora_targets, dotted)
         if not wanted or as_array:
@@ -1318,7 +1354,7 @@ def write_adapters(folder: Path, args, model, adapters: dict):
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": args.weights,
         "r": args.lora,
-        "lora_alpha": args.lora,
+        "lora_alpha": args.lora,  # alpha = r: scale 1
         "target_modules": sorted(adapters.values()),
         "fan_in_fan_out": args.model == "gpt2",
         "inference_mode": True,
@@ -1352,14 +1388,14 @@ def open_checkpoints(out: Path, keep: int) -> ocp.CheckpointManager:
         best_fn=val_loss,
         best_mode="min",
     )
-    with writing(out):
+    with exit_on_write_error(out):
         return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
 
 
 def save_checkpoint(run: Run, val_loss: float | None):
     """Begins to store the state; it is written while the training goes on."""
     checkpoints, state = run.checkpoints, run.state
-    with writing(run.args.out):
+    with exit_on_write_error(run.args.out):
         checkpoints.wait_until_finished()  # of the one before
         size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
         free = shutil.disk_usage(checkpoints.directory).free / 1e6
@@ -1377,9 +1413,9 @@ def save_checkpoint(run: Run, val_loss: float | None):
 
 
 def restore_checkpoint(run: Run, step: int) -> dict:
-    """The state after a step, in the shapes and on the devices of the run's."""
+    """The state after a step, in the shapes and on the devices of run.state."""
     folder = run.checkpoints.directory
-    damaged = f"{folder / str(step)} is damaged ({{}}): without it, --resume takes another"
+    damaged = f"{folder / str(step)} is damaged ({{}}): delete it and --resume uses an earlier one"
     with explained((KeyError, ValueError, OSError), damaged):
         items = ocp.args.Composite(settings=ocp.args.JsonRestore())
         check_settings(run, run.checkpoints.restore(step, args=items).settings)
@@ -1404,8 +1440,8 @@ def write_model(run: Run, model):
     """Writes the finished folder, which the model file and transformers read; or an adapter."""
     args = run.args
     tokenizer = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json")
-    with writing(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
-        for file in run.data.tokenizer.iterdir():
+    with exit_on_write_error(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
+        for file in run.data.tokenizer_folder.iterdir():
             if tokenizer.fullmatch(file.name):
                 shutil.copyfile(file, Path(part, file.name))
 
@@ -1415,7 +1451,7 @@ def write_model(run: Run, model):
             merge_adapters(model, run.adapters)
             graphdef, params = nnx.split(model)
             params = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
-            run.module.save(nnx.merge(graphdef, params), part)
+            run.model_file.save(nnx.merge(graphdef, params), part)
 
         # All is written, or no file is replaced.
         for file in Path(part).iterdir():
@@ -1423,8 +1459,8 @@ def write_model(run: Run, model):
             file.replace(args.out / file.name)
 
 
-def writing(path: Path):
-    """For what is written to a path, where there may be no room."""
+def exit_on_write_error(path: Path):
+    """For what writes to a path, where there may be no room."""
     return explained(
         (OSError, SafetensorError),
         f"{path}: {{}}: make room or choose another --out; earlier checkpoints remain",
@@ -1450,7 +1486,7 @@ class Metrics:
             self.read(step)
 
         part = out / "metrics.part"
-        with writing(part):
+        with exit_on_write_error(part):
             if self.writes:
                 part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
                 part.replace(self.file)  # at no moment are the rows gone
@@ -1470,7 +1506,7 @@ class Metrics:
         """Appends rows, each of which has a step."""
         self.rows += rows
         if self.writes:
-            with writing(self.file), open(self.file, "a") as file:
+            with exit_on_write_error(self.file), open(self.file, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.board:
             for row in rows:
@@ -1495,13 +1531,13 @@ class Metrics:
                     points = points[:: len(points) // 4000 + 1]  # 4,000 at most
                     axes.plot(*zip(*points, strict=True), label=column)
             axes.legend()
-        with writing(self.file):
+        with exit_on_write_error(self.file):
             figure.savefig(self.file.with_name("curves.png"))
 
-    def diverged(self) -> str:
+    def divergence(self) -> str:
         """What is wrong with the last ten steps, or "": a loss that is not finite, or that jumped.
 
-        It jumped if its median over ten steps is half above the median of the steps before.
+        It jumped if its median over ten steps exceeds 1.5 x the earlier median + 0.5.
         """
         steps = [row for row in self.rows[-120:] if "loss" in row]
         last, before = steps[-10:], steps[:-10]
@@ -1536,14 +1572,14 @@ def own_device(mesh):
     return next(device for device in mesh.devices.flat if device.process_index == index)
 
 
-def place(mesh, parts: int, shape, read):
-    """Rows [(parts,) groups, rows, T + 1] on the devices, each group of devices with its own.
+def place(mesh, shape, read, accumulated: bool):
+    """Rows [groups, rows, T + 1] on the devices, each group of devices with its own.
 
-    parts: 1 if the first dimension is gradient accumulation, else 0. read(slices) -> the tokens;
-    each host reads those of its own devices.
+    accumulated: a dimension of microbatches comes first. read(slices) -> the tokens; each host
+    reads those of its own devices.
     """
     groups = tuple(axis for axis in mesh.shape if axis != "tensor")
-    spec = jax.P(*[None] * parts, groups)
+    spec = jax.P(None, groups) if accumulated else jax.P(groups)
     return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), read)
 
 
@@ -1626,7 +1662,7 @@ def fail(message) -> NoReturn:
 
 @contextlib.contextmanager
 def explained(errors, message: str):
-    """Turns these exceptions into such an exit; {} in the message is the exception's text."""
+    """Turns these exceptions into `fail(message)`; {} in the message is the exception's text."""
     try:
         yield
     except errors as error:
@@ -1661,7 +1697,7 @@ def pick_devices(name: str | None, parallel: str) -> list:
 
 
 def random_key(seed: int):
-    """A random key for a seed; jax.random.key itself knows the last 32 bits only."""
+    """A random key for a seed; jax.random.key itself uses only the low 32 bits."""
     key = jax.random.key(seed % 2**32)
     if seed >= 2**32:
         key = jax.random.fold_in(key, seed // 2**32)
@@ -1762,7 +1798,8 @@ def add_model_flags(parser):
         "--model", default="gpt2", metavar="NAME", help=f"model file: {', '.join(MODELS)}"
     )
     model.add_argument(
-        "--weights", help="folder or Hub id to go on from (default: from scratch, with:)"
+        "--weights",
+        help="folder or Hub id to go on from (default: from scratch, sized by the flags below)",
     )
     add_number(model, "--layers", 4, "number of blocks")
     add_number(model, "--heads", 4, "attention heads of a block")
@@ -1791,7 +1828,7 @@ def add_training_flags(parser):
     add_number(training, "--steps", 2000, "updates of the weights")
     add_number(training, "--batch", 12, "batch size: sequences in a step")
     add_number(
-        training, "--accumulate", 1, "gradient accumulation: parts of a batch, to save memory"
+        training, "--accumulate", 1, "gradient accumulation: microbatches in a step, to save memory"
     )
     training.add_argument(
         "--optimizer",
@@ -1827,7 +1864,10 @@ def add_training_flags(parser):
     )
     add_number(training, "--clip", 1.0, "clip the global norm of the gradient to this")
     add_number(
-        training, "--ema", 0.0, "evaluate and write a running mean of the weights; its decay"
+        training,
+        "--ema",
+        0.0,
+        "evaluate and write an exponential moving average of the weights; its decay",
     )
     add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
 
@@ -1845,7 +1885,7 @@ def add_output_flags(parser):
     )
     add_number(output, "--eval-every", 250, "steps between estimates of the validation loss")
     add_number(output, "--save-every", 500, "steps between checkpoints; 0: only the final model")
-    add_number(output, "--keep", 2, "how many of the last checkpoints stay, beside the best")
+    add_number(output, "--keep", 2, "how many of the last checkpoints stay, besides the best")
     output.add_argument(
         "--save-dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -1981,7 +2021,7 @@ def check_training_flags(args):
     if not (args.clip > 0 and args.lr > 0 and args.lr >= args.min_lr):
         fail("--lr, --clip: above 0; --min-lr: at most --lr")
     if args.dtype == "float16" and args.model == "gemma":
-        fail("gemma.py leaves the range of float16")
+        fail("gemma.py overflows in float16")
 
 
 def check_machine_flags(args):

@@ -45,7 +45,7 @@ def prepare(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
         args = train.parse_command_line()
         data = train.prepare_data(args, gpt2, Path(args.weights) if args.weights else None)
-        return data.train, data.val, data.tokenizer
+        return data.train, data.val, data.tokenizer_folder
 
     return call
 
@@ -415,7 +415,7 @@ def rows_of(tokens, batch, block, seed, step):
 
 def epoch(tokens, block, seed, number, batch=4):
     """The rows of all steps of one epoch, in order."""
-    rows = len(train.shuffled(len(tokens), block, seed, number))
+    rows = len(train.epoch_starts(len(tokens), block, seed, number))
     assert rows % batch == 0  # so that a step has rows of one epoch alone
     steps = range(number * rows // batch, (number + 1) * rows // batch)
     return np.concatenate([rows_of(tokens, batch, block, seed, step) for step in steps])
@@ -441,7 +441,7 @@ def test_the_next_epoch_cuts_at_another_place_and_has_another_order():
 def test_rows_follow_from_seed_and_step_alone():
     tokens = np.arange(203, dtype=np.uint16)
     steps = [rows_of(tokens, 3, 8, 1, step) for step in range(60)]  # some epochs
-    train.shuffled.cache_clear()
+    train.epoch_starts.cache_clear()
     for step in np.random.default_rng(0).permutation(60):
         assert (rows_of(tokens, 3, 8, 1, step) == steps[step]).all()
     assert all((rows_of(tokens, 3, 8, 2, step) != steps[step]).any() for step in range(60))

@@ -168,6 +168,57 @@ def test_a_signal_to_stop_saves_first_and_says_how_to_go_on(number, text_file, w
     assert_same_run(tmp_path, whole)
 
 
+@pytest.fixture
+def handlers():
+    """The handlers of this process, put back after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_training_ends_the_program_at_once(number, handlers):
+    stop = train.Stop()
+    stop.restore()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+
+
+def test_a_second_ctrl_c_ends_the_program_at_once_and_a_second_sigterm_does_not(handlers):
+    stop = train.Stop()
+    signal.raise_signal(signal.SIGTERM)
+    stop.restore()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.asked
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_last_checkpoint_is_written_keeps_the_earlier_ones(
+    number, text_file, whole, tmp_path
+):
+    """The signal comes in `finish`, whose wait for the checkpoint is replaced by it."""
+    flags = ["--data", text_file, "--steps", STEPS, "--out", tmp_path]
+    program = f"""
+import contextlib, os, signal, sys, train
+finish = train.finish
+def interrupted(run):
+    run.checkpoints.wait_until_finished = lambda: signal.raise_signal({int(number)})
+    return finish(run)
+train.finish = interrupted
+with contextlib.suppress(KeyboardInterrupt):
+    sys.exit(train.main())
+os._exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", program, *command(*flags)[2:]], cwd=ROOT)
+    assert done.returncode == 130
+    assert steps_in(tmp_path) and not (tmp_path / "model.safetensors").exists()
+    finish(*flags, "--resume")
+    assert_same_run(tmp_path, whole)
+
+
 def test_the_run_goes_on_from_the_newest_checkpoint_and_rows_after_it_are_told_anew(
     text_file, whole, tmp_path
 ):

@@ -117,9 +117,11 @@ def some_step(model=None, balance=None, parts=1, **options):
     optimizer, _ = train.make_optimizer(settings)
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
     state = jax.tree.map(jnp.copy, train.first_state(settings, optimizer, params, mesh))
-    merge = train.merge_on(mesh, graphdef, jnp.float32, state["params"], nnx.State({}))
-    how = train.Step(merge, optimizer, balance, settings.ema)
-    step, _ = train.compile_steps(how, mesh, state)
+    build_model = train.make_build_model(
+        mesh, graphdef, jnp.float32, state["params"], nnx.State({})
+    )
+    config = train.StepConfig(build_model, optimizer, balance, settings.ema)
+    step, _ = train.compile_steps(config, mesh, state)
 
     def take(state, tokens=some_tokens()):  # noqa: B008
         tokens = tokens.reshape(parts, 1, -1, 17)
@@ -240,9 +242,8 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     assert step(state)[1]["loss"] == step(state)[1]["loss"] != step(later)[1]["loss"]
     graphdef, params = nnx.split(small_model(embd_pdrop=0.5))
     plain = train.token_losses(small_model(), some_tokens())[0].sum()
-    merge = partial(nnx.merge, graphdef)
-    how = train.Step(merge, None, None, 0.0)
-    found, _ = train.eval_step(how, params, nnx.State({}), some_tokens())
+    config = train.StepConfig(partial(nnx.merge, graphdef), None, None, 0.0)
+    found, _ = train.eval_step(config, params, nnx.State({}), some_tokens())
     assert float(found) == pytest.approx(float(plain))
 
 
@@ -272,7 +273,7 @@ def test_logits_in_parts_change_no_loss_and_no_gradient(rows, monkeypatch):
     tokens[0, 9:] = -1
     losses, right, _ = train.token_losses(small_model(), tokens)
     expected = gradients_of(small_model(), tokens)
-    monkeypatch.setattr(train, "LOGITS", rows * 50)
+    monkeypatch.setattr(train, "MAX_LOGITS", rows * 50)
     in_parts, right_in_parts, _ = train.token_losses(small_model(), tokens)
     np.testing.assert_allclose(in_parts, losses, rtol=1e-6)
     assert (right_in_parts == right).all()
@@ -284,7 +285,7 @@ def test_logits_in_parts_are_never_held_at_once(monkeypatch):
     """By what XLA says the compiled gradient needs: 4 x 512 rows of 8,192 logits take 67 MB."""
 
     def temporary(logits):
-        monkeypatch.setattr(train, "LOGITS", logits)
+        monkeypatch.setattr(train, "MAX_LOGITS", logits)
         graphdef, params = nnx.split(
             gpt2.Model(
                 gpt2.Config(vocab_size=8192, n_positions=512, n_embd=16, n_layer=1, n_head=1),
@@ -312,7 +313,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     assert_same(new_in_parts["optimizer"], new["optimizer"], rtol=1e-3, atol=1e-8)
 
 
-def test_the_running_mean_keeps_its_share():
+def test_the_moving_average_keeps_its_share():
     step, state = some_step(ema=0.9)
     new, _ = step(state)
     assert_same(
@@ -676,7 +677,7 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
         ("--weights nowhere/here", "--weights nowhere/here:"),
         ("--weights tiny --model llama --data short.txt", "--block 16 is longer than the text"),
         ("--weights tiny --block 300", "the context of this model is 256"),
-        ("--dtype float16 --model gemma", "gemma.py leaves the range of float16"),
+        ("--dtype float16 --model gemma", "gemma.py overflows in float16"),
         ("--data bare.jsonl", 'bare.jsonl, line 1: it must be like {"text": "..."}'),
         ("--optimizer sgd", "invalid choice: 'sgd'"),
         ("--lr 0", "--lr, --clip: above 0"),
@@ -762,8 +763,8 @@ def test_the_tiny_checkpoint_has_the_loss_of_its_model_card(model):
     ids = module.tokenizer(folder).encode(text[int(0.9 * len(text)) :])
     graphdef, params = nnx.split(module.load(folder, dtype=jnp.float32))
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
-    how = train.Step(partial(nnx.merge, graphdef), None, None, 0.0)
-    eval_step = jax.jit(partial(train.eval_step, how))
+    config = train.StepConfig(partial(nnx.merge, graphdef), None, None, 0.0)
+    eval_step = jax.jit(partial(train.eval_step, config))
     run = Namespace(eval_step=eval_step, mesh=mesh, frozen=nnx.State({}))
     windows = train.windows(np.array(ids), batch=8, block=256)
     loss, _ = train.evaluate(run, params, windows[:, None])

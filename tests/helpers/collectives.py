@@ -47,8 +47,8 @@ def main(name, experts):
     module, found = importlib.import_module(name), {mode: {} for mode in MESHES}
     tokens = np.random.default_rng(0).integers(384, size=(8, 33))
 
-    def mean_loss(merge, params, tokens):
-        return train.token_losses(merge(params, nnx.State({})), tokens)[0].mean()
+    def mean_loss(build_model, params, tokens):
+        return train.token_losses(build_model(params, nnx.State({})), tokens)[0].mean()
 
     for layers in (1, 2):
         args = Namespace(layers=layers, heads=4, width=64, block=32, experts=int(experts))
@@ -68,11 +68,13 @@ def main(name, experts):
                 param.set_value(module.sharding(mesh, config, path, param.shape))
             split = jax.device_put(params, where)
             jax.set_mesh(mesh)
-            merge = train.merge_on(mesh, graphdef, jnp.float32, split, nnx.State({}))
+            build_model = train.make_build_model(mesh, graphdef, jnp.float32, split, nnx.State({}))
             rows = tuple(axis for axis in axes if axis != "tensor")
             own = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(rows)))
             program = (
-                jax.jit(jax.value_and_grad(partial(mean_loss, merge)), out_shardings=(None, where))
+                jax.jit(
+                    jax.value_and_grad(partial(mean_loss, build_model)), out_shardings=(None, where)
+                )
                 .lower(split, own)
                 .compile()
             )
