@@ -14,6 +14,7 @@ How to read this file: `main` starts the tasks, `run_task` is one of them, `task
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,9 +42,6 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 HERE = Path(__file__).resolve().parent
-MODELS = [
-    name for name in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{name}.py").exists()
-]
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
@@ -94,7 +92,7 @@ def run_task(args) -> None:
         dtype = "float32" if args.devices[0].platform == "cpu" else "bfloat16"
 
     # OSError: of the Hub, or of a file. InputError: of a checkpoint, or of a text that is too long.
-    errors = (OSError, UnicodeDecodeError, import_module(args.model).InputError)
+    errors = (OSError, UnicodeDecodeError, importlib.import_module(args.model).InputError)
     with explained(errors, "{}"):
         check_length(args)
         if args.once:
@@ -117,7 +115,7 @@ def list_parts(args) -> list[list[str]]:
     if args.every_model:
         parts = []
         for name in MODELS:
-            presets = import_module(name).PRESETS
+            presets = importlib.import_module(name).PRESETS
             largest = max(presets, key=lambda preset: presets[preset].parameters)
             parts.append(["--model", name, "--preset", largest])
         return parts
@@ -333,7 +331,7 @@ def plan(args, dtype) -> None:
     """What a preset needs at least on N chips, from its config and the data sheet alone."""
     config = find_config(args)
     for B, T, chips in itertools.product(args.batch, args.length, args.chips):
-        needs = costs(import_module(args.model), config, B, T, "bfloat16")
+        needs = costs(importlib.import_module(args.model), config, B, T, "bfloat16")
         shape = {"batch": B, "length": T, "chips": f"{chips} {args.kind}"}
         width = getattr(config, "n_embd", None) or config.hidden_size
         plan_training(args, needs, B, T, width, chips, shape)
@@ -451,7 +449,7 @@ class Ours:
         self.size = math.prod(self.axes.values())  # devices
         self.groups = self.size // self.axes.get("tensor", 1)  # of devices that share their rows
 
-        self.module = import_module(args.model)
+        self.module = importlib.import_module(args.model)
         self.config = find_config(args)
         if args.chunked:
             self.module.LONG = 1
@@ -807,7 +805,7 @@ def find_subjects(args, dtype, task: str) -> list:
     if args.parallel == "no":
         subjects = [Ours(args, dtype)]
     else:
-        module = import_module(args.model)
+        module = importlib.import_module(args.model)
         config = find_config(args)
         bytes_each = jnp.dtype(dtype).itemsize
         if task == "train":
@@ -1050,11 +1048,17 @@ def both_models(args, dtype) -> tuple:
 
 def validate(args, dtype) -> None:
     """Ours against transformers: tokens, the residual stream after each block, logits, and text."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     ours, theirs, tokenizer, text = both_models(args, dtype)
     ids = tokenizer.encode(text)
-    same = ids == AutoTokenizer.from_pretrained(folder_of(args)).encode(text)
+
+    # AutoTokenizer may rebuild a tokenizer.json by the rules of a class, and give other ids.
+    folder = folder_of(args)
+    their_class = AutoTokenizer
+    if (folder / "tokenizer.json").exists():
+        their_class = PreTrainedTokenizerFast
+    same = ids == their_class.from_pretrained(folder).encode(text)
     record(args, "tokens of the text", "same ids", [float(same)], f"of {len(ids)}")
 
     ids = ids[: min(256, ours.config.max_position_embeddings - args.new_tokens)]
@@ -1272,11 +1276,13 @@ def draw_roofline(records: list[dict], file: Path) -> None:
 
 def folder_of(args, dtype="float32") -> Path:
     """The folder of --weights; for random ones, one that is written now."""
-    module = import_module(args.model)
+    module = importlib.import_module(args.model)
     if args.weights == "tiny":
         return HERE / "tiny" / args.model
     if args.weights != "random":
-        return module.fetch(args.weights)
+        folder = module.fetch(args.weights)
+        check_family(module, folder)
+        return folder
 
     folder = Path(args.scratch, dtype)
     if not folder.exists():
@@ -1286,16 +1292,30 @@ def folder_of(args, dtype="float32") -> Path:
 
 def find_config(args):
     """The config of --weights, or of --preset where the weights are random."""
-    module = import_module(args.model)
+    module = importlib.import_module(args.model)
     random = args.weights == "random"
     name = args.preset if random else args.weights
     if name in module.PRESETS and (random or args.task == ["plan"]):
         return module.PRESETS[name].config
     folder = Path(name) if random else folder_of(args)
-    return module.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    return module.read_config(folder)
 
 
 # ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
+
+# model_type in a config.json -> the model file that reads it
+KINDS = {
+    "gpt2": "gpt2",
+    "opt": "opt",
+    "llama": "llama",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3": "gemma",
+    "gemma3_text": "gemma",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+}
+MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
 
 AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"
 PARALLEL = rf"no|auto|pmap|{AXIS}(,{AXIS})*"  # what --parallel takes
@@ -1315,6 +1335,27 @@ def explained(errors, message: str):
         yield
     except errors as error:
         fail(message.replace("{}", str(error)))
+
+
+def model_of(weights: str, revision: str | None = None) -> str:
+    """The model file that reads a checkpoint, by the model_type in its config.json."""
+    any_file = importlib.import_module(MODELS[0])
+    with explained(any_file.InputError, "{}"):
+        folder = any_file.fetch(weights, revision, weights=False)
+        kind = any_file.read_json(folder / "config.json").get("model_type")
+    if kind is None:
+        fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
+    if kind not in KINDS:
+        fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
+    return KINDS[kind]
+
+
+def check_family(model_file, folder: Path):
+    """Exits where another model file than --model reads a checkpoint."""
+    kind = model_file.read_json(folder / "config.json").get("model_type")
+    reader = KINDS.get(kind, model_file.__name__)
+    if reader != model_file.__name__:
+        fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
 
 
 def pick_devices(name: str | None, parallel: str) -> list:
@@ -1584,8 +1625,9 @@ def fill_defaults(args):
     args.weights = args.chosen_weights
     if args.weights is None and args.model is None:
         args.weights = "tiny"
-    args.model = args.model or "gpt2"
-    first = next(iter(import_module(args.model).PRESETS))
+    if args.model is None:
+        args.model = model_of_checkpoint(args)
+    first = next(iter(importlib.import_module(args.model).PRESETS))
     args.weights = args.weights or first
     args.preset = args.preset or first
 
@@ -1596,8 +1638,20 @@ def fill_defaults(args):
             args.techniques.append(f"{name} {parts}")
 
 
+def model_of_checkpoint(args) -> str:
+    """The model file of --weights or --preset."""
+    if args.weights not in (None, "tiny", "random"):
+        return model_of(args.weights)
+    if args.preset and Path(args.preset).is_dir():
+        return model_of(args.preset)
+    for name in MODELS:
+        if args.preset in importlib.import_module(name).PRESETS:
+            return name
+    return "gpt2"
+
+
 def check_weights(args):
-    presets = import_module(args.model).PRESETS
+    presets = importlib.import_module(args.model).PRESETS
     if args.preset not in presets and not Path(args.preset, "config.json").exists():
         known = ", ".join(presets)
         fail(f"--preset must be of {known}, or a folder with a config.json")

@@ -839,7 +839,7 @@ def why_no_download(error, name: str, revision: str | None) -> str:
             "if it is private, set HF_TOKEN"
         )
 
-    reason = " ".join(str(error).split())
+    reason = str(error).strip().partition("\n")[0]
     bundled = Path(__file__).parent / "tiny" / Path(__file__).stem
     instead = f", or take the bundled {bundled}" if bundled.is_dir() else ""
     return (

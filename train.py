@@ -63,9 +63,6 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
-MODELS = [
-    name for name in ("gpt2", "opt", "llama", "gemma", "mistral") if (HERE / f"{name}.py").exists()
-]
 
 
 def main() -> int:
@@ -78,9 +75,7 @@ def main() -> int:
     if args.dtype == "auto":
         args.dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
 
-    # OSError: from the Hub or the folder.
-    message = f"--weights {args.weights}: {{}}" if args.weights else "{}"
-    with explained((OSError, model_file.InputError), message):
+    with explained((OSError, model_file.InputError), "{}"):
         folder = find_weights(args, model_file)
         data = prepare_data(args, model_file, folder)
         model, adapters, mesh = make_model(args, model_file, folder, data, devices)
@@ -1068,31 +1063,30 @@ def byte_level(vocabulary: dict[str, int], merges: list, use_regex: bool) -> Tok
     return codec
 
 
-def vocabulary(folder: Path) -> tuple[int, int | None]:
+def vocabulary(model_file, folder: Path) -> tuple[int, int | None]:
     """(vocabulary size, EOS id) of a checkpoint, or of a tokenizer of ours."""
-    config = folder / "config.json"
-    if not config.exists():
+    if not (folder / "config.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
         return codec.get_vocab_size(), codec.token_to_id(END)
 
-    values = json.loads(config.read_text())
-    values |= values.get("text_config", {})  # of a multimodal Gemma 3
-    eos = np.ravel(values.get("eos_token_id"))
-    return values["vocab_size"], next(iter(eos), None)
+    config = model_file.read_config(folder)
+    eos = np.ravel(config.eos_token_id)  # the first, if there are several
+    return config.vocab_size, next(iter(eos), None)
 
 
 def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
     """Writes tokens.bin: the tokens of all texts, each between BOS and EOS where there are such."""
-    V, eos = vocabulary(folder)
-    bos = model_file.tokenizer(folder).encode("")
-    encode = batch_encoder(model_file, folder)
+    V, eos = vocabulary(model_file, folder)
+    codec = model_file.tokenizer(folder).codec
+    bos = begin_ids(codec)
     todo = pieces(texts)
     starts = True  # whether the next piece starts a text
     bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
     with bar, open(part / "tokens.bin", "wb") as out:
         while batch := list(itertools.islice(todo, 1000)):
-            rows = encode([piece for piece, _ in batch])
-            for (piece, ends), ids in zip(batch, rows, strict=True):
+            rows = codec.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+            for (piece, ends), row in zip(batch, rows, strict=True):
+                ids = row.ids
                 if starts:
                     ids = bos + ids
                 if ends and eos is not None:
@@ -1102,24 +1096,14 @@ def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
                 bar.update(len(piece))
 
 
-def batch_encoder(model_file, folder: Path) -> Callable:
-    """A function (pieces of texts) -> their token ids, without BOS and EOS."""
-    file = folder / "tokenizer.json"
-    if file.exists():
-        fast = Tokenizer.from_file(str(file))  # encodes on all cores
-        fast.no_truncation()  # a tokenizer.json may ask for either
-        fast.no_padding()
-
-        def encode(batch: list[str]):
-            return [row.ids for row in fast.encode_batch_fast(batch, add_special_tokens=False)]
-    else:
-        codec = model_file.tokenizer(folder)
-        bos = codec.encode("")
-
-        def encode(batch: list[str]):
-            return [codec.encode(piece)[len(bos) :] for piece in batch]
-
-    return encode
+def begin_ids(codec) -> list[int]:
+    """The ids that a tokenizer puts before every text, such as BOS. Some add EOS at the end."""
+    letter = codec.encode("a", add_special_tokens=False).ids
+    whole = codec.encode("a").ids
+    for start in range(len(whole)):
+        if whole[start : start + len(letter)] == letter:
+            return whole[:start]
+    return []
 
 
 def token_type(V: int) -> str:
@@ -1197,16 +1181,17 @@ def find_weights(args, model_file) -> Path | None:
     if not args.weights:
         return None
     folder = model_file.fetch(args.weights)
-    model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    check_family(model_file, folder)
+    model_file.read_config(folder)
     return folder
 
 
 def make_model(args, model_file, folder: Path | None, data: Data, devices: list) -> tuple:
     """The model of --weights, or one from scratch -> (model, adapters of LoRA, mesh)."""
     if folder:
-        config = model_file.Config.from_hf(json.loads((folder / "config.json").read_text()))
+        config = model_file.read_config(folder)
     else:
-        config = new_config(args, model_file, *vocabulary(data.tokenizer_folder))
+        config = new_config(args, model_file, *vocabulary(model_file, data.tokenizer_folder))
     context = config.max_position_embeddings
     if args.block > context:
         fail(f"--block {args.block}: the context of this model is {context}")
@@ -1442,7 +1427,7 @@ def write_model(run: Run, model):
     tokenizer = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json")
     with exit_on_write_error(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
         for file in run.data.tokenizer_folder.iterdir():
-            if tokenizer.fullmatch(file.name):
+            if tokenizer.fullmatch(file.name) and file.is_file():
                 shutil.copyfile(file, Path(part, file.name))
 
         if run.adapters and not args.merge:
@@ -1649,6 +1634,20 @@ def report_to_first(name: str, port: int, host: int) -> list[int]:
 
 # ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
 
+# model_type in a config.json -> the model file that reads it
+KINDS = {
+    "gpt2": "gpt2",
+    "opt": "opt",
+    "llama": "llama",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3": "gemma",
+    "gemma3_text": "gemma",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+}
+MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
+
 AXIS = r"(data|fsdp|tensor)(:[1-9]\d*)?"
 PARALLEL = rf"no|auto|pmap|{AXIS}(,{AXIS})*"  # what --parallel takes
 
@@ -1667,6 +1666,27 @@ def explained(errors, message: str):
         yield
     except errors as error:
         fail(message.replace("{}", str(error)))
+
+
+def model_of(weights: str, revision: str | None = None) -> str:
+    """The model file that reads a checkpoint, by the model_type in its config.json."""
+    any_file = importlib.import_module(MODELS[0])
+    with explained(any_file.InputError, "{}"):
+        folder = any_file.fetch(weights, revision, weights=False)
+        kind = any_file.read_json(folder / "config.json").get("model_type")
+    if kind is None:
+        fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
+    if kind not in KINDS:
+        fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
+    return KINDS[kind]
+
+
+def check_family(model_file, folder: Path):
+    """Exits where another model file than --model reads a checkpoint."""
+    kind = model_file.read_json(folder / "config.json").get("model_type")
+    reader = KINDS.get(kind, model_file.__name__)
+    if reader != model_file.__name__:
+        fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
 
 
 def pick_devices(name: str | None, parallel: str) -> list:
@@ -1795,7 +1815,9 @@ def add_text_flags(parser):
 def add_model_flags(parser):
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", default="gpt2", metavar="NAME", help=f"model file: {', '.join(MODELS)}"
+        "--model",
+        metavar="NAME",
+        help=f"model file: {', '.join(MODELS)} (default: as --weights says, or else gpt2)",
     )
     model.add_argument(
         "--weights",
@@ -1945,6 +1967,12 @@ def add_number(group, flag: str, default: int | float, about: str):
 
 def fill_defaults(args):
     """The defaults that depend on other flags."""
+    if args.model is None:
+        args.model = "gpt2"
+        if args.weights not in (None, "tiny"):
+            args.model = model_of(args.weights)
+    if args.model not in MODELS:
+        fail(f"no model file for {args.model!r}; there are: {', '.join(MODELS)}")
     if args.out is None:
         args.out = Path("runs", args.model)
     if args.weights == "tiny":
@@ -1995,8 +2023,6 @@ def check_numbers(args):
 
 
 def check_model_flags(args):
-    if args.model not in MODELS:
-        fail(f"no model file for {args.model!r}; there are: {', '.join(MODELS)}")
     if args.width % args.heads != 0:
         fail("--width must be a multiple of --heads")
     if args.dropout and args.model not in ("gpt2", "opt"):

@@ -35,7 +35,10 @@ COPIES = [
     (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
     (
         PROGRAMS,
-        ["AXIS", "PARALLEL", "fail", "explained", "pick_devices", "memory_of", "make_mesh"],
+        [
+            *("KINDS", "MODELS", "AXIS", "PARALLEL", "fail", "explained", "model_of"),
+            *("check_family", "pick_devices", "memory_of", "make_mesh"),
+        ],
     ),
 ]
 RULE = re.compile(r"# -{5,}( (?P<heading>.+?)( -{5,})?)?")
