@@ -872,7 +872,7 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
         texts += read_dataset(args.dataset)
 
     cached = encode_once(args, model_file, folder, texts, has_tokens=bool(encoded))
-    V, _ = vocabulary(folder or cached)
+    V, _ = vocabulary(model_file, folder or cached)
     splits = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
     if len(splits) == 1:
         splits = split_validation(splits[0])

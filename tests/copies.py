@@ -25,12 +25,8 @@ COPIES = [
     (ALL, ["Model.__call__", "write_slots", "sharding"]),
     (["gpt2", "opt"], ["Cache", "update_layer"]),
     (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask"]),
-    (
-        ["opt", "llama"],
-        ["STORAGES", "torch_tensors_in", "TorchUnpickler", "Weights", "read_tensor"],
-    ),
     (["llama", "gemma", "mistral"], ["attend", "rotate"]),
-    (["llama", "mistral"], ["rms_norm", "tokenizer"]),
+    (["llama", "mistral"], ["rms_norm"]),
     (["sample", "train"], ["random_key"]),
     (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
     (

@@ -98,6 +98,7 @@ def head_width(rng, heads, widths=range(2, 65, 2)) -> int:
 
 
 def random_gpt2(rng) -> dict:
+    """A GPT-2; without n_head it has 12 heads."""
     heads = rng.choice([1, 2, 3, 5, 8, 12])
     values = what_all_have(rng) | drawn(
         rng,
@@ -130,6 +131,7 @@ def random_gpt2(rng) -> dict:
 
 
 def random_opt(rng) -> dict:
+    """An OPT; without num_attention_heads it has 12."""
     heads = rng.choice([1, 2, 3, 5, 8, 12])
     return what_all_have(rng) | drawn(
         rng,
@@ -217,6 +219,7 @@ def random_rope(rng, family, values) -> dict:
 
 
 def random_llama(rng) -> dict:
+    """A Llama; without num_attention_heads it has 32."""
     values = what_all_have(rng) | rotary_sizes(rng, 32, None)
     values |= drawn(
         rng,
@@ -231,6 +234,7 @@ def random_llama(rng) -> dict:
 
 
 def random_mistral(rng) -> dict:
+    """A Mistral or a Mixtral; the heads need not share the width evenly."""
     kind = rng.choice(["mistral", "mixtral"])
     values = what_all_have(rng) | rotary_sizes(rng, 32, 8)
     values |= drawn(
@@ -260,6 +264,7 @@ def random_mistral(rng) -> dict:
 
 
 def random_layer_types(rng, values) -> list[str]:
+    """A kind of attention for each layer."""
     kinds = ["full_attention", "sliding_attention"]
     return [rng.choice(kinds) for _ in range(values["num_hidden_layers"])]
 
@@ -409,6 +414,7 @@ def read_reference(folder):
 
 
 def is_dynamic(reference) -> bool:
+    """Whether the angles depend on the length of the text."""
     return "dynamic" in str(getattr(reference.config, "rope_parameters", None))
 
 

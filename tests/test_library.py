@@ -1,0 +1,280 @@
+"""A model file as a library, and as a command: arguments of other kinds, and what is written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.families import FAMILIES, GPT2, once
+from helpers.reference import ROOT
+
+import gemma
+import gpt2
+import llama
+import mistral
+import opt
+
+PROMPTS = [[5, 6, 7], [8]]
+
+
+def small(module, **changes):
+    sizes = {"layers": 1, "heads": 2, "width": 16, "context": 64}
+    return module.Config.small(**sizes, vocab_size=40, **changes)
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return gpt2.Model(small(gpt2), rngs=nnx.Rngs(0))
+
+
+# ------------------------------------------------------------------------------------------ Config
+
+
+@pytest.mark.parametrize("module", [llama, mistral], ids=lambda module: module.__name__)
+def test_kv_heads_and_head_width_that_are_left_out_are_derived(module):
+    """As transformers' LlamaConfig does; a MistralConfig has 8 KV heads unless it says None."""
+    config = module.Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=None)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+    assert module.Config(num_attention_heads=16).head_dim == 256
+
+
+def test_layer_types_that_are_left_out_are_those_of_that_gemma():
+    assert gemma.Config(num_hidden_layers=12).layer_types.count(gemma.FULL) == 2
+    assert gemma.Config(model_type="gemma2", num_hidden_layers=4).layer_types.count(gemma.FULL) == 2
+    assert gemma.Config(model_type="gemma", num_hidden_layers=3).layer_types == (gemma.FULL,) * 3
+
+
+@pytest.mark.parametrize(
+    ("module", "fields", "said"),
+    [
+        (gpt2, {"n_embd": 10, "n_head": 3}, "n_embd 10 is not a multiple of n_head 3"),
+        (gpt2, {"n_layer": 0}, "n_layer is 0, but must be 1 or more"),
+        (gpt2, {"n_head": -2}, "n_head is -2"),
+        (gpt2, {"n_embd": None}, "n_embd is None, not of type int"),
+        (gpt2, {"n_embd": 64.0}, "n_embd is 64.0, not of type int"),
+        (gpt2, {"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5', not of type float"),
+        (gpt2, {"activation_function": "mish"}, "activation_function is 'mish'"),
+        (gpt2, {"n_inner": 0}, "n_inner is 0"),
+        (opt, {"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is not a multiple"),
+        (opt, {"activation_function": "mish"}, "activation_function is 'mish'"),
+        (llama, {"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is not a multiple"),
+        (
+            llama,
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_attention_heads 4 is not",
+        ),
+        (llama, {"head_dim": 5}, "head_dim 5 is odd"),
+        (llama, {"rope_scaling": (("rope_type", "yarn"),)}, "rope_type is 'yarn'"),
+        (llama, {"rope_scaling": (("rope_type", "llama3"),)}, "of type llama3 lacks factor"),
+        (gemma, {"num_attention_heads": 6}, "num_attention_heads 6 is not a multiple of"),
+        (gemma, {"head_dim": 7}, "head_dim 7 is odd"),
+        (gemma, {"layer_types": (gemma.FULL,)}, "layer_types has 1 entries, but num_hidden_layers"),
+        (gemma, {"num_hidden_layers": 1, "layer_types": ("linear",)}, "layer_types is 'linear'"),
+        (gemma, {"model_type": "gemma7"}, "model_type is 'gemma7'"),
+        (gemma, {"hidden_activation": "mish"}, "hidden_activation is 'mish'"),
+        (
+            mistral,
+            {"num_attention_heads": 12, "head_dim": 64},
+            "num_attention_heads 12 is not a multiple of",
+        ),
+        (mistral, {"head_dim": 7}, "head_dim 7 is odd"),
+        (mistral, {"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok 9 is"),
+        (mistral, {"sliding_window": 0}, "sliding_window is 0"),
+    ],
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else str(value),
+)
+def test_sizes_that_do_not_fit_are_named(module, fields, said):
+    with pytest.raises(module.InputError) as error:
+        module.Config(**fields)
+    assert said in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- generate
+
+
+def greedy(model, prompts, **options):
+    return gpt2.generate(model, prompts, 4, temperature=0, key=jax.random.key(0), **options)
+
+
+def test_a_seed_and_an_old_prngkey_are_keys(tiny_model):
+    expected = gpt2.generate(tiny_model, PROMPTS, 6, key=jax.random.key(7))
+    assert gpt2.generate(tiny_model, PROMPTS, 6, key=7) == expected
+    assert gpt2.generate(tiny_model, PROMPTS, 6, key=jax.random.PRNGKey(7)) == expected
+    assert gpt2.generate_naive(tiny_model, PROMPTS[0], 6, key=7) == gpt2.generate_naive(
+        tiny_model, PROMPTS[0], 6, key=jax.random.key(7)
+    )
+
+
+def test_a_key_for_each_row_must_be_that_many(tiny_model):
+    keys = jax.random.split(jax.random.key(0), 3)
+    with pytest.raises(gpt2.InputError, match="there are 3 random keys for 2 prompts"):
+        gpt2.generate(tiny_model, PROMPTS, 4, key=keys)
+    old = jax.random.split(jax.random.PRNGKey(0), 2)
+    new = jax.random.split(jax.random.key(0), 2)
+    expected = gpt2.generate(tiny_model, PROMPTS, 4, key=new)
+    assert gpt2.generate(tiny_model, PROMPTS, 4, key=old) == expected
+
+
+@pytest.mark.parametrize("key", [None, "0", 1.5])
+def test_what_is_no_key_is_refused(tiny_model, key):
+    with pytest.raises(gpt2.InputError, match="is not a random key"):
+        gpt2.generate(tiny_model, PROMPTS, 4, key=key)
+
+
+def test_prompts_may_be_arrays(tiny_model):
+    expected = greedy(tiny_model, [[5, 6], [7, 8]])
+    assert greedy(tiny_model, np.array([[5, 6], [7, 8]])) == expected
+    assert greedy(tiny_model, jnp.array([[5, 6], [7, 8]])) == expected
+    assert greedy(tiny_model, [np.array([5, 6]), (7, 8)]) == expected
+
+
+@pytest.mark.parametrize(
+    "prompts", [[1, 2], "Hello", ["Hello"], [[1.5]], [["a"]], np.array([1, 2])]
+)
+def test_prompts_that_are_no_lists_of_token_ids_are_refused(tiny_model, prompts):
+    with pytest.raises(gpt2.InputError, match="is not a list of token ids"):
+        greedy(tiny_model, prompts)
+
+
+def test_a_single_stop_id_or_none_will_do(tiny_model):
+    [new] = greedy(tiny_model, [[5, 6]])
+    assert greedy(tiny_model, [[5, 6]], stop_ids=new[2]) == [new[: new.index(new[2])]]
+    assert greedy(tiny_model, [[5, 6]], stop_ids=None) == [new]
+    assert greedy(tiny_model, [[5, 6]], stop_ids=(new[2], 39)) == [new[: new.index(new[2])]]
+
+
+# --------------------------------------------------------------------------------------- the model
+
+
+@pytest.mark.core_gpt2_only
+def test_tokens_and_positions_may_be_lists(family):
+    module = family.module
+    model = module.Model(small(module), rngs=nnx.Rngs(0))
+    expected = model(jnp.array([[5, 6, 7]]), jnp.array([[-1, 0, 1]]))
+    np.testing.assert_array_equal(model([[5, 6, 7]], [[-1, 0, 1]]), expected)
+
+
+@pytest.mark.parametrize("tokens", [[5, 6], "Hello", ["Hello"], np.ones(3, int), np.ones((1, 3))])
+@once
+def test_tokens_of_another_shape_or_type_are_refused(family, tiny_model, tokens):
+    with pytest.raises(gpt2.InputError, match="is not a"):
+        tiny_model(tokens)
+
+
+# -------------------------------------------------------------------------------------------- save
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_save_with_a_tokenizer_writes_a_folder_that_sample_py_reads(family, tmp_path):
+    tiny = ROOT / "tiny" / family.name
+    family.module.save(family.module.load(tiny), tmp_path, family.module.tokenizer(tiny))
+    codec = family.module.tokenizer(tmp_path)
+    assert codec.encode("Two households") == family.module.tokenizer(tiny).encode("Two households")
+    if family is GPT2:
+        options = ["--weights", tmp_path, "--prompt", "A", "--max-new-tokens", 5]
+        result = run(ROOT / "sample.py", *options)
+        assert result.returncode == 0, result.stderr
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=120,
+    )
+
+
+def one_line(result, program):
+    assert (result.returncode, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"{program}: ")
+    return line
+
+
+def test_a_model_file_says_how_it_is_used():
+    result = run("gpt2.py", "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: gpt2.py [-h] [text] [checkpoint]")
+    assert run("gpt2.py", "--no-such-flag").returncode == 2
+
+
+def test_a_wrong_folder_and_no_network_are_one_line_that_names_the_bundled_checkpoint(tmp_path):
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    line = one_line(run("gpt2.py", "Hello", "no/such-model", **offline), "gpt2.py")
+    assert "there is no folder no/such-model" in line and str(ROOT / "tiny" / "gpt2") in line
+    line = one_line(run("gpt2.py", "Hello", "./no/such/folder", **offline), "gpt2.py")
+    assert "./no/such/folder: no such folder" in line
+    line = one_line(run("gpt2.py", "Hello", tmp_path), "gpt2.py")
+    assert "has no tokenizer" in line
+    line = one_line(run("gpt2.py", "Hello", ROOT / "tiny" / "llama"), "gpt2.py")
+    assert "model_type is 'llama', but gpt2.py supports only 'gpt2'" in line
+
+
+def test_a_terminal_of_another_encoding_gets_its_text():
+    """What it cannot show becomes a question mark; --json escapes it, and nothing is lost."""
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    tiny = ROOT / "tiny" / "gpt2"
+    result = run("gpt2.py", "größer", tiny, **ascii_only)
+    assert result.returncode == 0 and result.stdout.startswith("gr??er")
+    options = ["--prompt", "größer", "--max-new-tokens", "3"]
+    result = run("sample.py", *options, **ascii_only)
+    assert result.returncode == 0 and result.stdout.startswith("gr??er")
+    result = run("sample.py", *options, "--json", **ascii_only)
+    assert json.loads(result.stdout)["prompt"] == "größer"
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    result = run("sample.py", *options, "--json", **plain)
+    assert json.loads(result.stdout)["prompt"] == "größer"
+
+
+# -------------------------------------------------------------------- --model, from the checkpoint
+
+
+@pytest.mark.parametrize("name", ["opt", pytest.param("mistral", marks=pytest.mark.wide)])
+def test_without_model_sample_py_takes_the_one_of_the_checkpoint(name):
+    options = ["--prompt", "ROMEO:", "--max-new-tokens", "5", "--temperature", "0"]
+    tiny = ROOT / "tiny" / name
+    expected = run("sample.py", "--model", name, "--weights", tiny, *options)
+    result = run("sample.py", "--weights", tiny, *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == expected.stdout
+
+
+def test_without_model_train_py_and_bench_py_take_it_too(tmp_path):
+    tiny = ROOT / "tiny" / "opt"
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be. " * 200)
+    run_length = ["--steps", 2, "--batch", 2, "--block", 16]
+    files = ["--weights", tiny, "--data", text, "--out", tmp_path / "out"]
+    result = run("train.py", *files, *run_length)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "opt"
+    result = run("bench.py", "--task", "load", "--runs", 1, "--weights", tiny)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("program", ["sample.py", "train.py", "bench.py"])
+def test_a_checkpoint_that_no_file_reads_and_one_that_is_not_there_are_one_line(program, tmp_path):
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    data = ["--data", "README.md"] if program == "train.py" else []
+    task = ["--task", "load"] if program == "bench.py" else []
+    folder = tmp_path / "qwen"
+    shutil.copytree(ROOT / "tiny" / "llama", folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    line = one_line(run(program, *data, *task, "--weights", folder), program)
+    assert "is of model_type 'qwen2'; gpt2, opt, llama" in line
+    line = one_line(run(program, *data, *task, "--weights", "runs/typo", **offline), program)
+    assert "there is no folder runs/typo" in line
