@@ -180,8 +180,8 @@ class Attention(nnx.Module):
         return x, kept
 
 
-class Block(nnx.Module):
-    """One layer: attention, then the MLP. Pre-norm; the 350M model is post-norm."""
+class MLP(nnx.Module):
+    """Two layers: widen each token's vector to F, apply the activation, and narrow it again."""
 
     def __init__(self, config: Config, **options):
         D = config.hidden_size
@@ -190,14 +190,32 @@ class Block(nnx.Module):
         residual_init = normal(config.init_std / (2 * config.num_hidden_layers) ** 0.5)
         linear = {"use_bias": config.enable_bias, **options}
 
-        self.pre_norm = config.do_layer_norm_before
-        self.self_attn = Attention(config, **options)
-        self.self_attn_layer_norm = layer_norm(config, **options)
         self.act = ACTIVATIONS[config.activation_function]
         self.fc1 = Linear(D, F, kernel_init=init, **linear)
         self.fc2 = Linear(F, D, kernel_init=residual_init, **linear)
         self.dropout = nnx.Dropout(config.dropout)
-        self.final_layer_norm = layer_norm(config, **options)
+
+    @jax.named_scope("mlp")
+    def __call__(self, x, rngs=None):
+        """x [B, T, D] -> [B, T, D]"""
+        x = self.fc1(x)  # [B, T, F]
+        x = self.act(x)
+        x = self.fc2(x)  # [B, T, D]
+
+        if rngs is not None:
+            x = self.dropout(x, rngs=rngs)
+        return x
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP. Pre-norm; the 350M model is post-norm."""
+
+    def __init__(self, config: Config, **options):
+        self.pre_norm = config.do_layer_norm_before
+        self.self_attn = Attention(config, **options)
+        self.self_attn_layer_norm = layer_norm(config, **options)
+        self.mlp = MLP(config, **options)
+        self.final_layer_norm = layer_norm(config, **options)  # of the MLP; the name is OPT's
 
     def __call__(self, x, positions, k_positions, past, start, rngs=None):
         """x [B, T, D] -> (x [B, T, D], kept); arguments and `kept` as for Attention."""
@@ -217,16 +235,6 @@ class Block(nnx.Module):
             y = self.mlp(x, rngs)
             x = self.final_layer_norm(x + y)
         return x, kept
-
-    def mlp(self, x, rngs=None):
-        """x [B, T, D] -> [B, T, D]. As in GPT-2, but its two layers belong to the block itself."""
-        x = self.fc1(x)  # [B, T, F]
-        x = self.act(x)
-        x = self.fc2(x)  # [B, T, D]
-
-        if rngs is not None:
-            x = self.dropout(x, rngs=rngs)
-        return x
 
 
 class Model(nnx.Module):
@@ -249,7 +257,6 @@ class Model(nnx.Module):
         V = config.padded_vocab_size or config.vocab_size
         init = normal(config.init_std)
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        linear = {"use_bias": False, "kernel_init": init, **options}
 
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -262,14 +269,14 @@ class Model(nnx.Module):
         rows = config.max_position_embeddings + 2
         self.embed_positions = nnx.Embed(rows, D, embedding_init=init, **options)
         if self.projected:
-            self.project_in = Linear(E, D, **linear)
+            self.project_in = Linear(E, D, use_bias=False, kernel_init=init, **options)
         self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
         if config.do_layer_norm_before and not config.remove_final_layer_norm:
             self.final_layer_norm = layer_norm(config, **options)
         if self.projected:
-            self.project_out = Linear(D, E, **linear)
+            self.project_out = Linear(D, E, use_bias=False, kernel_init=init, **options)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(E, V, **linear)
+            self.lm_head = Linear(E, V, use_bias=False, kernel_init=init, **options)
 
     def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
@@ -280,7 +287,7 @@ class Model(nnx.Module):
         return logits, new_cache
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
-        """tokens [B, T] -> (x [B, T, E], cache): the final normed residual stream, for `head`.
+        """tokens [B, T] -> (x [B, T, E], cache): what `head` takes.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
         cache: needs T empty slots; by default a new one, which these tokens fill.
@@ -876,9 +883,12 @@ def config_to_hf(config: Config) -> dict:
     return values
 
 
-# Parameter path -> its name in a checkpoint, and whether it is transposed there.
+# Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
+# layers.0.mlp.fc1.kernel -> model.decoder.layers.0.fc1.weight: checkpoints leave out mlp.
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
+    (r"(.+)\.mlp\.(fc1|fc2)\.kernel", r"model.decoder.\1.\2.weight", True),
+    (r"(.+)\.mlp\.(fc1|fc2)\.bias", r"model.decoder.\1.\2.bias", False),
     (r"(.+)\.kernel", r"model.decoder.\1.weight", True),
     (r"(.+)\.(embedding|scale)", r"model.decoder.\1.weight", False),
     (r"(.+)\.bias", r"model.decoder.\1.bias", False),

@@ -143,5 +143,5 @@ OPT = Family(
     context="max_position_embeddings",
     dropouts=("dropout",),
     table="embed_tokens",
-    matrix="layers.1.fc1.kernel",
+    matrix="layers.1.mlp.fc1.kernel",
 )
