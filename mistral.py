@@ -264,34 +264,36 @@ class Experts(nnx.Module):
 
     @jax.named_scope("block_sparse_moe")
     def __call__(self, x):
-        """x [B, T, D] -> (x [B, T, D], routed [2, E]), for `balance_loss`.
+        """x [B, T, D] -> (x [B, T, D], router_stats [2, E]).
 
-        routed: how often each expert was chosen, per token, and its mean probability.
+        router_stats: the fraction of tokens that chose each expert, and its mean probability.
         """
-        route = on_each_device(Experts.route, x)
-        x, routed = route(self, x)
-        return x, routed.mean(axis=0)
+        if is_sparse(self):
+            return run_chosen(self, x)  # the same results, without products that count for nothing
 
-    def route(self, x):
-        """x [B, T, D] -> (x [B, T, D], routed [1, 2, E]); on several devices, each its own rows."""
         rows = x.reshape(-1, x.shape[-1])  # [N, D]
+        weights, chosen, probs = self.route(rows)
 
-        # The router, in float32. The weights of the chosen experts sum to 1.
-        probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32))  # [N, E]
-        weights, chosen = jax.lax.top_k(probs, self.per_token)  # [N, per_token]
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        # Each token's weighted sum over its experts; those that it did not choose have weight 0.
+        y = jnp.zeros(rows.shape, jnp.float32)
+        fractions = []
+        for e, expert in enumerate(self.experts):
+            share = jnp.where(chosen == e, weights, 0).sum(axis=-1, keepdims=True)  # [N, 1]
+            y = y + share * expert(rows)
+            fractions.append((chosen == e).sum() / len(rows))
 
-        # The choices in the order of the experts. Choice i was made by token i // per_token.
-        counts = jnp.zeros(len(self.experts), int).at[chosen.ravel()].add(1)  # [E]
-        order = jnp.argsort(chosen.ravel())  # [N * per_token]
-        token = order // self.per_token
-        weight = weights.ravel()[order]
+        router_stats = jnp.stack([jnp.array(fractions), probs.mean(axis=0)])
+        return y.astype(x.dtype).reshape(x.shape), router_stats
 
-        # y[n] = sum of weight * expert(rows[n]) over the experts that token n chose
-        y = run_experts(self.experts, rows, token, weight, counts)  # [N, D]
-        y = y.astype(x.dtype).reshape(x.shape)
-        routed = jnp.stack([counts / len(rows), probs.mean(axis=0)])
-        return y, routed[None]
+    def route(self, rows):
+        """The router, in float32: it chooses the per_token likeliest experts for each token.
+
+        rows [N, D] -> (weights [N, per_token], chosen [N, per_token], probs [N, E] of all experts)
+        """
+        probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32))
+        weights, chosen = jax.lax.top_k(probs, self.per_token)
+        weights = weights / weights.sum(axis=-1, keepdims=True)  # they sum to 1
+        return weights, chosen, probs
 
 
 class Expert(nnx.Module):
@@ -331,17 +333,17 @@ class Block(nnx.Module):
             self.mlp = MLP(config, **options)
 
     def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (*kept, routed)); else as for Attention and Experts."""
+        """x [B, T, D] -> (x [B, T, D], (*kept, router_stats)); else as for Attention."""
         y, kept = self.self_attn(self.input_layernorm(x), positions, k_positions, past, start)
         x = x + y
 
         y = self.post_attention_layernorm(x)
-        routed = None
+        router_stats = None
         if hasattr(self, "block_sparse_moe"):
-            y, routed = self.block_sparse_moe(y)
+            y, router_stats = self.block_sparse_moe(y)
         else:
             y = self.mlp(y)
-        return x + y, (*kept, routed)
+        return x + y, (*kept, router_stats)
 
 
 class Model(nnx.Module):
@@ -432,89 +434,15 @@ def rms_norm(config: Config, **options):
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
 
-def run_experts(experts, rows, token, weight, counts):
-    """The sum of each token's experts, [N, D] -> [N, D] float32.
-
-    token and weight [N * per_token]: who made each choice, and its weight, sorted by expert.
-    counts [E]: how many choices each expert got.
-    """
-    few = len(rows) <= len(experts)
-    if few or jax.default_backend() == "cpu":
-        return run_in_blocks(experts, rows, token, weight, counts)
-    return run_ragged(experts, rows, token, weight, counts)
-
-
-def run_in_blocks(experts, rows, token, weight, counts, block=128):
-    """run_experts, one expert after another, a block of its tokens at a time.
-
-    Experts and blocks without tokens are skipped, and their weights are not read.
-    """
-    out = jnp.zeros(rows.shape, jnp.float32)
-    first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
-    block = min(len(rows), block)
-    for e, expert in enumerate(experts):
-        out = add_expert(out, expert, rows, token, weight, first[e], counts[e], block)
-    return out
-
-
-def add_expert(out, expert, rows, token, weight, first, count, block: int):
-    """Adds what one expert, with choices first to first + count - 1, contributes to out [N, D]."""
-
-    @jax.checkpoint  # otherwise the backward pass would keep [blocks, block, F] of every expert
-    def add_block(out, i):
-        place = i * block + jnp.arange(block)
-        choice = jnp.clip(first + place, max=len(token) - 1)
-        share = jnp.where(place < count, weight[choice], 0)[:, None]
-        y = expert(rows[token[choice]]) * share
-        return out.at[token[choice]].add(y)
-
-    def skip(out, i):
-        return out
-
-    def step(out, i):
-        return jax.lax.cond(i * block < count, add_block, skip, out, i), None
-
-    blocks = jnp.arange(math.ceil(len(rows) / block))
-    out, _ = jax.lax.scan(step, out, blocks)
-    return out
-
-
-def run_ragged(experts, rows, token, weight, counts):
-    """run_experts as three ragged products: reads all experts, whether they are chosen or not."""
-
-    def stacked(name):
-        kernels = [getattr(expert, name).kernel[...].astype(rows.dtype) for expert in experts]
-        return jnp.stack(kernels)
-
-    x = rows[token]  # [N * per_token, D], sorted by expert
-    gate = jax.lax.ragged_dot(x, stacked("w1"), counts)
-    up = jax.lax.ragged_dot(x, stacked("w3"), counts)
-    y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, stacked("w2"), counts)
-    return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
-
-
-def on_each_device(route, x):
-    """Makes each device route its own rows, where a mesh (jax.set_mesh) splits those of x."""
-    mesh = jax.sharding.get_abstract_mesh().shape
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh)
-    devices = math.prod(mesh[axis] for axis in axes)
-    if not axes or len(x) % devices != 0:
-        return route
-
-    rows = jax.P(axes)
-    specs = {"in_specs": (jax.P(), rows), "out_specs": rows}
-    return jax.shard_map(route, **specs, axis_names={*axes}, check_vma=False)
-
-
 def balance_loss(cache):
     """The load-balancing loss of a Mixtral, from the cache that `hidden` returns.
 
-    It is lowest where all experts are chosen equally often: E times the sum over experts of how
-    often each is chosen times its mean probability. Fedus et al. 2021, equation (4).
+    It is lowest where all experts are chosen equally often: E times the sum over experts of the
+    fraction of tokens that chose it times its mean probability. Fedus et al. 2021, equation (4).
     """
-    routed = [layer[-1] for layer in cache.layers]
-    choices, probs = jnp.stack(routed).mean(axis=0)  # [E] each: means over tokens and layers
-    return len(probs) * jnp.sum(choices * probs)
+    router_stats = [layer[2] for layer in cache.layers]
+    fractions, probs = jnp.stack(router_stats).mean(axis=0)  # [E] each: means over all layers
+    return len(probs) * jnp.sum(fractions * probs)
 
 
 # -------------------------------------------- KV cache --------------------------------------------
@@ -526,9 +454,12 @@ class Cache(NamedTuple):
     With a sliding window a layer keeps only the last ones, in a ring buffer: see update_layer.
     All rows fill the same slots; shorter prompts are padded on the left. The position of padding
     and of empty slots is -1, which hides them from every query.
+
+    router_stats [2, E], of a Mixtral: the fraction of tokens that chose each expert, and its mean
+    probability, both of the last call. The cache carries them only for `balance_loss` to read.
     """
 
-    layers: tuple  # for each layer (k, v, routed of the last call); k and v [B, S or ring, K, Dh]
+    layers: tuple  # for each layer (k, v, router_stats); k and v [B, S or ring, K, Dh]
     tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many slots are filled, padding included: where the next token goes
@@ -542,10 +473,10 @@ def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> C
     shape = (batch, ring, config.num_key_value_heads, config.head_dim)
     layers = []
     for _ in range(config.num_hidden_layers):
-        routed = None
+        router_stats = None
         if config.model_type == "mixtral":
-            routed = jnp.zeros((2, config.num_local_experts))
-        layers.append((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), routed))
+            router_stats = jnp.zeros((2, config.num_local_experts))
+        layers.append((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), router_stats))
     tokens = jnp.zeros((batch, length), int)
     positions = jnp.full((batch, length), -1)
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
@@ -1282,6 +1213,114 @@ def in_chunks(x, axis: int, fill=0):
     x = jnp.pad(x, pad, constant_values=fill)
     x = x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)
+
+
+# ---------------------------------- Faster forms of the experts -----------------------------------
+# Experts.__call__ runs every expert for every token. Here an expert runs only for the tokens that
+# chose it, in one of two forms. A CPU uses `run_in_blocks`; a GPU or TPU uses it for small batches
+# and `run_ragged` for others, so keep both there.
+
+
+def is_sparse(experts: Experts) -> bool:
+    """Whether tokens choose only some of the experts: the plain form multiplies the others by 0."""
+    return experts.per_token < len(experts.experts)
+
+
+def run_chosen(experts: Experts, x):
+    """Experts.__call__ where tokens choose some of the experts: x [B, T, D] -> the same results."""
+    run = on_each_device(run_sorted, x)
+    x, router_stats = run(experts, x)
+    return x, router_stats.mean(axis=0)
+
+
+def on_each_device(run, x):
+    """Makes each device run its own rows, where a mesh (jax.set_mesh) splits those of x."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh)
+    devices = math.prod(mesh[axis] for axis in axes)
+    if not axes or len(x) % devices != 0:
+        return run
+
+    rows = jax.P(axes)
+    specs = {"in_specs": (jax.P(), rows), "out_specs": rows}
+    return jax.shard_map(run, **specs, axis_names={*axes}, check_vma=False)
+
+
+def run_sorted(experts: Experts, x):
+    """Experts.__call__ on one device, with the choices of all tokens sorted by expert.
+
+    x [B, T, D] -> (x [B, T, D], router_stats [1, 2, E])
+    """
+    rows = x.reshape(-1, x.shape[-1])  # [N, D]
+    weights, chosen, probs = experts.route(rows)
+
+    # Choice i was made by token i // per_token.
+    E = len(experts.experts)
+    counts = jnp.zeros(E, int).at[chosen.ravel()].add(1)  # [E]
+    order = jnp.argsort(chosen.ravel())  # [N * per_token]
+    token = order // experts.per_token
+    weight = weights.ravel()[order]
+
+    few = len(rows) <= E
+    if few or jax.default_backend() == "cpu":
+        y = run_in_blocks(experts.experts, rows, token, weight, counts)  # [N, D]
+    else:
+        y = run_ragged(experts.experts, rows, token, weight, counts)
+    y = y.astype(x.dtype).reshape(x.shape)
+
+    router_stats = jnp.stack([counts / len(rows), probs.mean(axis=0)])
+    return y, router_stats[None]
+
+
+def run_in_blocks(experts, rows, token, weight, counts, block=128):
+    """The loop over the experts in Experts.__call__, a block of an expert's own tokens at a time.
+
+    rows [N, D] -> [N, D] float32. token and weight [N * per_token]: who made each choice, and its
+    weight, sorted by expert. counts [E]: how many choices each expert got. Experts and blocks
+    without tokens are skipped, and their weights are not read.
+    """
+    out = jnp.zeros(rows.shape, jnp.float32)
+    first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
+    block = min(len(rows), block)
+    for e, expert in enumerate(experts):
+        out = add_expert(out, expert, rows, token, weight, first[e], counts[e], block)
+    return out
+
+
+def add_expert(out, expert, rows, token, weight, first, count, block: int):
+    """Adds what one expert, with choices first to first + count - 1, contributes to out [N, D]."""
+
+    @jax.checkpoint  # otherwise the backward pass would keep [blocks, block, F] of every expert
+    def add_block(out, i):
+        i_in_expert = i * block + jnp.arange(block)  # which of the expert's choices
+        choice = jnp.clip(first + i_in_expert, max=len(token) - 1)
+        share = jnp.where(i_in_expert < count, weight[choice], 0)[:, None]
+        y = expert(rows[token[choice]]) * share
+        return out.at[token[choice]].add(y)
+
+    def skip(out, i):
+        return out
+
+    def step(out, i):
+        return jax.lax.cond(i * block < count, add_block, skip, out, i), None
+
+    blocks = jnp.arange(math.ceil(len(rows) / block))
+    out, _ = jax.lax.scan(step, out, blocks)
+    return out
+
+
+def run_ragged(experts, rows, token, weight, counts):
+    """`run_in_blocks` as three ragged products: reads all experts, whether chosen or not."""
+
+    def stacked(name):
+        kernels = [getattr(expert, name).kernel[...].astype(rows.dtype) for expert in experts]
+        return jnp.stack(kernels)
+
+    x = rows[token]  # [N * per_token, D], sorted by expert
+    gate = jax.lax.ragged_dot(x, stacked("w1"), counts)
+    up = jax.lax.ragged_dot(x, stacked("w3"), counts)
+    y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, stacked("w2"), counts)
+    return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
 
 
 # --------------------------------------------------------------------------------------------------
