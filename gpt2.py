@@ -164,10 +164,10 @@ class Attention(nnx.Module):
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     @jax.named_scope("attn")
-    def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], what the cache keeps of this layer).
+    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        past: this layer of the cache; x is written to it from slot `start` on.
+        layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
         """
         B, T, D = x.shape
@@ -176,7 +176,8 @@ class Attention(nnx.Module):
         k = qkv[:, :, 1]
         v = qkv[:, :, 2]
 
-        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)  # [B, S, H, Dh]
+        # k and v [B, S, H, Dh] from here on
+        k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         dropout = None
         if rngs is not None:
@@ -186,7 +187,7 @@ class Attention(nnx.Module):
 
         if rngs is not None:
             x = self.resid_dropout(x, rngs=rngs)
-        return x, kept
+        return x, layer_cache
 
 
 class MLP(nnx.Module):
@@ -224,13 +225,13 @@ class Block(nnx.Module):
         self.ln_2 = layer_norm(config, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], kept); arguments and `kept` as for Attention."""
-        y, kept = self.attn(self.ln_1(x), positions, k_positions, past, start, rngs)
+    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
+        y, layer_cache = self.attn(self.ln_1(x), positions, k_positions, layer_cache, start, rngs)
         x = x + y
 
         y = self.mlp(self.ln_2(x), rngs)
-        return x + y, kept
+        return x + y, layer_cache
 
 
 class Model(nnx.Module):
@@ -281,7 +282,7 @@ class Model(nnx.Module):
         rngs: an nnx.Rngs, to train with dropout.
         """
         B, T = tokens.shape
-        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
+        run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
         if cache is None:
@@ -302,8 +303,10 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.h):
             with jax.named_scope(f"h.{i}"):  # its name in a profile
-                x, kept = run(block, x, positions, k_positions, cache.layers[i], start, rngs)
-            layers.append(kept)
+                x, layer_cache = run_block(
+                    block, x, positions, k_positions, cache.layers[i], start, rngs
+                )
+            layers.append(layer_cache)
 
         x = self.ln_f(x)
         all_tokens = write_slots(cache.tokens, tokens, start)  # [B, S]
@@ -366,14 +369,15 @@ def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
 
-def update_layer(past, k, v, k_positions, start):
+def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
-    k and v [B, T, H, Dh] -> (k, v and k_positions to attend to, all of S slots; (k, v) to keep)
-    Here both are the same k and v; with a sliding window they differ (gemma.py, mistral.py).
+    k and v [B, T, H, Dh] -> (k, v and k_positions to attend to; the updated layer_cache)
+    Here layer_cache is that same k and v, of all S slots; with a sliding window the two differ
+    (gemma.py, mistral.py).
     """
-    k = write_slots(past[0], k, start)
-    v = write_slots(past[1], v, start)
+    k = write_slots(layer_cache[0], k, start)
+    v = write_slots(layer_cache[1], v, start)
     return k, v, k_positions, (k, v)
 
 
@@ -925,10 +929,10 @@ def sharding(mesh, config: Config, path: str, shape):
 
 
 # --------------------------- Faster forms: the same in every model file ---------------------------
-# A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
-# and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
-# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write
-# `Linear = nnx.Linear` and leave out the first `if` of `how_to_run`.
+# A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
+# `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
+# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
+# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
 def linear_dot(x, kernel, dimension_numbers, **options):
@@ -957,18 +961,18 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, past, start, *rngs):
-    """Block.__call__ inside of a branch that XLA cannot know to be taken.
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+    """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the branches it would convert the
     weights of all blocks before the first one runs, and hold them all in memory.
     """
 
     def run():
-        return block(x, positions, k_positions, past, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rngs)
 
     def skip():
-        return x, past
+        return x, layer_cache
 
     return jax.lax.cond(start >= 0, run, skip)
 

@@ -201,10 +201,10 @@ class Attention(nnx.Module):
         self.o_proj = Linear(H * Dh, D, **linear)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], what the cache keeps of this layer).
+    def __call__(self, x, positions, k_positions, layer_cache, start):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        past: this layer of the cache; x is written to it from slot `start` on.
+        layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
         """
         B, T, _ = x.shape
@@ -217,13 +217,14 @@ class Attention(nnx.Module):
         q = rotate(q, positions, inv_freq)
         k = rotate(k, positions, inv_freq)
 
-        # k and v [B, S, K, Dh]; with a sliding window, S is what the ring buffer and x hold.
-        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)
+        # k and v [B, S, K, Dh] from here on. In a ring-buffer layer they are the ring and the T new
+        # ones, or the ring alone if T = 1.
+        k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         window = self.config.sliding_window
         x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5, window=window)  # [B, T, H, Dh]
         x = self.o_proj(x.reshape(B, T, -1))
-        return x, kept
+        return x, layer_cache
 
 
 class MLP(nnx.Module):
@@ -332,9 +333,13 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (*kept, router_stats)); else as for Attention."""
-        y, kept = self.self_attn(self.input_layernorm(x), positions, k_positions, past, start)
+    def __call__(self, x, positions, k_positions, layer_cache, start):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention.
+
+        layer_cache: (k, v, router_stats).
+        """
+        y = self.input_layernorm(x)
+        y, (k, v) = self.self_attn(y, positions, k_positions, layer_cache, start)
         x = x + y
 
         y = self.post_attention_layernorm(x)
@@ -343,7 +348,7 @@ class Block(nnx.Module):
             y, router_stats = self.block_sparse_moe(y)
         else:
             y = self.mlp(y)
-        return x + y, (*kept, router_stats)
+        return x + y, (k, v, router_stats)
 
 
 class Model(nnx.Module):
@@ -390,12 +395,12 @@ class Model(nnx.Module):
         rngs: not used; other models need it to train with dropout.
         """
         B, T = tokens.shape
-        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
+        run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
         if cache is None:
             check_length(self.config, T)
-            cache = init_cache(self.config, B, T, self.dtype, whole=True)
+            cache = init_cache(self.config, B, T, self.dtype, use_ring=False)
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -409,8 +414,8 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
-                x, kept = run(block, x, positions, k_positions, cache.layers[i], start)
-            layers.append(kept)
+                x, layer_cache = run_block(block, x, positions, k_positions, cache.layers[i], start)
+            layers.append(layer_cache)
 
         x = self.norm(x)
         all_tokens = write_slots(cache.tokens, tokens, start)  # [B, S]
@@ -459,18 +464,21 @@ class Cache(NamedTuple):
     probability, both of the last call. The cache carries them only for `balance_loss` to read.
     """
 
-    layers: tuple  # for each layer (k, v, router_stats); k and v [B, S or ring, K, Dh]
+    layers: tuple  # for each layer (k, v, router_stats); k and v [B, S or ring_size, K, Dh]
     tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many slots are filled, padding included: where the next token goes
 
 
-def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
-    """An empty cache of `length` slots. whole: no ring buffers, even where a window is shorter."""
-    ring = length
-    if config.sliding_window is not None and not whole:
-        ring = min(length, config.sliding_window)
-    shape = (batch, ring, config.num_key_value_heads, config.head_dim)
+def init_cache(config: Config, batch: int, length: int, dtype, use_ring=True) -> Cache:
+    """An empty cache of `length` slots.
+
+    use_ring: a layer holds no more tokens than the sliding window, in a ring buffer.
+    """
+    layer_length = length
+    if config.sliding_window is not None and use_ring:
+        layer_length = min(length, config.sliding_window)
+    shape = (batch, layer_length, config.num_key_value_heads, config.head_dim)
     layers = []
     for _ in range(config.num_hidden_layers):
         router_stats = None
@@ -482,50 +490,61 @@ def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> C
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
 
-def update_layer(past, k, v, k_positions, start):
+def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
-    k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; (k, v) to keep). A layer with a
-    sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in the
-    ring: slot s is held in place s % ring, where it replaces a slot that has left the window.
+    k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; the updated layer_cache). A layer
+    with a sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in
+    the ring: slot s is held in place s % ring_size, where it replaces one that has left the window.
     """
     T = k.shape[1]
     S = k_positions.shape[1]
-    ring = past[0].shape[1]
+    old_k = layer_cache[0]
+    old_v = layer_cache[1]
+    ring_size = old_k.shape[1]
 
     # No window, or one as long as the cache: every slot has a place of its own.
-    if ring == S:
-        k = write_slots(past[0], k, start)
-        v = write_slots(past[1], v, start)
+    if ring_size == S:
+        k = write_slots(old_k, k, start)
+        v = write_slots(old_v, v, start)
         return k, v, k_positions, (k, v)
 
-    # Each place of the ring keeps its old token, or takes one of the new ones.
-    slot, ring_positions = ring_contents(k_positions, ring, start + T)
+    # Each place of the ring keeps its old token, or takes one of the T new ones.
+    k = k.astype(old_k.dtype)
+    v = v.astype(old_v.dtype)
+    slot, ring_positions = ring_contents(k_positions, ring_size, start + T)
     is_old = (slot < start)[:, None, None]
-    new = jnp.clip(slot - start, 0, T - 1)
-    k = k.astype(past[0].dtype)
-    v = v.astype(past[1].dtype)
-    kept = (jnp.where(is_old, past[0], k[:, new]), jnp.where(is_old, past[1], v[:, new]))
+    i_new = jnp.clip(slot - start, 0, T - 1)
+    ring_k = jnp.where(is_old, old_k, k[:, i_new])
+    ring_v = jnp.where(is_old, old_v, v[:, i_new])
 
     # With one new token, the ring holds exactly the window of that token.
     if T == 1:
-        return *kept, ring_positions, kept
+        return ring_k, ring_v, ring_positions, (ring_k, ring_v)
 
-    # With several, the first ones still attend to keys that the last ones replace.
-    _, old_positions = ring_contents(k_positions, ring, start)
+    # With several, the first ones still attend to keys that the last ones replace in the ring: all
+    # attend to the ring as it was, and to the new ones.
+    k = jnp.concatenate([old_k, k], axis=1)
+    v = jnp.concatenate([old_v, v], axis=1)
+    _, old_positions = ring_contents(k_positions, ring_size, start)
     new_positions = jax.lax.dynamic_slice_in_dim(k_positions, start, T, axis=1)
-    k = jnp.concatenate([past[0], k], axis=1)
-    v = jnp.concatenate([past[1], v], axis=1)
-    return k, v, jnp.concatenate([old_positions, new_positions], axis=1), kept
+    k_positions = jnp.concatenate([old_positions, new_positions], axis=1)
+    return k, v, k_positions, (ring_k, ring_v)
 
 
-def ring_contents(positions, ring: int, end):
-    """What a ring of so many places holds once all slots before `end` are written.
+def ring_contents(positions, ring_size: int, end):
+    """What a ring of ring_size places holds once all slots before `end` are written.
 
-    positions [B, S] -> (the slot in each place [ring], its position [B, ring], -1 where empty)
+    positions [B, S] -> (the slot in each place [ring_size], its position [B, ring_size] or -1)
     """
-    slot = end - 1 - (end - 1 - jnp.arange(ring)) % ring
-    return slot, jnp.where(slot >= 0, positions[:, slot], -1)
+    # The newest slot below `end` with slot % ring_size == place; negative: still empty.
+    place = jnp.arange(ring_size)
+    newest = end - 1
+    slots_back = (newest - place) % ring_size
+    slot = newest - slots_back
+
+    ring_positions = jnp.where(slot >= 0, positions[:, slot], -1)
+    return slot, ring_positions
 
 
 def write_slots(slots, new, start):
@@ -1120,10 +1139,10 @@ def sharding(mesh, config: Config, path: str, shape):
 
 
 # --------------------------- Faster forms: the same in every model file ---------------------------
-# A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
-# and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
-# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write
-# `Linear = nnx.Linear` and leave out the first `if` of `how_to_run`.
+# A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
+# `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
+# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
+# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
 def linear_dot(x, kernel, dimension_numbers, **options):
@@ -1152,18 +1171,18 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, past, start, *rngs):
-    """Block.__call__ inside of a branch that XLA cannot know to be taken.
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+    """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the branches it would convert the
     weights of all blocks before the first one runs, and hold them all in memory.
     """
 
     def run():
-        return block(x, positions, k_positions, past, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rngs)
 
     def skip():
-        return x, past
+        return x, layer_cache
 
     return jax.lax.cond(start >= 0, run, skip)
 
