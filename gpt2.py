@@ -121,19 +121,23 @@ def attend(q, k, v, q_positions, k_positions, scale, dropout=None):
 
 
 def attention_scores(q, k, q_positions, k_positions, scale):
-    """Scaled and masked dot products: q [B, H, T, Dh], k [B, H, S, Dh] -> [B, H, T, S] float32."""
+    """Scaled and masked dot products of queries and keys, in float32.
+
+    q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
+    """
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. Now it takes
-    # the mean of all values, which is finite and never read.
+    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
+    # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     mask = causal_mask(q_positions, k_positions)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
 def causal_mask(q_positions, k_positions):
-    """Which keys each query may attend to: [B, T] and [B, S] -> [B, 1, T, S] bool.
+    """Which keys each query may attend to, as bool.
 
+    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
     Positions alone decide: a key must not be later than the query, and it must be real. Padding
     and empty slots of the cache have position -1.
     """
@@ -145,7 +149,7 @@ def causal_mask(q_positions, k_positions):
 class Attention(nnx.Module):
     """Causal multi-head self-attention; one fused projection makes queries, keys and values."""
 
-    def __init__(self, config: Config, layer: int, **options):
+    def __init__(self, config: Config, layer: int, **options):  # options: dtype, param_dtype, rngs
         D = config.n_embd
         H = config.n_head
         init = normal(config.initializer_range)
@@ -347,8 +351,8 @@ ACTIVATIONS = {
 class Cache(NamedTuple):
     """The KV cache: keys and values of all tokens so far, so that they are computed only once.
 
-    All rows fill the same slots; shorter prompts are padded on the left. The position of padding
-    and of empty slots is -1, which hides them from every query.
+    A row is one sequence of the batch. All rows fill the same slots; shorter prompts are padded on
+    the left. The position of padding and of empty slots is -1, which hides them from every query.
     """
 
     layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
@@ -422,7 +426,7 @@ def sample(
     best = logits.max(axis=-1, keepdims=True)
     logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
-    # From here on there are only k logits, and `ids` says whose they are.
+    # With top_k, only k logits remain; `ids` holds their token ids.
     ids = None
     if top_k is not None:
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))  # [B, k]
@@ -449,6 +453,7 @@ def top_p_bound(logits, top_p):
     probs = jax.nn.softmax(logits, axis=-1)
     best = logits.max(axis=-1, keepdims=True)
 
+    # Invariant: the tokens above `low` hold at least top_p, those above `high` less.
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
@@ -483,10 +488,10 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B]).
+    """Runs tokens [B, T] through the model and samples one more -> (cache, token [B]).
 
-    In `decode` it does the same with a single token, T = 1. Options that are None are no inputs of
-    the compiled program, which has no code for them.
+    With the T tokens of the prompts it is the prefill; with T = 1 it is a step of `decode`. An
+    option that is None is absent from the compiled program.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -645,7 +650,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
-    # The largest come first: while a tensor is converted, there are two more copies of it.
+    # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
     for path, param, name, transposed in by_size:
         read = stored[name]
@@ -683,14 +688,16 @@ def save(model, folder) -> None:
 
 def skeleton(config: Config, **options):
     """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # for nnx.Rngs: nothing is drawn
+    # Only shapes are traced, so one constant key stands in for nnx.Rngs.
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))
     return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
 
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter.
 
-    The name comes from the first row of CHECKPOINT whose pattern matches the path.
+    The name comes from the first row of CHECKPOINT whose pattern matches the path. (CHECKPOINT:
+    below, in each model's own section.)
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
@@ -747,7 +754,7 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
     if weights:
         for whole in FORMATS:
-            pattern = whole.replace(".", "*.") + "*"  # the shards and their index, too
+            pattern = whole.replace(".", "*.") + "*"  # model*.safetensors*: shards and index, too
             snapshot_download(name, revision=revision, allow_patterns=pattern)
             if any(folder.glob(pattern)):
                 break
@@ -859,8 +866,9 @@ def config_to_hf(config: Config) -> dict:
     return values
 
 
-# Parameter path -> its name in a checkpoint, and whether it is transposed there. GPT-2's Conv1D
-# stores [in, out], as nnx.Linear does; only a separate head is [out, in].
+# Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
+# h.0.attn.c_attn.kernel -> transformer.h.0.attn.c_attn.weight. GPT-2's Conv1D stores [in, out], as
+# nnx.Linear does; only a separate head is [out, in].
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
     (r"(.+)\.(embedding|scale|kernel)", r"transformer.\1.weight", False),
@@ -912,8 +920,9 @@ SHARDING = [
 def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
-    A dimension is split over an axis of the mesh if the axis divides it. Keys and values are split
-    between KV heads, where k_proj and v_proj make them.
+    A dimension is split over an axis of the mesh if the axis divides it. The outputs of k_proj and
+    v_proj are split only between whole KV heads. (This has no effect in GPT-2, whose c_attn makes
+    queries, keys and values at once.)
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 
@@ -935,7 +944,7 @@ def sharding(mesh, config: Config, path: str, shape):
 # for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
-def linear_dot(x, kernel, dimension_numbers, **options):
+def linear_dot(x, kernel, dimension_numbers, **matmul_options):
     """x [..., D] times kernel [D, F] -> [..., F]: the product in nnx.Linear, for XLA on a CPU."""
     D, F = kernel.shape
     one_vector = x.size == D and x.dtype == jnp.float32
@@ -945,7 +954,7 @@ def linear_dot(x, kernel, dimension_numbers, **options):
         y = parts.sum(axis=0)
     else:
         # As a matrix [rows, D]: for its gradient, XLA on a CPU copies an x of more dimensions.
-        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
+        y = jnp.matmul(x.reshape(-1, D), kernel, **matmul_options)
     return y.reshape(*x.shape[:-1], F)
 
 
@@ -964,7 +973,7 @@ def how_to_run(model, with_cache: bool):
 def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
-    XLA on a CPU computes half precision in float32. Without the branches it would convert the
+    XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
     weights of all blocks before the first one runs, and hold them all in memory.
     """
 
@@ -986,20 +995,20 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
-    """What `attend` computes, by an online softmax over chunks of keys: no [T, S] is ever held.
+def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+    """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
-    q [B, H, T, Dh], k and v [B, H, S, Dh] -> [B, H, T, Dh]; options as for attention_scores.
-    The maximum and the normalizer of the softmax are carried from chunk to chunk; a new maximum
-    rescales the sums so far. Milakov and Gimelshein 2018; Rabe and Staats 2021. The same idea is
-    behind flash attention.
+    q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
+    score_options: as for attention_scores. The maximum and the normalizer of the softmax are
+    carried from chunk to chunk; a new maximum rescales the sums so far. Milakov and Gimelshein
+    2018; Rabe and Staats 2021. The same idea is behind flash attention.
     """
 
     @jax.checkpoint  # otherwise the backward pass would keep the scores of every chunk
     def add_chunk(carry, chunk):
-        out, normalizer, maximum = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **options)
+        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)
@@ -1016,7 +1025,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
 
 
 def in_chunks(x, axis: int, fill=0):
-    """Splits an axis of keys into chunks: [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]."""
+    """Splits an axis of keys into chunks: [..., keys, ...] -> [keys / CHUNK, ..., CHUNK, ...]."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % CHUNK)
     x = jnp.pad(x, pad, constant_values=fill)
