@@ -139,12 +139,12 @@ class Config:
 
 
 @jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, **options):
+def attend(q, k, v, q_positions, k_positions, **score_options):
     """Each query takes a weighted mean of the values whose keys it may attend to.
 
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Grouped-query attention (Ainslie et al. 2023): G query heads share a KV head. The softmax is in
-    float32. Vaswani et al. 2017, equation (1). options: as for attention_scores.
+    float32. Vaswani et al. 2017, equation (1). score_options: as for attention_scores.
     """
     B, T, H, Dh = q.shape
     S, K = k.shape[1:3]
@@ -158,10 +158,10 @@ def attend(q, k, v, q_positions, k_positions, **options):
     v = v.swapaxes(1, 2)
 
     if is_long(T, S):
-        x = attend_in_chunks(q, k, v, q_positions, k_positions, **options)  # in less memory
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, **score_options)  # in less memory
     else:
-        scores = attention_scores(q, k, q_positions, k_positions, **options)  # [B, K, G * T, S]
-        probs = jax.nn.softmax(scores)
+        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        probs = jax.nn.softmax(scores)  # [B, K, G * T, S]
         x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
 
     x = x.reshape(B, K, G, T, Dh).transpose(0, 3, 1, 2, 4)  # [B, T, K, G, Dh]
@@ -169,21 +169,25 @@ def attend(q, k, v, q_positions, k_positions, **options):
 
 
 def attention_scores(q, k, q_positions, k_positions, scale, window=None, softcap=None):
-    """Scaled and masked dot products: q [B, H, T, Dh], k [B, H, S, Dh] -> [B, H, T, S] float32."""
+    """Scaled and masked dot products of queries and keys, in float32.
+
+    q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
+    """
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
 
-    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. Now it takes
-    # the mean of all values, which is finite and never read.
+    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
+    # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     mask = causal_mask(q_positions, k_positions, window)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
 def causal_mask(q_positions, k_positions, window=None):
-    """Which keys each query may attend to: [B, T] and [B, S] -> [B, 1, T, S] bool.
+    """Which keys each query may attend to, as bool.
 
+    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
     Positions alone decide: a key must not be later than the query, and it must be real. Padding
     and empty slots of the cache have position -1. With a sliding window, a key must also be among
     the last `window` positions up to the query's.
@@ -223,14 +227,14 @@ def rope_frequencies(config: Config, sliding: bool):
         factor = config.rope_local_factor
 
     Dh = config.head_dim
-    inv_freq = theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)
+    inv_freq = theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)  # float32: see llama.py
     return inv_freq / factor
 
 
 class Attention(nnx.Module):
     """Causal self-attention with H query heads and K KV heads, and positions as rotations."""
 
-    def __init__(self, config: Config, layer: int, **options):
+    def __init__(self, config: Config, layer: int, **options):  # options: dtype, param_dtype, rngs
         D = config.hidden_size
         H = config.num_attention_heads
         K = config.num_key_value_heads
@@ -249,10 +253,10 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(config, Dh, **options)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], what the cache keeps of this layer).
+    def __call__(self, x, positions, k_positions, layer_cache, start):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        past: this layer of the cache; x is written to it from slot `start` on.
+        layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
         """
         B, T, _ = x.shape
@@ -268,17 +272,18 @@ class Attention(nnx.Module):
         q = rotate(q, positions, inv_freq)
         k = rotate(k, positions, inv_freq)
 
-        # k and v [B, S, K, Dh]; with a sliding window, S is what the ring buffer and x hold.
-        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)
+        # k and v [B, S, K, Dh] from here on. In a ring-buffer layer they are the ring and the T new
+        # ones, or the ring alone if T = 1.
+        k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
-        options = {
+        score_options = {
             "scale": self.config.query_pre_attn_scalar**-0.5,
             "window": self.config.sliding_window if self.sliding else None,
             "softcap": self.config.attn_logit_softcapping,
         }
-        x = attend(q, k, v, positions, k_positions, **options)  # [B, T, H, Dh]
+        x = attend(q, k, v, positions, k_positions, **score_options)  # [B, T, H, Dh]
         x = self.o_proj(x.reshape(B, T, -1))
-        return x, kept
+        return x, layer_cache
 
 
 class MLP(nnx.Module):
@@ -324,19 +329,21 @@ class Block(nnx.Module):
             self.pre_feedforward_layernorm = RMSNorm(config, D, **options)
             self.post_feedforward_layernorm = RMSNorm(config, D, **options)
 
-    def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], kept); arguments and `kept` as for Attention."""
-        y, kept = self.self_attn(self.input_layernorm(x), positions, k_positions, past, start)
+    def __call__(self, x, positions, k_positions, layer_cache, start):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
+        y = self.input_layernorm(x)
+        y, layer_cache = self.self_attn(y, positions, k_positions, layer_cache, start)
 
-        # In Gemma 1, post_attention_layernorm is the name of the norm before the MLP, as in Llama.
-        if not self.norms_after:
+        if self.norms_after:
+            x = x + self.post_attention_layernorm(y)
+            y = self.mlp(self.pre_feedforward_layernorm(x))
+            x = x + self.post_feedforward_layernorm(y)
+        else:
+            # In Gemma 1 the norm before the MLP has the name that it has in Llama.
             x = x + y
             y = self.mlp(self.post_attention_layernorm(x))
-            return x + y, kept
-
-        x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(y), kept
+            x = x + y
+        return x, layer_cache
 
 
 class Model(nnx.Module):
@@ -346,7 +353,8 @@ class Model(nnx.Module):
     attention scores, softmax and logits are float32 in any case. `remat` turns on gradient
     checkpointing: the backward pass recomputes each block's activations instead of keeping them.
 
-    From scratch it is initialised as the reference is: normal(0.02), norms 0, which means 1 + 0.
+    From scratch it is initialised as the reference is: normal(0.02), norm weights 0 (norms
+    multiply by 1 + weight).
     InputError: float16, which the residual stream overflows.
     """
 
@@ -355,7 +363,7 @@ class Model(nnx.Module):
     ):
         if jnp.dtype(dtype) == jnp.float16:
             raise InputError(
-                "Gemma's residual stream exceeds 65504, the most of float16: use bfloat16"
+                "Gemma's residual stream exceeds 65504, float16's maximum: use bfloat16"
             )
         D = config.hidden_size
         V = config.padded_vocab_size or config.vocab_size
@@ -390,12 +398,12 @@ class Model(nnx.Module):
         """
         tokens = as_array(tokens)  # lists will do
         B, T = tokens.shape
-        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
+        run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
         if cache is None:
             check_length(self.config, T)
-            cache = init_cache(self.config, B, T, self.dtype, whole=True)
+            cache = init_cache(self.config, B, T, self.dtype, use_ring=False)
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -411,8 +419,8 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
-                x, kept = run(block, x, positions, k_positions, cache.layers[i], start)
-            layers.append(kept)
+                x, layer_cache = run_block(block, x, positions, k_positions, cache.layers[i], start)
+            layers.append(layer_cache)
 
         x = self.norm(x)
         all_tokens = write_slots(cache.tokens, tokens, start)  # [B, S]
@@ -463,74 +471,88 @@ class Cache(NamedTuple):
     """The KV cache: keys and values of all tokens so far, so that they are computed only once.
 
     With a sliding window a layer keeps only the last ones, in a ring buffer: see update_layer.
-    All rows fill the same slots; shorter prompts are padded on the left. The position of padding
-    and of empty slots is -1, which hides them from every query.
+    A row is one sequence of the batch. All rows fill the same slots; shorter prompts are padded on
+    the left. The position of padding and of empty slots is -1, which hides them from every query.
     """
 
-    layers: tuple  # for each layer (k, v), each [B, S, K, Dh]; SLIDING: [B, ring, K, Dh]
+    layers: tuple  # for each layer (k, v), each [B, S, K, Dh]; SLIDING: [B, ring_size, K, Dh]
     tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many slots are filled, padding included: where the next token goes
 
 
-def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
-    """An empty cache of `length` slots. whole: no ring buffers, even where a window is shorter."""
+def init_cache(config: Config, batch: int, length: int, dtype, use_ring=True) -> Cache:
+    """An empty cache of `length` slots.
+
+    use_ring: a SLIDING layer holds no more tokens than its window, in a ring buffer.
+    """
     layers = []
     for kind in config.layer_types[: config.num_hidden_layers]:
-        ring = length
-        if kind == SLIDING and not whole:
-            ring = min(length, config.sliding_window)
-        shape = (batch, ring, config.num_key_value_heads, config.head_dim)
+        layer_length = length
+        if kind == SLIDING and use_ring:
+            layer_length = min(length, config.sliding_window)
+        shape = (batch, layer_length, config.num_key_value_heads, config.head_dim)
         layers.append((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     tokens = jnp.zeros((batch, length), int)
     positions = jnp.full((batch, length), -1)
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
 
-def update_layer(past, k, v, k_positions, start):
+def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
-    k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; (k, v) to keep). A layer with a
-    sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in the
-    ring: slot s is held in place s % ring, where it replaces a slot that has left the window.
+    k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; the updated layer_cache). A layer
+    with a sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in
+    the ring: slot s is held in place s % ring_size, where it replaces one that has left the window.
     """
     T = k.shape[1]
     S = k_positions.shape[1]
-    ring = past[0].shape[1]
+    old_k = layer_cache[0]
+    old_v = layer_cache[1]
+    ring_size = old_k.shape[1]
 
     # No window, or one as long as the cache: every slot has a place of its own.
-    if ring == S:
-        k = write_slots(past[0], k, start)
-        v = write_slots(past[1], v, start)
+    if ring_size == S:
+        k = write_slots(old_k, k, start)
+        v = write_slots(old_v, v, start)
         return k, v, k_positions, (k, v)
 
-    # Each place of the ring keeps its old token, or takes one of the new ones.
-    slot, ring_positions = ring_contents(k_positions, ring, start + T)
+    # Each place of the ring keeps its old token, or takes one of the T new ones.
+    k = k.astype(old_k.dtype)
+    v = v.astype(old_v.dtype)
+    slot, ring_positions = ring_contents(k_positions, ring_size, start + T)
     is_old = (slot < start)[:, None, None]
-    new = jnp.clip(slot - start, 0, T - 1)
-    k = k.astype(past[0].dtype)
-    v = v.astype(past[1].dtype)
-    kept = (jnp.where(is_old, past[0], k[:, new]), jnp.where(is_old, past[1], v[:, new]))
+    i_new = jnp.clip(slot - start, 0, T - 1)
+    ring_k = jnp.where(is_old, old_k, k[:, i_new])
+    ring_v = jnp.where(is_old, old_v, v[:, i_new])
 
     # With one new token, the ring holds exactly the window of that token.
     if T == 1:
-        return *kept, ring_positions, kept
+        return ring_k, ring_v, ring_positions, (ring_k, ring_v)
 
-    # With several, the first ones still attend to keys that the last ones replace.
-    _, old_positions = ring_contents(k_positions, ring, start)
+    # With several, the first ones still attend to keys that the last ones replace in the ring: all
+    # attend to the ring as it was, and to the new ones.
+    k = jnp.concatenate([old_k, k], axis=1)
+    v = jnp.concatenate([old_v, v], axis=1)
+    _, old_positions = ring_contents(k_positions, ring_size, start)
     new_positions = jax.lax.dynamic_slice_in_dim(k_positions, start, T, axis=1)
-    k = jnp.concatenate([past[0], k], axis=1)
-    v = jnp.concatenate([past[1], v], axis=1)
-    return k, v, jnp.concatenate([old_positions, new_positions], axis=1), kept
+    k_positions = jnp.concatenate([old_positions, new_positions], axis=1)
+    return k, v, k_positions, (ring_k, ring_v)
 
 
-def ring_contents(positions, ring: int, end):
-    """What a ring of so many places holds once all slots before `end` are written.
+def ring_contents(positions, ring_size: int, end):
+    """What a ring of ring_size places holds once all slots before `end` are written.
 
-    positions [B, S] -> (the slot in each place [ring], its position [B, ring], -1 where empty)
+    positions [B, S] -> (the slot in each place [ring_size], its position [B, ring_size] or -1)
     """
-    slot = end - 1 - (end - 1 - jnp.arange(ring)) % ring
-    return slot, jnp.where(slot >= 0, positions[:, slot], -1)
+    # The newest slot below `end` with slot % ring_size == place; negative: still empty.
+    place = jnp.arange(ring_size)
+    newest = end - 1
+    slots_back = (newest - place) % ring_size
+    slot = newest - slots_back
+
+    ring_positions = jnp.where(slot >= 0, positions[:, slot], -1)
+    return slot, ring_positions
 
 
 def write_slots(slots, new, start):
@@ -574,7 +596,7 @@ def sample(
     best = logits.max(axis=-1, keepdims=True)
     logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
-    # From here on there are only k logits, and `ids` says whose they are.
+    # With top_k, only k logits remain; `ids` holds their token ids.
     ids = None
     if top_k is not None:
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))  # [B, k]
@@ -601,6 +623,7 @@ def top_p_bound(logits, top_p):
     probs = jax.nn.softmax(logits, axis=-1)
     best = logits.max(axis=-1, keepdims=True)
 
+    # Invariant: the tokens above `low` hold at least top_p, those above `high` less.
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
@@ -636,10 +659,10 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B]).
+    """Runs tokens [B, T] through the model and samples one more -> (cache, token [B]).
 
-    In `decode` it does the same with a single token, T = 1. Options that are None are no inputs of
-    the compiled program, which has no code for them.
+    With the T tokens of the prompts it is the prefill; with T = 1 it is a step of `decode`. An
+    option that is None is absent from the compiled program.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -846,7 +869,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
-    # The largest come first: while a tensor is converted, there are two more copies of it.
+    # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
     for path, param, name, transposed in by_size:
         read = stored[name]
@@ -889,14 +912,16 @@ def save(model, folder, tokenizer=None) -> None:
 
 def skeleton(config: Config, **options):
     """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # for nnx.Rngs: nothing is drawn
+    # Only shapes are traced, so one constant key stands in for nnx.Rngs.
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))
     return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
 
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter.
 
-    The name comes from the first row of CHECKPOINT whose pattern matches the path.
+    The name comes from the first row of CHECKPOINT whose pattern matches the path. (CHECKPOINT:
+    below, in each model's own section.)
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
@@ -1544,7 +1569,8 @@ PRESETS = {  # by id on the Hub; the first is the default
     "google/gemma-7b": preset(8_537_680_896, 17.1, GEMMA1, D=3072, F=24576, L=28, H=16, K=16),
 }
 
-# Parameter path -> its name in a checkpoint, and whether it is transposed there.
+# Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
+# layers.0.self_attn.q_proj.kernel -> model.layers.0.self_attn.q_proj.weight.
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
     (r"(.+)\.kernel", r"model.\1.weight", True),
@@ -1579,8 +1605,9 @@ SHARDING = [
 def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
-    A dimension is split over an axis of the mesh if the axis divides it. Keys and values are split
-    between KV heads, where k_proj and v_proj make them.
+    A dimension is split over an axis of the mesh if the axis divides it. The outputs of k_proj and
+    v_proj are split only between whole KV heads. (This has no effect in GPT-2, whose c_attn makes
+    queries, keys and values at once.)
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 
@@ -1596,13 +1623,13 @@ def sharding(mesh, config: Config, path: str, shape):
 
 
 # --------------------------- Faster forms: the same in every model file ---------------------------
-# A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
-# and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
-# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write
-# `Linear = nnx.Linear` and leave out the first `if` of `how_to_run`.
+# A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
+# `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
+# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
+# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
-def linear_dot(x, kernel, dimension_numbers, **options):
+def linear_dot(x, kernel, dimension_numbers, **matmul_options):
     """x [..., D] times kernel [D, F] -> [..., F]: the product in nnx.Linear, for XLA on a CPU."""
     D, F = kernel.shape
     one_vector = x.size == D and x.dtype == jnp.float32
@@ -1612,7 +1639,7 @@ def linear_dot(x, kernel, dimension_numbers, **options):
         y = parts.sum(axis=0)
     else:
         # As a matrix [rows, D]: for its gradient, XLA on a CPU copies an x of more dimensions.
-        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
+        y = jnp.matmul(x.reshape(-1, D), kernel, **matmul_options)
     return y.reshape(*x.shape[:-1], F)
 
 
@@ -1628,18 +1655,18 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, past, start, *rngs):
-    """Block.__call__ inside of a branch that XLA cannot know to be taken.
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+    """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
-    XLA on a CPU computes half precision in float32. Without the branches it would convert the
+    XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
     weights of all blocks before the first one runs, and hold them all in memory.
     """
 
     def run():
-        return block(x, positions, k_positions, past, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rngs)
 
     def skip():
-        return x, past
+        return x, layer_cache
 
     return jax.lax.cond(start >= 0, run, skip)
 
@@ -1653,20 +1680,20 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
-    """What `attend` computes, by an online softmax over chunks of keys: no [T, S] is ever held.
+def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+    """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
-    q [B, H, T, Dh], k and v [B, H, S, Dh] -> [B, H, T, Dh]; options as for attention_scores.
-    The maximum and the normalizer of the softmax are carried from chunk to chunk; a new maximum
-    rescales the sums so far. Milakov and Gimelshein 2018; Rabe and Staats 2021. The same idea is
-    behind flash attention.
+    q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
+    score_options: as for attention_scores. The maximum and the normalizer of the softmax are
+    carried from chunk to chunk; a new maximum rescales the sums so far. Milakov and Gimelshein
+    2018; Rabe and Staats 2021. The same idea is behind flash attention.
     """
 
     @jax.checkpoint  # otherwise the backward pass would keep the scores of every chunk
     def add_chunk(carry, chunk):
-        out, normalizer, maximum = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **options)
+        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)
@@ -1683,7 +1710,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
 
 
 def in_chunks(x, axis: int, fill=0):
-    """Splits an axis of keys into chunks: [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]."""
+    """Splits an axis of keys into chunks: [..., keys, ...] -> [keys / CHUNK, ..., CHUNK, ...]."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % CHUNK)
     x = jnp.pad(x, pad, constant_values=fill)

@@ -132,19 +132,23 @@ def attend(q, k, v, q_positions, k_positions, scale, dropout=None):
 
 
 def attention_scores(q, k, q_positions, k_positions, scale):
-    """Scaled and masked dot products: q [B, H, T, Dh], k [B, H, S, Dh] -> [B, H, T, S] float32."""
+    """Scaled and masked dot products of queries and keys, in float32.
+
+    q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
+    """
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. Now it takes
-    # the mean of all values, which is finite and never read.
+    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
+    # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     mask = causal_mask(q_positions, k_positions)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
 def causal_mask(q_positions, k_positions):
-    """Which keys each query may attend to: [B, T] and [B, S] -> [B, 1, T, S] bool.
+    """Which keys each query may attend to, as bool.
 
+    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
     Positions alone decide: a key must not be later than the query, and it must be real. Padding
     and empty slots of the cache have position -1.
     """
@@ -156,7 +160,7 @@ def causal_mask(q_positions, k_positions):
 class Attention(nnx.Module):
     """Causal multi-head self-attention; one fused projection makes queries, keys and values."""
 
-    def __init__(self, config: Config, layer: int, **options):
+    def __init__(self, config: Config, layer: int, **options):  # options: dtype, param_dtype, rngs
         D = config.n_embd
         H = config.n_head
         init = normal(config.initializer_range)
@@ -175,10 +179,10 @@ class Attention(nnx.Module):
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     @jax.named_scope("attn")
-    def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], what the cache keeps of this layer).
+    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        past: this layer of the cache; x is written to it from slot `start` on.
+        layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
         """
         B, T, D = x.shape
@@ -187,7 +191,8 @@ class Attention(nnx.Module):
         k = qkv[:, :, 1]
         v = qkv[:, :, 2]
 
-        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)  # [B, S, H, Dh]
+        # k and v [B, S, H, Dh] from here on
+        k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         dropout = None
         if rngs is not None:
@@ -197,7 +202,7 @@ class Attention(nnx.Module):
 
         if rngs is not None:
             x = self.resid_dropout(x, rngs=rngs)
-        return x, kept
+        return x, layer_cache
 
 
 class MLP(nnx.Module):
@@ -235,13 +240,13 @@ class Block(nnx.Module):
         self.ln_2 = layer_norm(config, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], kept); arguments and `kept` as for Attention."""
-        y, kept = self.attn(self.ln_1(x), positions, k_positions, past, start, rngs)
+    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
+        y, layer_cache = self.attn(self.ln_1(x), positions, k_positions, layer_cache, start, rngs)
         x = x + y
 
         y = self.mlp(self.ln_2(x), rngs)
-        return x + y, kept
+        return x + y, layer_cache
 
 
 class Model(nnx.Module):
@@ -293,7 +298,7 @@ class Model(nnx.Module):
         """
         tokens = as_array(tokens)  # lists will do
         B, T = tokens.shape
-        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
+        run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
         if cache is None:
@@ -315,8 +320,10 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.h):
             with jax.named_scope(f"h.{i}"):  # its name in a profile
-                x, kept = run(block, x, positions, k_positions, cache.layers[i], start, rngs)
-            layers.append(kept)
+                x, layer_cache = run_block(
+                    block, x, positions, k_positions, cache.layers[i], start, rngs
+                )
+            layers.append(layer_cache)
 
         x = self.ln_f(x)
         all_tokens = write_slots(cache.tokens, tokens, start)  # [B, S]
@@ -357,8 +364,8 @@ ACTIVATIONS = {
 class Cache(NamedTuple):
     """The KV cache: keys and values of all tokens so far, so that they are computed only once.
 
-    All rows fill the same slots; shorter prompts are padded on the left. The position of padding
-    and of empty slots is -1, which hides them from every query.
+    A row is one sequence of the batch. All rows fill the same slots; shorter prompts are padded on
+    the left. The position of padding and of empty slots is -1, which hides them from every query.
     """
 
     layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
@@ -379,14 +386,15 @@ def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
 
-def update_layer(past, k, v, k_positions, start):
+def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
-    k and v [B, T, H, Dh] -> (k, v and k_positions to attend to, all of S slots; (k, v) to keep)
-    Here both are the same k and v; with a sliding window they differ (gemma.py, mistral.py).
+    k and v [B, T, H, Dh] -> (k, v and k_positions to attend to; the updated layer_cache)
+    Here layer_cache is that same k and v, of all S slots; with a sliding window the two differ
+    (gemma.py, mistral.py).
     """
-    k = write_slots(past[0], k, start)
-    v = write_slots(past[1], v, start)
+    k = write_slots(layer_cache[0], k, start)
+    v = write_slots(layer_cache[1], v, start)
     return k, v, k_positions, (k, v)
 
 
@@ -431,7 +439,7 @@ def sample(
     best = logits.max(axis=-1, keepdims=True)
     logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
-    # From here on there are only k logits, and `ids` says whose they are.
+    # With top_k, only k logits remain; `ids` holds their token ids.
     ids = None
     if top_k is not None:
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))  # [B, k]
@@ -458,6 +466,7 @@ def top_p_bound(logits, top_p):
     probs = jax.nn.softmax(logits, axis=-1)
     best = logits.max(axis=-1, keepdims=True)
 
+    # Invariant: the tokens above `low` hold at least top_p, those above `high` less.
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
@@ -493,10 +502,10 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B]).
+    """Runs tokens [B, T] through the model and samples one more -> (cache, token [B]).
 
-    In `decode` it does the same with a single token, T = 1. Options that are None are no inputs of
-    the compiled program, which has no code for them.
+    With the T tokens of the prompts it is the prefill; with T = 1 it is a step of `decode`. An
+    option that is None is absent from the compiled program.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -703,7 +712,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
-    # The largest come first: while a tensor is converted, there are two more copies of it.
+    # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
     for path, param, name, transposed in by_size:
         read = stored[name]
@@ -746,14 +755,16 @@ def save(model, folder, tokenizer=None) -> None:
 
 def skeleton(config: Config, **options):
     """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # for nnx.Rngs: nothing is drawn
+    # Only shapes are traced, so one constant key stands in for nnx.Rngs.
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))
     return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
 
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter.
 
-    The name comes from the first row of CHECKPOINT whose pattern matches the path.
+    The name comes from the first row of CHECKPOINT whose pattern matches the path. (CHECKPOINT:
+    below, in each model's own section.)
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
@@ -1248,8 +1259,9 @@ def config_to_hf(config: Config) -> dict:
     return values
 
 
-# Parameter path -> its name in a checkpoint, and whether it is transposed there. GPT-2's Conv1D
-# stores [in, out], as nnx.Linear does; only a separate head is [out, in].
+# Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
+# h.0.attn.c_attn.kernel -> transformer.h.0.attn.c_attn.weight. GPT-2's Conv1D stores [in, out], as
+# nnx.Linear does; only a separate head is [out, in].
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
     (r"(.+)\.(embedding|scale|kernel)", r"transformer.\1.weight", False),
@@ -1283,8 +1295,9 @@ SHARDING = [
 def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
-    A dimension is split over an axis of the mesh if the axis divides it. Keys and values are split
-    between KV heads, where k_proj and v_proj make them.
+    A dimension is split over an axis of the mesh if the axis divides it. The outputs of k_proj and
+    v_proj are split only between whole KV heads. (This has no effect in GPT-2, whose c_attn makes
+    queries, keys and values at once.)
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 
@@ -1300,13 +1313,13 @@ def sharding(mesh, config: Config, path: str, shape):
 
 
 # --------------------------- Faster forms: the same in every model file ---------------------------
-# A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
-# and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
-# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write
-# `Linear = nnx.Linear` and leave out the first `if` of `how_to_run`.
+# A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
+# `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
+# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
+# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
-def linear_dot(x, kernel, dimension_numbers, **options):
+def linear_dot(x, kernel, dimension_numbers, **matmul_options):
     """x [..., D] times kernel [D, F] -> [..., F]: the product in nnx.Linear, for XLA on a CPU."""
     D, F = kernel.shape
     one_vector = x.size == D and x.dtype == jnp.float32
@@ -1316,7 +1329,7 @@ def linear_dot(x, kernel, dimension_numbers, **options):
         y = parts.sum(axis=0)
     else:
         # As a matrix [rows, D]: for its gradient, XLA on a CPU copies an x of more dimensions.
-        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
+        y = jnp.matmul(x.reshape(-1, D), kernel, **matmul_options)
     return y.reshape(*x.shape[:-1], F)
 
 
@@ -1332,18 +1345,18 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, past, start, *rngs):
-    """Block.__call__ inside of a branch that XLA cannot know to be taken.
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+    """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
-    XLA on a CPU computes half precision in float32. Without the branches it would convert the
+    XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
     weights of all blocks before the first one runs, and hold them all in memory.
     """
 
     def run():
-        return block(x, positions, k_positions, past, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rngs)
 
     def skip():
-        return x, past
+        return x, layer_cache
 
     return jax.lax.cond(start >= 0, run, skip)
 
@@ -1357,20 +1370,20 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
-    """What `attend` computes, by an online softmax over chunks of keys: no [T, S] is ever held.
+def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+    """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
-    q [B, H, T, Dh], k and v [B, H, S, Dh] -> [B, H, T, Dh]; options as for attention_scores.
-    The maximum and the normalizer of the softmax are carried from chunk to chunk; a new maximum
-    rescales the sums so far. Milakov and Gimelshein 2018; Rabe and Staats 2021. The same idea is
-    behind flash attention.
+    q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
+    score_options: as for attention_scores. The maximum and the normalizer of the softmax are
+    carried from chunk to chunk; a new maximum rescales the sums so far. Milakov and Gimelshein
+    2018; Rabe and Staats 2021. The same idea is behind flash attention.
     """
 
     @jax.checkpoint  # otherwise the backward pass would keep the scores of every chunk
     def add_chunk(carry, chunk):
-        out, normalizer, maximum = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **options)
+        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)
@@ -1387,7 +1400,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
 
 
 def in_chunks(x, axis: int, fill=0):
-    """Splits an axis of keys into chunks: [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]."""
+    """Splits an axis of keys into chunks: [..., keys, ...] -> [keys / CHUNK, ..., CHUNK, ...]."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % CHUNK)
     x = jnp.pad(x, pad, constant_values=fill)

@@ -130,12 +130,12 @@ class Config:
 
 
 @jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, **options):
+def attend(q, k, v, q_positions, k_positions, **score_options):
     """Each query takes a weighted mean of the values whose keys it may attend to.
 
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
     Grouped-query attention (Ainslie et al. 2023): G query heads share a KV head. The softmax is in
-    float32. Vaswani et al. 2017, equation (1). options: as for attention_scores.
+    float32. Vaswani et al. 2017, equation (1). score_options: as for attention_scores.
     """
     B, T, H, Dh = q.shape
     S, K = k.shape[1:3]
@@ -149,10 +149,10 @@ def attend(q, k, v, q_positions, k_positions, **options):
     v = v.swapaxes(1, 2)
 
     if is_long(T, S):
-        x = attend_in_chunks(q, k, v, q_positions, k_positions, **options)  # in less memory
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, **score_options)  # in less memory
     else:
-        scores = attention_scores(q, k, q_positions, k_positions, **options)  # [B, K, G * T, S]
-        probs = jax.nn.softmax(scores)
+        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        probs = jax.nn.softmax(scores)  # [B, K, G * T, S]
         x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
 
     x = x.reshape(B, K, G, T, Dh).transpose(0, 3, 1, 2, 4)  # [B, T, K, G, Dh]
@@ -160,19 +160,23 @@ def attend(q, k, v, q_positions, k_positions, **options):
 
 
 def attention_scores(q, k, q_positions, k_positions, scale, window=None):
-    """Scaled and masked dot products: q [B, H, T, Dh], k [B, H, S, Dh] -> [B, H, T, S] float32."""
+    """Scaled and masked dot products of queries and keys, in float32.
+
+    q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
+    """
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. Now it takes
-    # the mean of all values, which is finite and never read.
+    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
+    # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     mask = causal_mask(q_positions, k_positions, window)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
 def causal_mask(q_positions, k_positions, window=None):
-    """Which keys each query may attend to: [B, T] and [B, S] -> [B, 1, T, S] bool.
+    """Which keys each query may attend to, as bool.
 
+    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
     Positions alone decide: a key must not be later than the query, and it must be real. Padding
     and empty slots of the cache have position -1. With a sliding window, a key must also be among
     the last `window` positions up to the query's.
@@ -203,13 +207,13 @@ def rotate(x, positions, inv_freq):
 def rope_frequencies(config: Config):
     """RoPE frequencies in radians per position: [Dh / 2]."""
     Dh = config.head_dim
-    return config.rope_theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)
+    return config.rope_theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)  # see llama.py
 
 
 class Attention(nnx.Module):
     """Causal self-attention with H query heads and K KV heads, and positions as rotations."""
 
-    def __init__(self, config: Config, **options):
+    def __init__(self, config: Config, **options):  # options: dtype, param_dtype, rngs
         D = config.hidden_size
         H = config.num_attention_heads
         K = config.num_key_value_heads
@@ -224,10 +228,10 @@ class Attention(nnx.Module):
         self.o_proj = Linear(H * Dh, D, **linear)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], what the cache keeps of this layer).
+    def __call__(self, x, positions, k_positions, layer_cache, start):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        past: this layer of the cache; x is written to it from slot `start` on.
+        layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
         """
         B, T, _ = x.shape
@@ -240,13 +244,14 @@ class Attention(nnx.Module):
         q = rotate(q, positions, inv_freq)
         k = rotate(k, positions, inv_freq)
 
-        # k and v [B, S, K, Dh]; with a sliding window, S is what the ring buffer and x hold.
-        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)
+        # k and v [B, S, K, Dh] from here on. In a ring-buffer layer they are the ring and the T new
+        # ones, or the ring alone if T = 1.
+        k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         window = self.config.sliding_window
         x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5, window=window)  # [B, T, H, Dh]
         x = self.o_proj(x.reshape(B, T, -1))
-        return x, kept
+        return x, layer_cache
 
 
 class MLP(nnx.Module):
@@ -287,34 +292,36 @@ class Experts(nnx.Module):
 
     @jax.named_scope("block_sparse_moe")
     def __call__(self, x):
-        """x [B, T, D] -> (x [B, T, D], routed [2, E]), for `balance_loss`.
+        """x [B, T, D] -> (x [B, T, D], router_stats [2, E]).
 
-        routed: how often each expert was chosen, per token, and its mean probability.
+        router_stats: the fraction of tokens that chose each expert, and its mean probability.
         """
-        route = on_each_device(Experts.route, x)
-        x, routed = route(self, x)
-        return x, routed.mean(axis=0)
+        if is_sparse(self):
+            return run_chosen(self, x)  # the same results, without products that count for nothing
 
-    def route(self, x):
-        """x [B, T, D] -> (x [B, T, D], routed [1, 2, E]); on several devices, each its own rows."""
         rows = x.reshape(-1, x.shape[-1])  # [N, D]
+        weights, chosen, probs = self.route(rows)
 
-        # The router, in float32. The weights of the chosen experts sum to 1.
-        probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32))  # [N, E]
-        weights, chosen = jax.lax.top_k(probs, self.per_token)  # [N, per_token]
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        # Each token's weighted sum over its experts; those that it did not choose have weight 0.
+        y = jnp.zeros(rows.shape, jnp.float32)
+        fractions = []
+        for e, expert in enumerate(self.experts):
+            share = jnp.where(chosen == e, weights, 0).sum(axis=-1, keepdims=True)  # [N, 1]
+            y = y + share * expert(rows)
+            fractions.append((chosen == e).sum() / len(rows))
 
-        # The choices in the order of the experts. Choice i was made by token i // per_token.
-        counts = jnp.zeros(len(self.experts), int).at[chosen.ravel()].add(1)  # [E]
-        order = jnp.argsort(chosen.ravel())  # [N * per_token]
-        token = order // self.per_token
-        weight = weights.ravel()[order]
+        router_stats = jnp.stack([jnp.array(fractions), probs.mean(axis=0)])
+        return y.astype(x.dtype).reshape(x.shape), router_stats
 
-        # y[n] = sum of weight * expert(rows[n]) over the experts that token n chose
-        y = run_experts(self.experts, rows, token, weight, counts)  # [N, D]
-        y = y.astype(x.dtype).reshape(x.shape)
-        routed = jnp.stack([counts / len(rows), probs.mean(axis=0)])
-        return y, routed[None]
+    def route(self, rows):
+        """The router, in float32: it chooses the per_token likeliest experts for each token.
+
+        rows [N, D] -> (weights [N, per_token], chosen [N, per_token], probs [N, E] of all experts)
+        """
+        probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32))
+        weights, chosen = jax.lax.top_k(probs, self.per_token)
+        weights = weights / weights.sum(axis=-1, keepdims=True)  # they sum to 1
+        return weights, chosen, probs
 
 
 class Expert(nnx.Module):
@@ -353,18 +360,22 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, past, start):
-        """x [B, T, D] -> (x [B, T, D], (*kept, routed)); else as for Attention and Experts."""
-        y, kept = self.self_attn(self.input_layernorm(x), positions, k_positions, past, start)
+    def __call__(self, x, positions, k_positions, layer_cache, start):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention.
+
+        layer_cache: (k, v, router_stats).
+        """
+        y = self.input_layernorm(x)
+        y, (k, v) = self.self_attn(y, positions, k_positions, layer_cache, start)
         x = x + y
 
         y = self.post_attention_layernorm(x)
-        routed = None
+        router_stats = None
         if hasattr(self, "block_sparse_moe"):
-            y, routed = self.block_sparse_moe(y)
+            y, router_stats = self.block_sparse_moe(y)
         else:
             y = self.mlp(y)
-        return x + y, (*kept, routed)
+        return x + y, (k, v, router_stats)
 
 
 class Model(nnx.Module):
@@ -412,12 +423,12 @@ class Model(nnx.Module):
         """
         tokens = as_array(tokens)  # lists will do
         B, T = tokens.shape
-        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
+        run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
         if cache is None:
             check_length(self.config, T)
-            cache = init_cache(self.config, B, T, self.dtype, whole=True)
+            cache = init_cache(self.config, B, T, self.dtype, use_ring=False)
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -432,8 +443,8 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
-                x, kept = run(block, x, positions, k_positions, cache.layers[i], start)
-            layers.append(kept)
+                x, layer_cache = run_block(block, x, positions, k_positions, cache.layers[i], start)
+            layers.append(layer_cache)
 
         x = self.norm(x)
         all_tokens = write_slots(cache.tokens, tokens, start)  # [B, S]
@@ -457,89 +468,15 @@ def rms_norm(config: Config, **options):
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
 
 
-def run_experts(experts, rows, token, weight, counts):
-    """The sum of each token's experts, [N, D] -> [N, D] float32.
-
-    token and weight [N * per_token]: who made each choice, and its weight, sorted by expert.
-    counts [E]: how many choices each expert got.
-    """
-    few = len(rows) <= len(experts)
-    if few or jax.default_backend() == "cpu":
-        return run_in_blocks(experts, rows, token, weight, counts)
-    return run_ragged(experts, rows, token, weight, counts)
-
-
-def run_in_blocks(experts, rows, token, weight, counts, block=128):
-    """run_experts, one expert after another, a block of its tokens at a time.
-
-    Experts and blocks without tokens are skipped, and their weights are not read.
-    """
-    out = jnp.zeros(rows.shape, jnp.float32)
-    first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
-    block = min(len(rows), block)
-    for e, expert in enumerate(experts):
-        out = add_expert(out, expert, rows, token, weight, first[e], counts[e], block)
-    return out
-
-
-def add_expert(out, expert, rows, token, weight, first, count, block: int):
-    """Adds what one expert, with choices first to first + count - 1, contributes to out [N, D]."""
-
-    @jax.checkpoint  # otherwise the backward pass would keep [blocks, block, F] of every expert
-    def add_block(out, i):
-        place = i * block + jnp.arange(block)
-        choice = jnp.clip(first + place, max=len(token) - 1)
-        share = jnp.where(place < count, weight[choice], 0)[:, None]
-        y = expert(rows[token[choice]]) * share
-        return out.at[token[choice]].add(y)
-
-    def skip(out, i):
-        return out
-
-    def step(out, i):
-        return jax.lax.cond(i * block < count, add_block, skip, out, i), None
-
-    blocks = jnp.arange(math.ceil(len(rows) / block))
-    out, _ = jax.lax.scan(step, out, blocks)
-    return out
-
-
-def run_ragged(experts, rows, token, weight, counts):
-    """run_experts as three ragged products: reads all experts, whether they are chosen or not."""
-
-    def stacked(name):
-        kernels = [getattr(expert, name).kernel[...].astype(rows.dtype) for expert in experts]
-        return jnp.stack(kernels)
-
-    x = rows[token]  # [N * per_token, D], sorted by expert
-    gate = jax.lax.ragged_dot(x, stacked("w1"), counts)
-    up = jax.lax.ragged_dot(x, stacked("w3"), counts)
-    y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, stacked("w2"), counts)
-    return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
-
-
-def on_each_device(route, x):
-    """Makes each device route its own rows, where a mesh (jax.set_mesh) splits those of x."""
-    mesh = jax.sharding.get_abstract_mesh().shape
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh)
-    devices = math.prod(mesh[axis] for axis in axes)
-    if not axes or len(x) % devices != 0:
-        return route
-
-    rows = jax.P(axes)
-    specs = {"in_specs": (jax.P(), rows), "out_specs": rows}
-    return jax.shard_map(route, **specs, axis_names={*axes}, check_vma=False)
-
-
 def balance_loss(cache):
     """The load-balancing loss of a Mixtral, from the cache that `hidden` returns.
 
-    It is lowest where all experts are chosen equally often: E times the sum over experts of how
-    often each is chosen times its mean probability. Fedus et al. 2021, equation (4).
+    It is lowest where all experts are chosen equally often: E times the sum over experts of the
+    fraction of tokens that chose it times its mean probability. Fedus et al. 2021, equation (4).
     """
-    routed = [layer[-1] for layer in cache.layers]
-    choices, probs = jnp.stack(routed).mean(axis=0)  # [E] each: means over tokens and layers
-    return len(probs) * jnp.sum(choices * probs)
+    router_stats = [layer[2] for layer in cache.layers]
+    fractions, probs = jnp.stack(router_stats).mean(axis=0)  # [E] each: means over all layers
+    return len(probs) * jnp.sum(fractions * probs)
 
 
 # -------------------------------------------- KV cache --------------------------------------------
@@ -549,77 +486,94 @@ class Cache(NamedTuple):
     """The KV cache: keys and values of all tokens so far, so that they are computed only once.
 
     With a sliding window a layer keeps only the last ones, in a ring buffer: see update_layer.
-    All rows fill the same slots; shorter prompts are padded on the left. The position of padding
-    and of empty slots is -1, which hides them from every query.
+    A row is one sequence of the batch. All rows fill the same slots; shorter prompts are padded on
+    the left. The position of padding and of empty slots is -1, which hides them from every query.
+
+    router_stats [2, E], of a Mixtral: the fraction of tokens that chose each expert, and its mean
+    probability, both of the last call. The cache carries them only for `balance_loss` to read.
     """
 
-    layers: tuple  # for each layer (k, v, routed of the last call); k and v [B, S or ring, K, Dh]
+    layers: tuple  # for each layer (k, v, router_stats); k and v [B, S or ring_size, K, Dh]
     tokens: jax.Array  # [B, S], for the repetition penalty
     positions: jax.Array  # [B, S]
     filled: jax.Array  # how many slots are filled, padding included: where the next token goes
 
 
-def init_cache(config: Config, batch: int, length: int, dtype, whole=False) -> Cache:
-    """An empty cache of `length` slots. whole: no ring buffers, even where a window is shorter."""
-    ring = length
-    if config.sliding_window is not None and not whole:
-        ring = min(length, config.sliding_window)
-    shape = (batch, ring, config.num_key_value_heads, config.head_dim)
+def init_cache(config: Config, batch: int, length: int, dtype, use_ring=True) -> Cache:
+    """An empty cache of `length` slots.
+
+    use_ring: a layer holds no more tokens than the sliding window, in a ring buffer.
+    """
+    layer_length = length
+    if config.sliding_window is not None and use_ring:
+        layer_length = min(length, config.sliding_window)
+    shape = (batch, layer_length, config.num_key_value_heads, config.head_dim)
     layers = []
     for _ in range(config.num_hidden_layers):
-        routed = None
+        router_stats = None
         if config.model_type == "mixtral":
-            routed = jnp.zeros((2, config.num_local_experts))
-        layers.append((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), routed))
+            router_stats = jnp.zeros((2, config.num_local_experts))
+        layers.append((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), router_stats))
     tokens = jnp.zeros((batch, length), int)
     positions = jnp.full((batch, length), -1)
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
 
-def update_layer(past, k, v, k_positions, start):
+def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
-    k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; (k, v) to keep). A layer with a
-    sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in the
-    ring: slot s is held in place s % ring, where it replaces a slot that has left the window.
+    k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; the updated layer_cache). A layer
+    with a sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in
+    the ring: slot s is held in place s % ring_size, where it replaces one that has left the window.
     """
     T = k.shape[1]
     S = k_positions.shape[1]
-    ring = past[0].shape[1]
+    old_k = layer_cache[0]
+    old_v = layer_cache[1]
+    ring_size = old_k.shape[1]
 
     # No window, or one as long as the cache: every slot has a place of its own.
-    if ring == S:
-        k = write_slots(past[0], k, start)
-        v = write_slots(past[1], v, start)
+    if ring_size == S:
+        k = write_slots(old_k, k, start)
+        v = write_slots(old_v, v, start)
         return k, v, k_positions, (k, v)
 
-    # Each place of the ring keeps its old token, or takes one of the new ones.
-    slot, ring_positions = ring_contents(k_positions, ring, start + T)
+    # Each place of the ring keeps its old token, or takes one of the T new ones.
+    k = k.astype(old_k.dtype)
+    v = v.astype(old_v.dtype)
+    slot, ring_positions = ring_contents(k_positions, ring_size, start + T)
     is_old = (slot < start)[:, None, None]
-    new = jnp.clip(slot - start, 0, T - 1)
-    k = k.astype(past[0].dtype)
-    v = v.astype(past[1].dtype)
-    kept = (jnp.where(is_old, past[0], k[:, new]), jnp.where(is_old, past[1], v[:, new]))
+    i_new = jnp.clip(slot - start, 0, T - 1)
+    ring_k = jnp.where(is_old, old_k, k[:, i_new])
+    ring_v = jnp.where(is_old, old_v, v[:, i_new])
 
     # With one new token, the ring holds exactly the window of that token.
     if T == 1:
-        return *kept, ring_positions, kept
+        return ring_k, ring_v, ring_positions, (ring_k, ring_v)
 
-    # With several, the first ones still attend to keys that the last ones replace.
-    _, old_positions = ring_contents(k_positions, ring, start)
+    # With several, the first ones still attend to keys that the last ones replace in the ring: all
+    # attend to the ring as it was, and to the new ones.
+    k = jnp.concatenate([old_k, k], axis=1)
+    v = jnp.concatenate([old_v, v], axis=1)
+    _, old_positions = ring_contents(k_positions, ring_size, start)
     new_positions = jax.lax.dynamic_slice_in_dim(k_positions, start, T, axis=1)
-    k = jnp.concatenate([past[0], k], axis=1)
-    v = jnp.concatenate([past[1], v], axis=1)
-    return k, v, jnp.concatenate([old_positions, new_positions], axis=1), kept
+    k_positions = jnp.concatenate([old_positions, new_positions], axis=1)
+    return k, v, k_positions, (ring_k, ring_v)
 
 
-def ring_contents(positions, ring: int, end):
-    """What a ring of so many places holds once all slots before `end` are written.
+def ring_contents(positions, ring_size: int, end):
+    """What a ring of ring_size places holds once all slots before `end` are written.
 
-    positions [B, S] -> (the slot in each place [ring], its position [B, ring], -1 where empty)
+    positions [B, S] -> (the slot in each place [ring_size], its position [B, ring_size] or -1)
     """
-    slot = end - 1 - (end - 1 - jnp.arange(ring)) % ring
-    return slot, jnp.where(slot >= 0, positions[:, slot], -1)
+    # The newest slot below `end` with slot % ring_size == place; negative: still empty.
+    place = jnp.arange(ring_size)
+    newest = end - 1
+    slots_back = (newest - place) % ring_size
+    slot = newest - slots_back
+
+    ring_positions = jnp.where(slot >= 0, positions[:, slot], -1)
+    return slot, ring_positions
 
 
 def write_slots(slots, new, start):
@@ -663,7 +617,7 @@ def sample(
     best = logits.max(axis=-1, keepdims=True)
     logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
-    # From here on there are only k logits, and `ids` says whose they are.
+    # With top_k, only k logits remain; `ids` holds their token ids.
     ids = None
     if top_k is not None:
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))  # [B, k]
@@ -690,6 +644,7 @@ def top_p_bound(logits, top_p):
     probs = jax.nn.softmax(logits, axis=-1)
     best = logits.max(axis=-1, keepdims=True)
 
+    # Invariant: the tokens above `low` hold at least top_p, those above `high` less.
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
@@ -725,10 +680,10 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B]).
+    """Runs tokens [B, T] through the model and samples one more -> (cache, token [B]).
 
-    In `decode` it does the same with a single token, T = 1. Options that are None are no inputs of
-    the compiled program, which has no code for them.
+    With the T tokens of the prompts it is the prefill; with T = 1 it is a step of `decode`. An
+    option that is None is absent from the compiled program.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -935,7 +890,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
-    # The largest come first: while a tensor is converted, there are two more copies of it.
+    # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
     for path, param, name, transposed in by_size:
         read = stored[name]
@@ -978,14 +933,16 @@ def save(model, folder, tokenizer=None) -> None:
 
 def skeleton(config: Config, **options):
     """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # for nnx.Rngs: nothing is drawn
+    # Only shapes are traced, so one constant key stands in for nnx.Rngs.
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))
     return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
 
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter.
 
-    The name comes from the first row of CHECKPOINT whose pattern matches the path.
+    The name comes from the first row of CHECKPOINT whose pattern matches the path. (CHECKPOINT:
+    below, in each model's own section.)
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
@@ -1523,7 +1480,8 @@ def config_to_hf(config: Config) -> dict:
     return values
 
 
-# Parameter path -> its name in a checkpoint, and whether it is transposed there.
+# Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
+# layers.0.self_attn.q_proj.kernel -> model.layers.0.self_attn.q_proj.weight.
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
     (r"(.+)\.kernel", r"model.\1.weight", True),
@@ -1555,8 +1513,9 @@ SHARDING = [
 def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
-    A dimension is split over an axis of the mesh if the axis divides it. Keys and values are split
-    between KV heads, where k_proj and v_proj make them.
+    A dimension is split over an axis of the mesh if the axis divides it. The outputs of k_proj and
+    v_proj are split only between whole KV heads. (This has no effect in GPT-2, whose c_attn makes
+    queries, keys and values at once.)
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 
@@ -1572,13 +1531,13 @@ def sharding(mesh, config: Config, path: str, shape):
 
 
 # --------------------------- Faster forms: the same in every model file ---------------------------
-# A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
-# and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
-# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write
-# `Linear = nnx.Linear` and leave out the first `if` of `how_to_run`.
+# A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
+# `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
+# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
+# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
-def linear_dot(x, kernel, dimension_numbers, **options):
+def linear_dot(x, kernel, dimension_numbers, **matmul_options):
     """x [..., D] times kernel [D, F] -> [..., F]: the product in nnx.Linear, for XLA on a CPU."""
     D, F = kernel.shape
     one_vector = x.size == D and x.dtype == jnp.float32
@@ -1588,7 +1547,7 @@ def linear_dot(x, kernel, dimension_numbers, **options):
         y = parts.sum(axis=0)
     else:
         # As a matrix [rows, D]: for its gradient, XLA on a CPU copies an x of more dimensions.
-        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
+        y = jnp.matmul(x.reshape(-1, D), kernel, **matmul_options)
     return y.reshape(*x.shape[:-1], F)
 
 
@@ -1604,18 +1563,18 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, past, start, *rngs):
-    """Block.__call__ inside of a branch that XLA cannot know to be taken.
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+    """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
-    XLA on a CPU computes half precision in float32. Without the branches it would convert the
+    XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
     weights of all blocks before the first one runs, and hold them all in memory.
     """
 
     def run():
-        return block(x, positions, k_positions, past, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rngs)
 
     def skip():
-        return x, past
+        return x, layer_cache
 
     return jax.lax.cond(start >= 0, run, skip)
 
@@ -1629,20 +1588,20 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
-    """What `attend` computes, by an online softmax over chunks of keys: no [T, S] is ever held.
+def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+    """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
-    q [B, H, T, Dh], k and v [B, H, S, Dh] -> [B, H, T, Dh]; options as for attention_scores.
-    The maximum and the normalizer of the softmax are carried from chunk to chunk; a new maximum
-    rescales the sums so far. Milakov and Gimelshein 2018; Rabe and Staats 2021. The same idea is
-    behind flash attention.
+    q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
+    score_options: as for attention_scores. The maximum and the normalizer of the softmax are
+    carried from chunk to chunk; a new maximum rescales the sums so far. Milakov and Gimelshein
+    2018; Rabe and Staats 2021. The same idea is behind flash attention.
     """
 
     @jax.checkpoint  # otherwise the backward pass would keep the scores of every chunk
     def add_chunk(carry, chunk):
-        out, normalizer, maximum = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **options)
+        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)
@@ -1659,12 +1618,120 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
 
 
 def in_chunks(x, axis: int, fill=0):
-    """Splits an axis of keys into chunks: [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]."""
+    """Splits an axis of keys into chunks: [..., keys, ...] -> [keys / CHUNK, ..., CHUNK, ...]."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % CHUNK)
     x = jnp.pad(x, pad, constant_values=fill)
     x = x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)
+
+
+# ---------------------------------- Faster forms of the experts -----------------------------------
+# Experts.__call__ runs every expert for every token. Here an expert runs only for the tokens that
+# chose it, in one of two forms. A CPU uses `run_in_blocks`; a GPU or TPU uses it for small batches
+# and `run_ragged` for others, so keep both there.
+
+
+def is_sparse(experts: Experts) -> bool:
+    """Whether tokens choose only some of the experts: the plain form multiplies the others by 0."""
+    return experts.per_token < len(experts.experts)
+
+
+def run_chosen(experts: Experts, x):
+    """Experts.__call__ where tokens choose some of the experts: x [B, T, D] -> the same results."""
+    run = on_each_device(run_sorted, x)
+    x, router_stats = run(experts, x)
+    return x, router_stats.mean(axis=0)
+
+
+def on_each_device(run, x):
+    """Makes each device run its own rows, where a mesh (jax.set_mesh) splits those of x."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh)
+    devices = math.prod(mesh[axis] for axis in axes)
+    if not axes or len(x) % devices != 0:
+        return run
+
+    rows = jax.P(axes)
+    specs = {"in_specs": (jax.P(), rows), "out_specs": rows}
+    return jax.shard_map(run, **specs, axis_names={*axes}, check_vma=False)
+
+
+def run_sorted(experts: Experts, x):
+    """Experts.__call__ on one device, with the choices of all tokens sorted by expert.
+
+    x [B, T, D] -> (x [B, T, D], router_stats [1, 2, E])
+    """
+    rows = x.reshape(-1, x.shape[-1])  # [N, D]
+    weights, chosen, probs = experts.route(rows)
+
+    # Choice i was made by token i // per_token.
+    E = len(experts.experts)
+    counts = jnp.zeros(E, int).at[chosen.ravel()].add(1)  # [E]
+    order = jnp.argsort(chosen.ravel())  # [N * per_token]
+    token = order // experts.per_token
+    weight = weights.ravel()[order]
+
+    few = len(rows) <= E
+    if few or jax.default_backend() == "cpu":
+        y = run_in_blocks(experts.experts, rows, token, weight, counts)  # [N, D]
+    else:
+        y = run_ragged(experts.experts, rows, token, weight, counts)
+    y = y.astype(x.dtype).reshape(x.shape)
+
+    router_stats = jnp.stack([counts / len(rows), probs.mean(axis=0)])
+    return y, router_stats[None]
+
+
+def run_in_blocks(experts, rows, token, weight, counts, block=128):
+    """The loop over the experts in Experts.__call__, a block of an expert's own tokens at a time.
+
+    rows [N, D] -> [N, D] float32. token and weight [N * per_token]: who made each choice, and its
+    weight, sorted by expert. counts [E]: how many choices each expert got. Experts and blocks
+    without tokens are skipped, and their weights are not read.
+    """
+    out = jnp.zeros(rows.shape, jnp.float32)
+    first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
+    block = min(len(rows), block)
+    for e, expert in enumerate(experts):
+        out = add_expert(out, expert, rows, token, weight, first[e], counts[e], block)
+    return out
+
+
+def add_expert(out, expert, rows, token, weight, first, count, block: int):
+    """Adds what one expert, with choices first to first + count - 1, contributes to out [N, D]."""
+
+    @jax.checkpoint  # otherwise the backward pass would keep [blocks, block, F] of every expert
+    def add_block(out, i):
+        i_in_expert = i * block + jnp.arange(block)  # which of the expert's choices
+        choice = jnp.clip(first + i_in_expert, max=len(token) - 1)
+        share = jnp.where(i_in_expert < count, weight[choice], 0)[:, None]
+        y = expert(rows[token[choice]]) * share
+        return out.at[token[choice]].add(y)
+
+    def skip(out, i):
+        return out
+
+    def step(out, i):
+        return jax.lax.cond(i * block < count, add_block, skip, out, i), None
+
+    blocks = jnp.arange(math.ceil(len(rows) / block))
+    out, _ = jax.lax.scan(step, out, blocks)
+    return out
+
+
+def run_ragged(experts, rows, token, weight, counts):
+    """`run_in_blocks` as three ragged products: reads all experts, whether chosen or not."""
+
+    def stacked(name):
+        kernels = [getattr(expert, name).kernel[...].astype(rows.dtype) for expert in experts]
+        return jnp.stack(kernels)
+
+    x = rows[token]  # [N * per_token, D], sorted by expert
+    gate = jax.lax.ragged_dot(x, stacked("w1"), counts)
+    up = jax.lax.ragged_dot(x, stacked("w3"), counts)
+    y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, stacked("w2"), counts)
+    return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
 
 
 # --------------------------- Command line: the same in every model file ---------------------------

@@ -127,19 +127,23 @@ def attend(q, k, v, q_positions, k_positions, scale):
 
 
 def attention_scores(q, k, q_positions, k_positions, scale):
-    """Scaled and masked dot products: q [B, H, T, Dh], k [B, H, S, Dh] -> [B, H, T, S] float32."""
+    """Scaled and masked dot products of queries and keys, in float32.
+
+    q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
+    """
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. Now it takes
-    # the mean of all values, which is finite and never read.
+    # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
+    # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     mask = causal_mask(q_positions, k_positions)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
 def causal_mask(q_positions, k_positions):
-    """Which keys each query may attend to: [B, T] and [B, S] -> [B, 1, T, S] bool.
+    """Which keys each query may attend to, as bool.
 
+    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
     Positions alone decide: a key must not be later than the query, and it must be real. Padding
     and empty slots of the cache have position -1.
     """
@@ -151,7 +155,7 @@ def causal_mask(q_positions, k_positions):
 class Attention(nnx.Module):
     """Causal multi-head self-attention; queries, keys and values each have a projection."""
 
-    def __init__(self, config: Config, **options):
+    def __init__(self, config: Config, **options):  # options: dtype, param_dtype, rngs
         D = config.hidden_size
         H = config.num_attention_heads
         init = normal(config.init_std)
@@ -167,10 +171,10 @@ class Attention(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], what the cache keeps of this layer).
+    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        past: this layer of the cache; x is written to it from slot `start` on.
+        layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
         """
         B, T, D = x.shape
@@ -179,18 +183,19 @@ class Attention(nnx.Module):
         k = self.k_proj(x).reshape(B, T, -1, Dh)
         v = self.v_proj(x).reshape(B, T, -1, Dh)
 
-        k, v, k_positions, kept = update_layer(past, k, v, k_positions, start)  # [B, S, H, Dh]
+        # k and v [B, S, H, Dh] from here on
+        k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         x = attend(q, k, v, positions, k_positions, self.scale)  # [B, T, H, Dh]
         x = self.out_proj(x.reshape(B, T, D))
 
         if rngs is not None:
             x = self.dropout(x, rngs=rngs)
-        return x, kept
+        return x, layer_cache
 
 
-class Block(nnx.Module):
-    """One layer: attention, then the MLP. Pre-norm; the 350M model is post-norm."""
+class MLP(nnx.Module):
+    """Two layers: widen each token's vector to F, apply the activation, and narrow it again."""
 
     def __init__(self, config: Config, **options):
         D = config.hidden_size
@@ -199,36 +204,14 @@ class Block(nnx.Module):
         residual_init = normal(config.init_std / (2 * config.num_hidden_layers) ** 0.5)
         linear = {"use_bias": config.enable_bias, **options}
 
-        self.pre_norm = config.do_layer_norm_before
-        self.self_attn = Attention(config, **options)
-        self.self_attn_layer_norm = layer_norm(config, **options)
         self.act = ACTIVATIONS[config.activation_function]
         self.fc1 = Linear(D, F, kernel_init=init, **linear)
         self.fc2 = Linear(F, D, kernel_init=residual_init, **linear)
         self.dropout = nnx.Dropout(config.dropout)
-        self.final_layer_norm = layer_norm(config, **options)
 
-    def __call__(self, x, positions, k_positions, past, start, rngs=None):
-        """x [B, T, D] -> (x [B, T, D], kept); arguments and `kept` as for Attention."""
-        if self.pre_norm:
-            # Each reads a normed copy of the residual stream.
-            y = self.self_attn_layer_norm(x)
-            y, kept = self.self_attn(y, positions, k_positions, past, start, rngs)
-            x = x + y
-
-            y = self.mlp(self.final_layer_norm(x), rngs)
-            x = x + y
-        else:
-            # Post-norm: the residual stream itself is normed, after each addition.
-            y, kept = self.self_attn(x, positions, k_positions, past, start, rngs)
-            x = self.self_attn_layer_norm(x + y)
-
-            y = self.mlp(x, rngs)
-            x = self.final_layer_norm(x + y)
-        return x, kept
-
-    def mlp(self, x, rngs=None):
-        """x [B, T, D] -> [B, T, D]. As in GPT-2, but its two layers belong to the block itself."""
+    @jax.named_scope("mlp")
+    def __call__(self, x, rngs=None):
+        """x [B, T, D] -> [B, T, D]"""
         x = self.fc1(x)  # [B, T, F]
         x = self.act(x)
         x = self.fc2(x)  # [B, T, D]
@@ -236,6 +219,36 @@ class Block(nnx.Module):
         if rngs is not None:
             x = self.dropout(x, rngs=rngs)
         return x
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP. Pre-norm; the 350M model is post-norm."""
+
+    def __init__(self, config: Config, **options):
+        self.pre_norm = config.do_layer_norm_before
+        self.self_attn = Attention(config, **options)
+        self.self_attn_layer_norm = layer_norm(config, **options)
+        self.mlp = MLP(config, **options)
+        self.final_layer_norm = layer_norm(config, **options)  # of the MLP; the name is OPT's
+
+    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+        """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
+        if self.pre_norm:
+            # Each reads a normed copy of the residual stream.
+            y = self.self_attn_layer_norm(x)
+            y, layer_cache = self.self_attn(y, positions, k_positions, layer_cache, start, rngs)
+            x = x + y
+
+            y = self.mlp(self.final_layer_norm(x), rngs)
+            x = x + y
+        else:
+            # Post-norm: the residual stream itself is normed, after each addition.
+            y, layer_cache = self.self_attn(x, positions, k_positions, layer_cache, start, rngs)
+            x = self.self_attn_layer_norm(x + y)
+
+            y = self.mlp(x, rngs)
+            x = self.final_layer_norm(x + y)
+        return x, layer_cache
 
 
 class Model(nnx.Module):
@@ -258,7 +271,6 @@ class Model(nnx.Module):
         V = config.padded_vocab_size or config.vocab_size
         init = normal(config.init_std)
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        linear = {"use_bias": False, "kernel_init": init, **options}
 
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -271,14 +283,14 @@ class Model(nnx.Module):
         rows = config.max_position_embeddings + 2
         self.embed_positions = nnx.Embed(rows, D, embedding_init=init, **options)
         if self.projected:
-            self.project_in = Linear(E, D, **linear)
+            self.project_in = Linear(E, D, use_bias=False, kernel_init=init, **options)
         self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
         if config.do_layer_norm_before and not config.remove_final_layer_norm:
             self.final_layer_norm = layer_norm(config, **options)
         if self.projected:
-            self.project_out = Linear(D, E, **linear)
+            self.project_out = Linear(D, E, use_bias=False, kernel_init=init, **options)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(E, V, **linear)
+            self.lm_head = Linear(E, V, use_bias=False, kernel_init=init, **options)
 
     def __call__(self, tokens, positions=None, cache=None, *, rngs=None):
         """tokens [B, T] -> logits [B, T, V] in float32; with a cache: (logits, cache)."""
@@ -289,7 +301,7 @@ class Model(nnx.Module):
         return logits, new_cache
 
     def hidden(self, tokens, positions=None, cache=None, *, rngs=None):
-        """tokens [B, T] -> (x [B, T, E], cache): the final normed residual stream, for `head`.
+        """tokens [B, T] -> (x [B, T, E], cache): what `head` takes.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
         cache: needs T empty slots; by default a new one, which these tokens fill.
@@ -297,7 +309,7 @@ class Model(nnx.Module):
         """
         tokens = as_array(tokens)  # lists will do
         B, T = tokens.shape
-        run = how_to_run(self, with_cache=cache is not None)  # Block.__call__, or the like
+        run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
         if cache is None:
@@ -320,8 +332,10 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
-                x, kept = run(block, x, positions, k_positions, cache.layers[i], start, rngs)
-            layers.append(kept)
+                x, layer_cache = run_block(
+                    block, x, positions, k_positions, cache.layers[i], start, rngs
+                )
+            layers.append(layer_cache)
 
         if hasattr(self, "final_layer_norm"):
             x = self.final_layer_norm(x)
@@ -362,8 +376,8 @@ ACTIVATIONS = {
 class Cache(NamedTuple):
     """The KV cache: keys and values of all tokens so far, so that they are computed only once.
 
-    All rows fill the same slots; shorter prompts are padded on the left. The position of padding
-    and of empty slots is -1, which hides them from every query.
+    A row is one sequence of the batch. All rows fill the same slots; shorter prompts are padded on
+    the left. The position of padding and of empty slots is -1, which hides them from every query.
     """
 
     layers: tuple  # for each layer (k, v), each [B, S, H, Dh]
@@ -384,14 +398,15 @@ def init_cache(config: Config, batch: int, length: int, dtype) -> Cache:
     return Cache(tuple(layers), tokens, positions, jnp.array(0))
 
 
-def update_layer(past, k, v, k_positions, start):
+def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
-    k and v [B, T, H, Dh] -> (k, v and k_positions to attend to, all of S slots; (k, v) to keep)
-    Here both are the same k and v; with a sliding window they differ (gemma.py, mistral.py).
+    k and v [B, T, H, Dh] -> (k, v and k_positions to attend to; the updated layer_cache)
+    Here layer_cache is that same k and v, of all S slots; with a sliding window the two differ
+    (gemma.py, mistral.py).
     """
-    k = write_slots(past[0], k, start)
-    v = write_slots(past[1], v, start)
+    k = write_slots(layer_cache[0], k, start)
+    v = write_slots(layer_cache[1], v, start)
     return k, v, k_positions, (k, v)
 
 
@@ -436,7 +451,7 @@ def sample(
     best = logits.max(axis=-1, keepdims=True)
     logits = (logits - best) / jnp.maximum(temperature, 1e-30)
 
-    # From here on there are only k logits, and `ids` says whose they are.
+    # With top_k, only k logits remain; `ids` holds their token ids.
     ids = None
     if top_k is not None:
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))  # [B, k]
@@ -463,6 +478,7 @@ def top_p_bound(logits, top_p):
     probs = jax.nn.softmax(logits, axis=-1)
     best = logits.max(axis=-1, keepdims=True)
 
+    # Invariant: the tokens above `low` hold at least top_p, those above `high` less.
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
@@ -498,10 +514,10 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Runs tokens [B, T] through the model and draws the next one -> (cache, token [B]).
+    """Runs tokens [B, T] through the model and samples one more -> (cache, token [B]).
 
-    In `decode` it does the same with a single token, T = 1. Options that are None are no inputs of
-    the compiled program, which has no code for them.
+    With the T tokens of the prompts it is the prefill; with T = 1 it is a step of `decode`. An
+    option that is None is absent from the compiled program.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -708,7 +724,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
-    # The largest come first: while a tensor is converted, there are two more copies of it.
+    # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
     for path, param, name, transposed in by_size:
         read = stored[name]
@@ -751,14 +767,16 @@ def save(model, folder, tokenizer=None) -> None:
 
 def skeleton(config: Config, **options):
     """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # for nnx.Rngs: nothing is drawn
+    # Only shapes are traced, so one constant key stands in for nnx.Rngs.
+    rngs = SimpleNamespace(params=partial(jax.random.key, 0))
     return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
 
 
 def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter.
 
-    The name comes from the first row of CHECKPOINT whose pattern matches the path.
+    The name comes from the first row of CHECKPOINT whose pattern matches the path. (CHECKPOINT:
+    below, in each model's own section.)
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
@@ -1267,9 +1285,12 @@ def config_to_hf(config: Config) -> dict:
     return values
 
 
-# Parameter path -> its name in a checkpoint, and whether it is transposed there.
+# Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
+# layers.0.mlp.fc1.kernel -> model.decoder.layers.0.fc1.weight: checkpoints leave out mlp.
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
+    (r"(.+)\.mlp\.(fc1|fc2)\.kernel", r"model.decoder.\1.\2.weight", True),
+    (r"(.+)\.mlp\.(fc1|fc2)\.bias", r"model.decoder.\1.\2.bias", False),
     (r"(.+)\.kernel", r"model.decoder.\1.weight", True),
     (r"(.+)\.(embedding|scale)", r"model.decoder.\1.weight", False),
     (r"(.+)\.bias", r"model.decoder.\1.bias", False),
@@ -1329,8 +1350,9 @@ SHARDING = [
 def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
-    A dimension is split over an axis of the mesh if the axis divides it. Keys and values are split
-    between KV heads, where k_proj and v_proj make them.
+    A dimension is split over an axis of the mesh if the axis divides it. The outputs of k_proj and
+    v_proj are split only between whole KV heads. (This has no effect in GPT-2, whose c_attn makes
+    queries, keys and values at once.)
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 
@@ -1346,13 +1368,13 @@ def sharding(mesh, config: Config, path: str, shape):
 
 
 # --------------------------- Faster forms: the same in every model file ---------------------------
-# A reader may stop here. The model is the same with `Linear = nnx.Linear`, `run = Block.__call__`
-# and an `attend` without `attend_in_chunks`; each form below only takes less time or memory.
-# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write
-# `Linear = nnx.Linear` and leave out the first `if` of `how_to_run`.
+# A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
+# `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
+# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
+# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
-def linear_dot(x, kernel, dimension_numbers, **options):
+def linear_dot(x, kernel, dimension_numbers, **matmul_options):
     """x [..., D] times kernel [D, F] -> [..., F]: the product in nnx.Linear, for XLA on a CPU."""
     D, F = kernel.shape
     one_vector = x.size == D and x.dtype == jnp.float32
@@ -1362,7 +1384,7 @@ def linear_dot(x, kernel, dimension_numbers, **options):
         y = parts.sum(axis=0)
     else:
         # As a matrix [rows, D]: for its gradient, XLA on a CPU copies an x of more dimensions.
-        y = jnp.matmul(x.reshape(-1, D), kernel, **options)
+        y = jnp.matmul(x.reshape(-1, D), kernel, **matmul_options)
     return y.reshape(*x.shape[:-1], F)
 
 
@@ -1378,18 +1400,18 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, past, start, *rngs):
-    """Block.__call__ inside of a branch that XLA cannot know to be taken.
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+    """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
-    XLA on a CPU computes half precision in float32. Without the branches it would convert the
+    XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
     weights of all blocks before the first one runs, and hold them all in memory.
     """
 
     def run():
-        return block(x, positions, k_positions, past, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rngs)
 
     def skip():
-        return x, past
+        return x, layer_cache
 
     return jax.lax.cond(start >= 0, run, skip)
 
@@ -1403,20 +1425,20 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
-    """What `attend` computes, by an online softmax over chunks of keys: no [T, S] is ever held.
+def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+    """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
-    q [B, H, T, Dh], k and v [B, H, S, Dh] -> [B, H, T, Dh]; options as for attention_scores.
-    The maximum and the normalizer of the softmax are carried from chunk to chunk; a new maximum
-    rescales the sums so far. Milakov and Gimelshein 2018; Rabe and Staats 2021. The same idea is
-    behind flash attention.
+    q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
+    score_options: as for attention_scores. The maximum and the normalizer of the softmax are
+    carried from chunk to chunk; a new maximum rescales the sums so far. Milakov and Gimelshein
+    2018; Rabe and Staats 2021. The same idea is behind flash attention.
     """
 
     @jax.checkpoint  # otherwise the backward pass would keep the scores of every chunk
     def add_chunk(carry, chunk):
-        out, normalizer, maximum = carry  # [B, H, T, Dh], [B, H, T, 1], [B, H, T, 1]
+        out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **options)
+        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)
@@ -1433,7 +1455,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **options):
 
 
 def in_chunks(x, axis: int, fill=0):
-    """Splits an axis of keys into chunks: [..., S, ...] -> [S / CHUNK, ..., CHUNK, ...]."""
+    """Splits an axis of keys into chunks: [..., keys, ...] -> [keys / CHUNK, ..., CHUNK, ...]."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % CHUNK)
     x = jnp.pad(x, pad, constant_values=fill)

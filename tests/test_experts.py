@@ -1,4 +1,4 @@
-"""Mixtral's experts: two forms of the same sum, neither of which does more than the chosen work."""
+"""Mixtral's experts: the plain mixture, and two forms of it that do only the chosen work."""
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,39 @@ def dense(experts, rows, token, weight, counts):
 def test_both_forms_are_the_weighted_sum_of_the_chosen_experts(experts, run, n):
     inputs = choices(n)
     np.testing.assert_allclose(run(experts, *inputs), dense(experts, *inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["run_in_blocks", "run_ragged"])
+@pytest.mark.parametrize("n", [1, N])
+def test_the_faster_forms_are_the_plain_mixture(form, n, monkeypatch):
+    """Experts as a whole: results, router_stats, and the gradients of both."""
+    config = mistral.Config(
+        "mixtral", hidden_size=D, intermediate_size=F, num_local_experts=E, initializer_range=0.3
+    )
+    graphdef, state = nnx.split(mistral.Experts(config, rngs=nnx.Rngs(0)))
+    x = jnp.array(np.random.default_rng(1).normal(size=(1, n, D)), jnp.float32)
+
+    def loss(state, x):
+        y, router_stats = nnx.merge(graphdef, state)(x)
+        return (y**2).mean() + router_stats[1].max(), (y, router_stats)
+
+    step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    monkeypatch.setattr(mistral, "run_in_blocks", getattr(mistral, form))  # which a CPU calls
+    fast = jax.tree.leaves(step(state, x))
+    monkeypatch.setattr(mistral, "is_sparse", lambda experts: False)
+    monkeypatch.setattr(mistral, "run_sorted", None)  # must not be called
+    plain = jax.tree.leaves(step(state, x))
+    for one, other in zip(fast, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_the_plain_mixture_runs_where_all_experts_are_chosen(experts):
+    config = mistral.Config(
+        "mixtral", num_local_experts=experts, num_experts_per_tok=min(2, experts)
+    )
+    layer = nnx.eval_shape(lambda: mistral.Experts(config, rngs=nnx.Rngs(0)))
+    assert mistral.is_sparse(layer) == (experts == 4)
 
 
 @pytest.mark.parametrize("block", [1, 7, 32, 128])

@@ -14,7 +14,7 @@ WINDOWED = [
     if config.values[0]
     in [
         (MISTRAL, "window of 5"),
-        (MISTRAL, "2 experts, window of 7"),
+        (MISTRAL, "3 experts, window of 7"),
         (GEMMA, "second"),
         (GEMMA, "third"),
     ]

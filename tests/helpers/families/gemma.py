@@ -106,7 +106,7 @@ GEMMA = Family(
             "second",
         ),
         "no norm after the MLP": Mutation(
-            "return x + self.post_feedforward_layernorm(y)", "return x + y", "third"
+            "x = x + self.post_feedforward_layernorm(y)", "x = x + y", "third"
         ),
         "queries and keys not normed": Mutation(
             "q = self.q_norm(q)\n            k = self.k_norm(k)", "pass", "third"

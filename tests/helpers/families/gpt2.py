@@ -90,7 +90,9 @@ GPT2 = Family(
         "a token does not see itself": Mutation(VISIBLE, VISIBLE.replace("<=", "<")),
         "a token sees the next one": Mutation("(k_pos <= q_pos)", "(k_pos <= q_pos + 1)"),
         "q and k exchanged": Mutation("attend(q, k, v, positions", "attend(k, q, v, positions"),
-        "k and v exchanged": Mutation("= update_layer(past, k, v", "= update_layer(past, v, k"),
+        "k and v exchanged": Mutation(
+            "= update_layer(layer_cache, k, v", "= update_layer(layer_cache, v, k"
+        ),
         "heads of c_attn interleaved": Mutation(
             ".reshape(B, T, 3, self.heads, D // self.heads)",
             ".reshape(B, T, self.heads, 3, D // self.heads).swapaxes(2, 3)",

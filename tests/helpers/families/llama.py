@@ -52,8 +52,8 @@ LLAMA = Family(
             "inv_freq = scale_low_frequencies(inv_freq, scaling)", "pass", "llama3 RoPE"
         ),
         "no transition between the bands": Mutation(
-            "kept = np.clip((turns - low) / (high - low), 0, 1)",
-            "kept = 1.0 * (turns > high)",
+            "unscaled = np.clip((turns - low) / (high - low), 0, 1)",
+            "unscaled = 1.0 * (turns > high)",
             "llama3 RoPE",
         ),
         "scale by D and not Dh": Mutation("scale=Dh**-0.5", "scale=D**-0.5 if (D := 48) else 1"),

@@ -42,7 +42,8 @@ MISTRAL = Family(
         "window of 70": {"sliding_window": 70, "head_dim": 20},
         "large epsilon and theta": {"rms_norm_eps": 1e-2, **rope("default", 1e6)},
         "8 experts": {**MIXTRAL, **GROUPED, "num_local_experts": 8},
-        "2 experts, window of 7": {**MIXTRAL, "num_local_experts": 2, "sliding_window": 7},
+        "3 experts, window of 7": {**MIXTRAL, "num_local_experts": 3, "sliding_window": 7},
+        "both of 2 experts": {**MIXTRAL, "num_local_experts": 2},
         "4 experts, one at a time": {**MIXTRAL, "num_local_experts": 4, "num_experts_per_tok": 1},
         "square head": {"vocab_size": 48, "tie_word_embeddings": False},
     },
@@ -79,6 +80,6 @@ MISTRAL = Family(
     },
     hf_names=mixtral_names,
     cut={"num_hidden_layers": 1, "vocab_size": 1000},
-    core="2 experts, window of 7",
+    core="3 experts, window of 7",
     **ROTARY,
 )

@@ -100,7 +100,9 @@ OPT = Family(
         "a token does not see itself": Mutation(VISIBLE, VISIBLE.replace("<=", "<")),
         "a token sees the next one": Mutation("(k_pos <= q_pos)", "(k_pos <= q_pos + 1)"),
         "q and k exchanged": Mutation("attend(q, k, v, positions", "attend(k, q, v, positions"),
-        "k and v exchanged": Mutation("= update_layer(past, k, v", "= update_layer(past, v, k"),
+        "k and v exchanged": Mutation(
+            "= update_layer(layer_cache, k, v", "= update_layer(layer_cache, v, k"
+        ),
         "heads of v interleaved": Mutation(
             "self.v_proj(x).reshape(B, T, -1, Dh)",
             "self.v_proj(x).reshape(B, T, Dh, -1).swapaxes(2, 3)",
@@ -143,5 +145,5 @@ OPT = Family(
     context="max_position_embeddings",
     dropouts=("dropout",),
     table="embed_tokens",
-    matrix="layers.1.fc1.kernel",
+    matrix="layers.1.mlp.fc1.kernel",
 )

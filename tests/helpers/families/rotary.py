@@ -12,10 +12,10 @@ def rotary_parts(module):
     def parts(model, tokens, x):
         block, x = model.layers[-1], jnp.array(x)
         positions = jnp.tile(jnp.arange(x.shape[1]), (x.shape[0], 1))
-        past = module.init_cache(model.config, *x.shape[:2], x.dtype).layers[-1]
+        layer_cache = module.init_cache(model.config, *x.shape[:2], x.dtype).layers[-1]
         experts = getattr(block, "block_sparse_moe", None)
         return {
-            "attention": block.self_attn(x, positions, positions, past, 0)[0],
+            "attention": block.self_attn(x, positions, positions, layer_cache, 0)[0],
             "mlp": experts(x)[0] if experts else block.mlp(x),
             "norm": block.input_layernorm(x),
             "final norm": model.norm(x),
