@@ -1126,6 +1126,7 @@ def check_kind(values: dict, supported) -> str:
     """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
     kind = values.get("model_type", supported[0])
     check_supported("model_type", kind, supported)
+    check_supported("is_causal", values.get("is_causal", True), [True])
     quantized = values.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unknown method")
@@ -1419,8 +1420,9 @@ def config_from_hf(values: dict) -> Config:
     known["hidden_activation"] = activation_of(values, kind)
     if kind == "gemma":
         known["query_pre_attn_scalar"] = values["head_dim"]
-    if kind == "gemma3_text":
-        known["attn_logit_softcapping"] = None  # the reference does not use it
+        known["final_logit_softcapping"] = None
+    if kind != "gemma2":
+        known["attn_logit_softcapping"] = None  # the reference ignores it, where a file has it
     return Config(**known)
 
 
@@ -1443,6 +1445,7 @@ def rope_of(values: dict, kind: str) -> dict:
     scaling = values.get("rope_scaling") or {}
     parameters = values.get("rope_parameters") or {}
     if kind == "gemma3_text":
+        scaling = {key: value for key, value in scaling.items() if key != "type"}  # not read here
         full = {**(parameters.get(FULL) or {}), **scaling}
         sliding = parameters.get(SLIDING) or {}
         local = values["rope_local_base_freq"]
@@ -1470,9 +1473,9 @@ def linear_factor(rope: dict) -> float:
 
 def layer_types_of(values: dict, kind: str) -> tuple[str, ...]:
     """FULL or SLIDING for each layer; where config.json does not list them, as each Gemma has."""
-    if values.get("layer_types"):
-        return tuple(values["layer_types"])
     period = PERIODS[kind]
+    if values.get("layer_types") and kind != "gemma":
+        return tuple(values["layer_types"])
     if kind == "gemma3_text":
         period = values.get("sliding_window_pattern", period)
     return layer_pattern(values["num_hidden_layers"], period)

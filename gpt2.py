@@ -969,6 +969,7 @@ def check_kind(values: dict, supported) -> str:
     """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
     kind = values.get("model_type", supported[0])
     check_supported("model_type", kind, supported)
+    check_supported("is_causal", values.get("is_causal", True), [True])
     quantized = values.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unknown method")
@@ -1249,7 +1250,16 @@ PRESETS = {  # by id on the Hub; the first is the default
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
     check_kind(values, ["gpt2"])
-    return Config(**known_fields(values))
+    renamed = {ALIASES[key]: value for key, value in values.items() if key in ALIASES}
+    return Config(**known_fields({**values, **renamed}))
+
+
+ALIASES = {  # other names that transformers takes for the sizes
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 def config_to_hf(config: Config) -> dict:

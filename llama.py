@@ -85,6 +85,8 @@ class Config:
         check_divides(self, "num_key_value_heads", "num_attention_heads")
         check_even(self, "head_dim")
         check_rope(dict(self.rope_scaling))
+        if ("rope_type", "dynamic") in self.rope_scaling and self.head_dim == 2:
+            raise InputError("config.json: dynamic RoPE scaling needs a head_dim of 4 or more")
 
     @classmethod
     def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
@@ -1012,6 +1014,7 @@ def check_kind(values: dict, supported) -> str:
     """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
     kind = values.get("model_type", supported[0])
     check_supported("model_type", kind, supported)
+    check_supported("is_causal", values.get("is_causal", True), [True])
     quantized = values.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unknown method")

@@ -1147,6 +1147,7 @@ def check_kind(values: dict, supported) -> str:
     """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
     kind = values.get("model_type", supported[0])
     check_supported("model_type", kind, supported)
+    check_supported("is_causal", values.get("is_causal", True), [True])
     quantized = values.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unknown method")
@@ -1442,7 +1443,11 @@ PRESETS = {  # by id on the Hub; the first is the default
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
     kind = check_kind(values, list(ARCHITECTURES))
+    if "layer_types" in values:
+        raise InputError("config.json: layer_types make it a Ministral, which is not supported")
     values = {**ABSENT[kind], **values}
+    if "num_experts" in values:
+        values["num_local_experts"] = values["num_experts"]  # transformers takes either name
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
     known = known_fields(values)
 

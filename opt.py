@@ -981,6 +981,7 @@ def check_kind(values: dict, supported) -> str:
     """The model_type of a config.json. InputError: another kind of model, or quantized weights."""
     kind = values.get("model_type", supported[0])
     check_supported("model_type", kind, supported)
+    check_supported("is_causal", values.get("is_causal", True), [True])
     quantized = values.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unknown method")

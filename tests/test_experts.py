@@ -12,11 +12,12 @@ from jax.nn import silu
 import mistral
 
 N, D, F, E, CHOSEN = 96, 16, 24, 8, 2
+SIZES = {"hidden_size": D, "intermediate_size": F, "num_attention_heads": 8}
 
 
 @pytest.fixture(scope="module")
 def experts():
-    config = mistral.Config("mixtral", hidden_size=D, intermediate_size=F, initializer_range=0.3)
+    config = mistral.Config("mixtral", **SIZES, initializer_range=0.3)
     return [mistral.Expert(config, rngs=nnx.Rngs(e)) for e in range(E)]
 
 
@@ -53,9 +54,7 @@ def test_both_forms_are_the_weighted_sum_of_the_chosen_experts(experts, run, n):
 @pytest.mark.parametrize("n", [1, N])
 def test_the_faster_forms_are_the_plain_mixture(form, n, monkeypatch):
     """Experts as a whole: results, router_stats, and the gradients of both."""
-    config = mistral.Config(
-        "mixtral", hidden_size=D, intermediate_size=F, num_local_experts=E, initializer_range=0.3
-    )
+    config = mistral.Config("mixtral", **SIZES, num_local_experts=E, initializer_range=0.3)
     graphdef, state = nnx.split(mistral.Experts(config, rngs=nnx.Rngs(0)))
     x = jnp.array(np.random.default_rng(1).normal(size=(1, n, D)), jnp.float32)
 
