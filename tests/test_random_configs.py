@@ -343,6 +343,15 @@ def other_rope(family, values) -> bool:
     return not kinds <= set(SUPPORTED_ROPE[family])
 
 
+def dynamic_rope_of_one_pair(values) -> bool:
+    """Whether dynamic RoPE scaling would divide by Dh - 2 = 0."""
+    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    head_dim = values.get("head_dim")
+    if head_dim is None:
+        head_dim = values["hidden_size"] // values.get("num_attention_heads", 32)
+    return scaling.get("rope_type", scaling.get("type")) == "dynamic" and head_dim == 2
+
+
 ALL_REFUSE = {"no causal mask": lambda values: not values.get("is_causal", True)}
 REFUSED = {  # by family: a reason, and whether a config gives it; all others must be supported
     "gpt2": {
@@ -353,6 +362,7 @@ REFUSED = {  # by family: a reason, and whether a config gives it; all others mu
     "llama": {
         "activation": partial(other_activation, "llama"),
         "RoPE": partial(other_rope, "llama"),
+        "dynamic RoPE of one pair": dynamic_rope_of_one_pair,
     },
     "gemma": {
         "activation": partial(other_activation, "gemma"),
