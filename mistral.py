@@ -17,7 +17,8 @@ How to read this file: Config, Architecture and KV cache are the model; a reader
 Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
 model file. Faster forms come last, `Linear` too: until then, read it as nnx.Linear.
 
-    pip install "jax<0.13" "flax<0.13" numpy safetensors tokenizers huggingface_hub sentencepiece
+    pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
+    pip install transformers sentencepiece protobuf  # for tokenizers older than tokenizer.json
     python mistral.py "Once upon a time"                      # downloads mistralai/Mistral-7B-v0.1
     python mistral.py "Once upon a time" path/to/checkpoint   # either kind in Hugging Face's format
 
@@ -899,6 +900,10 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
             tensor = tensor.T
         if tensor.shape != param.shape:
             raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise InputError(
+                f"{folder}: {name} is {tensor.dtype}: quantized weights are not supported"
+            )
         tensor = tensor.astype(param.dtype, copy=False)
 
         where = None
@@ -994,6 +999,8 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file: name the folder of the checkpoint")
 
     from huggingface_hub import errors, snapshot_download  # respects HF_HOME and HF_TOKEN
 
@@ -1391,7 +1398,13 @@ def read_old_tokenizer(folder: Path):
         check_file(folder / name)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that PyTorch is missing
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        needed = "transformers sentencepiece protobuf"
+        raise InputError(
+            f"{folder} has no tokenizer.json, so needs: pip install {needed}"
+        ) from None
 
     try:
         if os.path.lexists(folder / "tokenizer_config.json"):

@@ -659,7 +659,8 @@ class ChatTokenizer:
         from transformers import AutoTokenizer  # half a second, which only chats have to wait
 
         # transformers is here for its template alone; the ids are those of every other text.
-        with explained((ValueError, OSError), f"the chat template of {folder}: {{}}"):
+        unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
+        with explained(unreadable, f"the chat template of {folder} cannot be read: {{}}"):
             self.templates = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.codec = codec
         self.folder = folder

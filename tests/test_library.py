@@ -218,6 +218,8 @@ def test_a_wrong_folder_and_no_network_are_one_line_that_names_the_bundled_check
     assert "there is no folder no/such-model" in line and str(ROOT / "tiny" / "gpt2") in line
     line = one_line(run("gpt2.py", "Hello", "./no/such/folder", **offline), "gpt2.py")
     assert "./no/such/folder: no such folder" in line
+    line = one_line(run("gpt2.py", "Hello", ROOT / "tiny/gpt2/model.safetensors"), "gpt2.py")
+    assert "model.safetensors is a file: name the folder" in line
     line = one_line(run("gpt2.py", "Hello", tmp_path), "gpt2.py")
     assert "has no tokenizer" in line
     line = one_line(run("gpt2.py", "Hello", ROOT / "tiny" / "llama"), "gpt2.py")

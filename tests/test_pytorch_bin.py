@@ -243,6 +243,15 @@ def test_a_file_that_was_cut_short_is_refused(family, plain, folder, is_zip, sha
 
 
 @once
+def test_integers_where_weights_are_meant_are_refused(family, plain, folder):
+    """They are quantized, and the scales are elsewhere."""
+    state = {name: (100 * tensor).byte() for name, tensor in plain.hf32.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(family.module.InputError, match="is uint8: quantized weights"):
+        family.module.load(folder)
+
+
+@once
 def test_another_zip_file_is_refused(family, folder):
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("holiday.txt", "no weights here")
