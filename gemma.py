@@ -16,7 +16,8 @@ Shape letters:  B batch   T query length: the tokens of this call   S cache leng
 
 How to read this file: Config, Architecture and KV cache are the model; a reader may stop there.
 Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
-model file. Faster forms come last, `Linear` too: until then, read it as nnx.Linear.
+model file. `Linear` is defined in the last section, Faster forms; until there, read nnx.Linear.
+"InputError: ..." in a docstring says when one is raised.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
     pip install transformers sentencepiece protobuf  # for tokenizers older than tokenizer.json
@@ -179,9 +180,10 @@ def attention_scores(q, k, q_positions, k_positions, scale, window=None, softcap
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
 
+    mask = causal_mask(q_positions, k_positions, window)
+
     # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
     # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
-    mask = causal_mask(q_positions, k_positions, window)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
@@ -273,8 +275,8 @@ class Attention(nnx.Module):
         q = rotate(q, positions, inv_freq)
         k = rotate(k, positions, inv_freq)
 
-        # k and v [B, S, K, Dh] from here on. In a ring-buffer layer they are the ring and the T new
-        # ones, or the ring alone if T = 1.
+        # k and v [B, S, K, Dh] from here on. With a ring buffer they are the old ring followed by
+        # the T new ones, or just the updated ring if T = 1.
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         score_options = {
@@ -394,7 +396,7 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed residual stream, for `head`.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
-        cache: needs T empty slots; by default a new one, which these tokens fill.
+        cache: needs T empty slots, which the caller checks; by default a new one is filled.
         rngs: not used; other models need it to train with dropout.
         """
         tokens = as_array(tokens)  # lists will do
@@ -503,8 +505,8 @@ def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
     k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; the updated layer_cache). A layer
-    with a sliding window is a ring buffer. A slot is an index in the whole sequence, a place one in
-    the ring: slot s is held in place s % ring_size, where it replaces one that has left the window.
+    with a sliding window is a ring buffer. A slot indexes the whole sequence, and a place the ring:
+    slot s is stored at place s % ring_size, replacing a token that has left the window.
     """
     T = k.shape[1]
     S = k_positions.shape[1]
@@ -593,21 +595,20 @@ def sample(
 
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
-    # The largest logit becomes 0, so that no temperature is too low to divide by.
-    best = logits.max(axis=-1, keepdims=True)
-    logits = (logits - best) / jnp.maximum(temperature, 1e-30)
+    # The best logit becomes 0, so that no temperature is too low to divide by.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = logits / jnp.maximum(temperature, 1e-30)
 
     # With top_k, only k logits remain; `ids` holds their token ids.
     ids = None
     if top_k is not None:
         logits, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))  # [B, k]
 
-    best = logits.max(axis=-1, keepdims=True)
     if top_p is not None:
         bound = top_p_bound(logits, top_p)
-        logits = jnp.where((logits > bound) | (logits == best), logits, -jnp.inf)
+        logits = jnp.where((logits > bound) | (logits == 0), logits, -jnp.inf)
     if min_p is not None:
-        logits = jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)
+        logits = jnp.where(logits >= jnp.log(min_p), logits, -jnp.inf)
 
     choice = jax.vmap(jax.random.categorical)(rng_keys, logits)  # [B]
     if ids is not None:
@@ -660,10 +661,10 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **samp
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
 def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
-    """Runs tokens [B, T] through the model and samples one more -> (cache, token [B]).
+    """One forward pass, then one sampled token: tokens [B, T] -> (cache, token [B]).
 
-    With the T tokens of the prompts it is the prefill; with T = 1 it is a step of `decode`. An
-    option that is None is absent from the compiled program.
+    Called with the whole prompts it is the prefill; with T = 1 it is a step of `decode`. An option
+    that is None is absent from the compiled program.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -715,7 +716,7 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt by up to max_new_tokens; returns the new tokens only.
 
-    A row ends before its first stop id. It depends on its own prompt and key alone, but for
+    A row ends before its first stop id. It depends on its own prompt and key alone, up to
     rounding. key: one jax.random.key for each row, or a single one, which is folded with the row
     numbers; a seed will do. temperature 0: greedy. stop_ids: ids, or a single one, or None.
     InputError: see `batch_prompts`, and arguments of another kind.
@@ -830,7 +831,7 @@ def round_up(n, multiple: int) -> int:
 # --------------------------- Checkpoints: the same in every model file ----------------------------
 
 
-DOWNLOADS = [  # of a repository on the Hub, beside the weights
+DOWNLOADS = [  # files to download besides the weights
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -912,7 +913,7 @@ def save(model, folder, tokenizer=None) -> None:
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
-        tokenizer.codec.save(str(Path(folder, "tokenizer.json")))
+        tokenizer.backend.save(str(Path(folder, "tokenizer.json")))
 
 
 def skeleton(config: Config, **options):
@@ -923,10 +924,10 @@ def skeleton(config: Config, **options):
 
 
 def named_parameters(state):
-    """Yields (path, parameter, name in the checkpoint, transposed there) for every parameter.
+    """Yields (path, parameter, name in the checkpoint, transposed there) of each parameter.
 
-    The name comes from the first row of CHECKPOINT whose pattern matches the path. (CHECKPOINT:
-    below, in each model's own section.)
+    The name comes from the first row of CHECKPOINT, in each model's own section, whose pattern
+    matches the path. What matches none, such as an adapter of LoRA, is not in checkpoints.
     """
     for parts, param in nnx.to_flat_state(state):
         path = ".".join(str(part) for part in parts)
@@ -985,7 +986,8 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
-        for whole in FORMATS if weights else []:
+        formats = FORMATS if weights else []
+        for whole in formats:
             pattern = whole.replace(".", "*.") + "*"  # model*.safetensors*: shards and index, too
             snapshot_download(name, revision=revision, allow_patterns=pattern)
             if any(folder.glob(pattern)):
@@ -1018,8 +1020,8 @@ def why_no_download(error, name: str, revision: str | None) -> str:
     bundled = Path(__file__).parent / "tiny" / Path(__file__).stem
     instead = f", or take the bundled {bundled}" if bundled.is_dir() else ""
     return (
-        f"there is no folder {name}, it is not complete in {constants.HF_HUB_CACHE}, and the Hub "
-        f"does not deliver it ({type(error).__name__}: {reason}): try again online{instead}"
+        f"there is no folder {name}, it is not complete in {constants.HF_HUB_CACHE}, and the "
+        f"download failed ({type(error).__name__}: {reason}): try again online{instead}"
     )
 
 
@@ -1153,7 +1155,7 @@ def check_supported(name: str, value, supported) -> None:
 
 
 def check_fields(config: Config) -> None:
-    """InputError where a field of a Config is of another type than it says, or a size is not."""
+    """InputError where a field of a Config has the wrong type, or a size is below 1."""
     for field in fields(config):
         value = getattr(config, field.name)
         expected = field.type
@@ -1205,8 +1207,14 @@ STORAGES = {
 }
 
 
+DAMAGE = (  # what pickle and zipfile raise where bytes are not what they should be
+    *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError),
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError),
+)
+
+
 class Storage(NamedTuple):
-    """Numbers in a file, of which tensors are made."""
+    """The flat array behind one or more tensors."""
 
     kind: str  # a key of STORAGES
     key: str  # its name in the file
@@ -1221,7 +1229,9 @@ def torch_tensors_in(file: Path) -> dict:
         if zipfile.is_zipfile(file):
             return zipped_tensors_in(file)
         return older_tensors_in(file)
-    except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except DAMAGE as error:
         raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
 
 
@@ -1245,9 +1255,9 @@ def older_tensors_in(file: Path) -> dict:
     """The tensors of a file of PyTorch before 1.6.
 
     It holds five pickles: a magic number, a version, the sizes of integers, the tensors, and the
-    names of the storages. The storages follow in that order, each after its length in 8 bytes.
+    keys of the storages. The storages follow in that order, each after its length in 8 bytes.
     """
-    starts = {}  # name of a storage -> where its numbers begin, and how many bytes they are
+    starts = {}  # key of a storage -> where its numbers begin, and how many bytes they are
 
     def read_storage(storage: Storage) -> bytes:
         start, size = starts[storage.key]
@@ -1257,23 +1267,26 @@ def older_tensors_in(file: Path) -> dict:
 
     with open(file, "rb") as stream:
         unpickler = TorchUnpickler(stream, file, read_storage)
-        _magic, _version, _sizes, tensors, names = [unpickler.load() for _ in range(5)]
-        for name in names:
+        _magic, _version, _sizes, tensors, keys = [unpickler.load() for _ in range(5)]
+        for key in keys:
             length = int.from_bytes(stream.read(8), "little")
-            size = length * np.dtype(STORAGES[unpickler.kinds[name]]).itemsize
-            starts[name] = stream.tell(), size
+            size = length * np.dtype(STORAGES[unpickler.kinds[key]]).itemsize
+            starts[key] = stream.tell(), size
             stream.seek(size, os.SEEK_CUR)
     return tensors
 
 
 class TorchUnpickler(pickle.Unpickler):
-    """Runs the pickles of a file. The module calls find_class and persistent_load as it goes."""
+    """Runs the pickles of a file, which call find_class and persistent_load as they go.
+
+    pickle calls find_class for each class or function, persistent_load for each storage.
+    """
 
     def __init__(self, stream, file: Path, read_storage):
         super().__init__(stream)
         self.file = file
         self.read_storage = read_storage  # Storage -> its bytes
-        self.kinds = {}  # name of a storage -> its kind
+        self.kinds = {}  # key of a storage -> its kind
 
     def find_class(self, module: str, name: str):
         """What the pickle gets when it looks up a class or a function."""
@@ -1289,7 +1302,7 @@ class TorchUnpickler(pickle.Unpickler):
 
     def persistent_load(self, reference):
         """What the pickle gets for a storage."""
-        _, kind, key, *_ = reference  # "storage", kind, name, device, length
+        _, kind, key, *_ = reference  # "storage", kind, key, device, length
         self.kinds[key] = kind
         return Storage(kind, key)
 
@@ -1299,16 +1312,21 @@ class TorchUnpickler(pickle.Unpickler):
 
     def read_tensor(self, storage, offset, shape, strides):
         """Reads a tensor from a storage. offset and strides count numbers, not bytes."""
-        known = isinstance(storage, Storage) and storage.kind in STORAGES
-        data = self.read_storage(storage) if known else b""
-        if not data:
+        if not isinstance(storage, Storage) or storage.kind not in STORAGES:
             raise InputError(f"{self.file} is damaged: no numbers for a tensor {shape}")
-
         dtype = np.dtype(STORAGES[storage.kind])
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+
         strides = [stride * dtype.itemsize for stride in strides]
         try:
+            data = self.read_storage(storage)
+            if not data:
+                raise InputError(f"{self.file} is damaged: no numbers for a tensor {shape}")
             return np.ndarray(shape, dtype, data, offset * dtype.itemsize, strides)
-        except ValueError as error:  # the tensor reaches beyond its storage
+        except InputError:
+            raise
+        except DAMAGE as error:  # such as a tensor that reaches beyond its storage
             raise InputError(f"{self.file} is damaged or cut short: {error}") from None
 
 
@@ -1325,8 +1343,8 @@ class Weights(dict):
 def tokenizer(name, revision: str | None = None):
     """An object with encode(text) -> ids and decode(ids) -> text, of a folder or Hub id.
 
-    The checkpoint's own files say how it cuts a text and what a sequence begins with. The text of
-    special tokens becomes their ids, and `decode` leaves those out. InputError: no tokenizer, or
+    The checkpoint's own files say how a text is split, and which tokens begin it. The text of a
+    special token becomes its id, and `decode` leaves those ids out. InputError: no tokenizer, or
     damaged files.
     """
     folder = fetch(name, revision, weights=False)
@@ -1341,7 +1359,7 @@ def tokenizer(name, revision: str | None = None):
         except TypeError:
             raise InputError(f"{text!r:.60} is not a text of valid Unicode characters") from None
 
-    return SimpleNamespace(encode=encode, decode=codec.decode, codec=codec)
+    return SimpleNamespace(encode=encode, decode=codec.decode, backend=codec)
 
 
 def read_new_tokenizer(file: Path):
@@ -1362,13 +1380,13 @@ def read_new_tokenizer(file: Path):
 def read_old_tokenizer(folder: Path):
     """The same from older files: vocab.json and merges.txt, or a SentencePiece tokenizer.model.
 
-    The package transformers makes it, as it needs the settings in tokenizer_config.json and the
-    tokens in added_tokens.json too. Without those settings it is the published one of the family.
+    The package transformers builds it, as it needs the settings in tokenizer_config.json and the
+    tokens in added_tokens.json, too. Without tokenizer_config.json, OLD_TOKENIZER is used.
     """
     files = []
     for kind in (["vocab.json", "merges.txt"], ["tokenizer.model"]):
         if any(os.path.lexists(folder / name) for name in kind):
-            files = kind
+            files += kind
     if not files:
         raise InputError(
             f"{folder} has no tokenizer: none of tokenizer.json, vocab.json, tokenizer.model"
@@ -1392,12 +1410,12 @@ def read_old_tokenizer(folder: Path):
         else:
             class_name, settings = OLD_TOKENIZER
             made = getattr(transformers, class_name).from_pretrained(folder, **settings)
+        return made.backend_tokenizer
     except InputError:
         raise
     except Exception as error:  # transformers and what it calls raise errors of all kinds
         reason = " ".join(str(error).split())
         raise InputError(f"{folder} has a tokenizer that cannot be read: {reason}") from error
-    return made.backend_tokenizer
 
 
 # -------------------------------------- Checkpoints of Gemma --------------------------------------
@@ -1599,7 +1617,7 @@ RENAMED = [  # of multimodal models
 ]
 # Ignored where a file has them: the token table again as the head, and what is for pictures.
 IGNORED = r"lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"
-FORMATS = {  # files of weights, and what reads them; the first that there is counts
+FORMATS = {  # files of weights, and what reads them: the first one present is used
     "model.safetensors": safetensors_in,
     "pytorch_model.bin": torch_tensors_in,
 }
@@ -1740,7 +1758,7 @@ def in_chunks(x, axis: int, fill=0):
 def main():
     """Continues a text. See the top of this file for two examples."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="For all options see sample.py."
+        description="Continues a text.", epilog="For all options see sample.py."
     )
     parser.add_argument("text", nargs="?", default="Once upon a time", help="what to continue")
     parser.add_argument(
@@ -1755,9 +1773,9 @@ def main():
         codec = tokenizer(args.checkpoint)
         model = load(args.checkpoint)
         prompt = codec.encode(args.text)
-        key = jax.random.key(0)
+        room = model.config.max_position_embeddings - len(prompt)
         options = {"temperature": 0.8, "top_k": 50, "stop_ids": model.config.eos_token_id}
-        [new] = generate(model, [prompt], 100, key=key, **options)
+        [new] = generate(model, [prompt], max(1, min(100, room)), key=jax.random.key(0), **options)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

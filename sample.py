@@ -58,7 +58,7 @@ def main():
         tokenizer = model_file.tokenizer(folder)
         stop_ids = find_stop_ids(model_file, folder, config) + special_ids(tokenizer, args.stop)
         if args.chat:
-            tokenizer = ChatTokenizer(tokenizer.codec, folder, args.system)
+            tokenizer = ChatTokenizer(tokenizer.backend, folder, args.system)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
 
         if prompts is None:
@@ -354,7 +354,7 @@ class Text:
         # Decoded with the prompt, because a token's text may depend on the tokens before it.
         ids = self.prompt_ids + self.ids
         if self.reason is None:
-            ids = settled_ids(self.tokenizer.codec, ids)
+            ids = settled_ids(self.tokenizer.backend, ids)
         whole = self.tokenizer.decode(ids)[self.begin :]
         text = cut_at_stop(whole, self.stops)
         if len(text) < len(whole):
@@ -380,14 +380,14 @@ class Text:
         }
 
 
-def settled_ids(codec, ids: list[int]) -> list[int]:
+def settled_ids(backend, ids: list[int]) -> list[int]:
     """The ids without single bytes at their end, whose text depends on the bytes that follow.
 
     Bytes in a row that are not UTF-8 together are decoded as U+FFFD, all of them, even those that
     would be a character alone.
     """
     end = len(ids)
-    while end > 0 and (codec.id_to_token(ids[end - 1]) or "").startswith("<0x"):
+    while end > 0 and (backend.id_to_token(ids[end - 1]) or "").startswith("<0x"):
         end -= 1
     return ids[:end]
 
@@ -653,7 +653,7 @@ def stop_profile(folder: Path):
 class ChatTokenizer:
     """The tokenizer of a checkpoint, with its chat template and perhaps a system message."""
 
-    def __init__(self, codec, folder: Path, system: str | None):
+    def __init__(self, backend, folder: Path, system: str | None):
         # Otherwise transformers says that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers import AutoTokenizer  # half a second, which only chats have to wait
@@ -662,7 +662,7 @@ class ChatTokenizer:
         unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
         with explained(unreadable, f"the chat template of {folder} cannot be read: {{}}"):
             self.templates = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.codec = codec
+        self.backend = backend
         self.folder = folder
         self.system = system
 
@@ -695,11 +695,11 @@ class ChatTokenizer:
             text = self.templates.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
-        return self.codec.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.codec.decode(ids)
+        return self.backend.decode(ids)
 
 
 @dataclass

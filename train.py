@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -112,7 +113,7 @@ class Run:
     checkpoints: ocp.CheckpointManager
     state: dict  # all that a step changes: see `first_state`
     step: int = 0  # steps done
-    first: int = 0  # steps that were done before, where the run was resumed
+    resumed_at: int = 0  # steps that were done before, where the run was resumed
     metrics: "Metrics" = None
     waiting: list = field(default_factory=list)  # metrics of steps still in flight
     clock: "Clock" = None
@@ -217,7 +218,8 @@ class Stop:
 
     The current step is finished (with several hosts, up to ten more), a checkpoint is saved, and
     then the program ends. A second Ctrl-C ends it at once, and so does either signal after the
-    training: the checkpoint being written is lost, and earlier ones are kept.
+    training, but for a SIGTERM that repeats the one that asked: the checkpoint being written is
+    lost, and earlier ones are kept.
     """
 
     def __init__(self):
@@ -255,7 +257,7 @@ def what_is_due(run: Run, stop: Stop) -> Due:
     stopping = stop.asked
     if args.multihost:
         stopping = any_host_stops(step, stopping)
-    log = evaluate or save or stopping or step % 10 == 0 or step == run.first + 1
+    log = evaluate or save or stopping or step % 10 == 0 or step == run.resumed_at + 1
     return Due(log, evaluate, save, stopping)
 
 
@@ -332,13 +334,14 @@ def print_progress(run: Run, end: str) -> None:
 
     # The mean training loss since the last estimate.
     args, step = run.args, run.step
+    since = 1 + (step - 1) % args.eval_every  # steps
     losses = [row["loss"] for row in run.metrics.rows[-2 * args.eval_every :] if "loss" in row]
-    losses = losses[-1 - (step - 1) % args.eval_every :]
+    losses = losses[-since:]
 
     # The first step does not count: it is mostly compilation.
     speed = 0.0
     if run.clock.seconds > 0:
-        speed = (step - run.first - 1) / run.clock.seconds  # steps/s
+        speed = (step - run.resumed_at - 1) / run.clock.seconds  # steps/s
     tokens_per_second = speed * args.batch * args.block
     mfu = run.flops_per_token * tokens_per_second / run.peak_flops
     left = (args.steps - step) / (speed or 1e9)
@@ -378,13 +381,13 @@ def print_sample(run: Run, key) -> None:
 
 def start_trace(run: Run) -> None:
     """With --profile, begins to trace before the eleventh step, when all is compiled."""
-    if run.args.profile and run.step == run.first + 10:
+    if run.args.profile and run.step == run.resumed_at + 10:
         jax.profiler.start_trace(run.args.profile)
 
 
 def end_trace_after_five(run: Run, metrics) -> None:
     """Ends the trace after five steps."""
-    if run.args.profile and run.step == run.first + 15:
+    if run.args.profile and run.step == run.resumed_at + 15:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
         print(f"five steps are traced: run `xprof {run.args.profile}`", file=sys.stderr)
@@ -441,7 +444,7 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
         clock=Clock(),
     )
     if args.resume:
-        run.step = run.first = run.checkpoints.latest_step()
+        run.step = run.resumed_at = run.checkpoints.latest_step()
         run.state = restore_checkpoint(run, run.step)
     if args.profile and args.steps - run.step < 15:
         fail(
@@ -475,7 +478,8 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     """Prints what is trained on what -> (FLOPs per token, peak FLOP/s of the devices).
 
     Training takes 6 FLOPs for each weight of a matrix and token, LoRA 4: it needs no gradients of
-    the frozen weights. Attention adds 12 L D T for each token.
+    the frozen weights. Attention adds 12 A for each token and key: A is the width of all heads, and
+    a token has T keys in each layer, or as many as its sliding window.
     """
     config = model.config
     devices = [*mesh.devices.flat]
@@ -493,19 +497,26 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
 
     layers = jax.eval_shape(lambda: model_file.init_cache(config, 1, 1, jnp.float32)).layers
     L = len(layers)
-    D = layers[0][0].shape[-1] * config.num_attention_heads
-    T = args.block
+    A = layers[0][0].shape[-1] * config.num_attention_heads  # attention width
+    keys = sum(keys_of(config, L, args.block))
     trained = sum(param.size for param in jax.tree.leaves(params))
     print(
         f"model  {args.model}.py, {trained:,} parameters trained, in {args.dtype} "
         f"on {len(devices)} x {devices[0].device_kind}\n"
         f"text   {len(data.train):,} tokens to train on, {len(data.val):,} to validate on; "
         f"vocabulary size {config.vocab_size:,}\n"
-        f"MFU    ({per_weight} N + 12 L D T) x tokens/s / peak: N {N:,}, L {L}, D {D}, T {T}, "
-        f"{peak / 1e9:,.0f} GFLOP/s",
+        f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: N {N:,} weights, A {A} wide attention, "
+        f"K {keys:,} keys in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
         flush=True,
     )
-    return per_weight * N + 12 * L * D * T, peak
+    return per_weight * N + 12 * A * keys, peak
+
+
+def keys_of(config, layers: int, T: int) -> list[int]:
+    """How many keys a token of T attends to in each layer; the causal mask is not counted."""
+    window = getattr(config, "sliding_window", None) or T
+    kinds = getattr(config, "layer_types", ["sliding_attention"] * layers)
+    return [min(T, window) if kind == "sliding_attention" else T for kind in kinds]
 
 
 def measure_peak(devices: list, dtype) -> float:
@@ -554,7 +565,7 @@ def token_losses(model, tokens, rngs=None):
     chunk = MAX_LOGITS // (B * model.config.vocab_size)  # time steps whose logits are few enough
     step_loss = jax.vmap(token_loss)  # [B, D], [B]: all rows at one time step
     if chunk >= T:
-        losses, correct = jax.vmap(step_loss)(x, targets)
+        losses, correct = jax.vmap(step_loss)(x, targets)  # here the outer vmap is over rows
         return losses, correct, cache
 
     @jax.checkpoint
@@ -596,7 +607,7 @@ def train_step(config: StepConfig, state: dict, frozen, tokens, key):
     if "ema" in state:
         new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - config.ema)
     if "scale" in state:
-        new, norm = rescale(state, new, norm)
+        new, norm = update_loss_scale(state, new, norm)
     new["step"] = state["step"] + 1
     return new, loss_and_accuracy | {"norm": norm}
 
@@ -653,7 +664,7 @@ def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
     return metrics, gradients
 
 
-def rescale(state: dict, new: dict, norm):
+def update_loss_scale(state: dict, new: dict, norm):
     """float16's loss scale: (the new state, or the old one if the gradient overflowed; the norm).
 
     The scale keeps small gradients from becoming 0. It is halved after an overflow, and doubled
@@ -716,8 +727,8 @@ def compile_steps_pmap(config: StepConfig, mesh):
 def make_build_model(mesh, graphdef, dtype, params, frozen) -> Callable:
     """The function (params, frozen) -> model for use inside of a program.
 
-    What is sharded along the axis fsdp is marked as whole, in `dtype`: XLA puts each all-gather
-    where a block needs the weight. The name "gathered" lets `compile_steps` drop it after use.
+    Each weight that is sharded along the axis fsdp is constrained to be whole, in `dtype`: XLA puts
+    its all-gather where a block needs it. The name "gathered" lets `compile_steps` drop it again.
     """
     shardings = jax.tree.map(lambda p: p.sharding, (params, frozen))
 
@@ -758,21 +769,22 @@ def make_optimizer(args) -> tuple:
     """
     rate = learning_rate(args)
     decay = args.weight_decay
-    decayed = {"weight_decay": decay, "mask": matrices}
+    decayed = {"weight_decay": decay, "mask": decay_mask}
     make = {
         "adamw": partial(optax.adamw, b1=args.beta1, b2=args.beta2, **decayed),
         "lion": partial(optax.lion, b1=args.beta1, b2=args.beta2, **decayed),
         "adafactor": partial(
             optax.adafactor,
             weight_decay_rate=lambda step: decay * rate(step),
-            weight_decay_mask=matrices,
+            weight_decay_mask=decay_mask,
         ),
         "muon": partial(
             optax.contrib.muon,
             beta=args.beta1,
             adam_b2=args.beta2,
             weight_decay=decay,
-            weight_decay_mask=matrices,
+            weight_decay_mask=decay_mask,
+            adam_weight_decay=decay,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=muon_dimensions,
         ),
@@ -791,22 +803,26 @@ def learning_rate(args) -> Callable:
     elif args.schedule == "linear":
         fall = optax.linear_schedule(args.lr, args.min_lr, steps)
     else:
-        level = steps - args.steps // 5  # wsd: falls only in the last fifth
-        fall = optax.linear_schedule(args.lr, args.min_lr, steps - level, level)
+        last = max(1, min(steps, args.steps // 5))  # wsd: falls only in the last fifth
+        fall = optax.linear_schedule(args.lr, args.min_lr, last, steps - last)
     rise = optax.linear_schedule(args.lr / (args.warmup + 1), args.lr, args.warmup)
     return optax.join_schedules([rise, fall], [args.warmup])
 
 
-def matrices(params):
+def decay_mask(params):
     """Which parameters decay: those of two dimensions and more."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 def muon_dimensions(params):
-    """Which parameters Muon updates: the kernels. A table of vectors is no matrix to it."""
+    """Which parameters Muon updates: matrices between hidden layers. AdamW updates the others.
+
+    The token and position tables and the head are no such matrices (Jordan et al. 2024).
+    """
 
     def of_param(path, p):
-        if p.ndim == 2 and "kernel" in str(path):
+        outer = re.search("embedding|lm_head", str(path))
+        if p.ndim == 2 and not outer:
             return optax.contrib.MuonDimensionNumbers()
         return None
 
@@ -860,7 +876,7 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     files = []
     if args.data or not args.dataset:
         files = find_files(args.data)
-    encoded = [file for file in files if file.suffix == ".bin"]
+    encoded = [file for file in files if file.suffix.lower() == ".bin"]
     if encoded and (encoded != files or len(files) > 2 or args.dataset):
         fail("--data: a .bin stands alone, or before the one to validate on")
 
@@ -871,7 +887,8 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     if args.dataset:
         texts += read_dataset(args.dataset)
 
-    cached = encode_once(args, model_file, folder, texts, has_tokens=bool(encoded))
+    letters = read_meta(encoded[0]) if args.tokens == META else None
+    cached = encode_once(args, model_file, folder, texts, letters, has_tokens=bool(encoded))
     V, _ = vocabulary(model_file, folder or cached)
     splits = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
     if len(splits) == 1:
@@ -917,23 +934,40 @@ def python_source() -> list[Path]:
 
 
 def read_texts(file: Path) -> list[str]:
-    """The texts of a file: all of it is one, or each line of a .jsonl has one."""
+    """The texts of a file: all of it is one, or it is JSON that holds several.
+
+    A .jsonl or .ndjson has {"text": ...} in each line, a .json an array of them, or such lines.
+    """
     unreadable = explained(OSError, f"--data {file}: {{}}: name files that can be read")
     no_text = explained(
         UnicodeDecodeError, f"--data {file} is not UTF-8 text: {{}}: convert it first"
     )
     with unreadable, no_text:
-        text = file.read_bytes().decode()  # as bytes: reading text would turn \r\n into \n
-    if file.suffix != ".jsonl":
+        # As bytes: reading text would turn \r\n into \n. Some files begin with a byte order mark.
+        text = file.read_bytes().decode("utf-8-sig")
+    kind = file.suffix.lower()
+    if kind not in (".json", ".jsonl", ".ndjson"):
         return [text]
 
+    errors = (ValueError, KeyError, TypeError, AttributeError)
+    if kind == ".json" and text.lstrip().startswith("["):
+        with explained(errors, f"--data {file} is not a JSON array of texts: {{}}"):
+            rows = [{"text": row} if isinstance(row, str) else row for row in json.loads(text)]
+        places = [f"text {i}" for i in range(1, len(rows) + 1)]
+    else:
+        rows, places = [], []
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                places.append(f"line {i}")
+                with explained(
+                    errors, f'--data {file}, line {i}: it must be like {{"text": "..."}}'
+                ):
+                    rows.append(json.loads(line))
+
     texts = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        errors = (ValueError, KeyError, TypeError, AttributeError)
-        with explained(errors, f'--data {file}, line {i}: it must be like {{"text": "..."}}'):
-            texts.append(json.loads(line)["text"].encode().decode())  # rejects lone surrogates
+    for row, place in zip(rows, places, strict=True):
+        with explained(errors, f'--data {file}, {place}: it must be like {{"text": "..."}}'):
+            texts.append(row["text"].encode().decode())  # rejects lone surrogates
     return texts
 
 
@@ -949,17 +983,21 @@ def read_dataset(name: str) -> list[str]:
     return texts
 
 
-def encode_once(args, model_file, folder: Path | None, texts: list[str], has_tokens: bool) -> Path:
+def encode_once(args, model_file, folder: Path | None, texts, letters, has_tokens: bool) -> Path:
     """The cache folder of the tokenizer and the tokens of these texts; written if it is new.
 
     Its name is a checksum of all that the tokens depend on, the code included.
     """
     files = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
     files = [file for file in files if re.search("(py|json|txt|model)$", file.name)]
-    inputs = [args.tokens, args.vocab_size, folder, *(file.read_bytes() for file in files), *texts]
-    digest = hashlib.sha256("\0".join(map(str, inputs)).encode()).hexdigest()
+    inputs = [args.tokens, args.vocab_size, folder, letters, *(file.read_bytes() for file in files)]
+    digest = hashlib.sha256()
+    for each in [*map(str, inputs), *texts]:
+        data = each.encode()
+        digest.update(f"{len(data)}:".encode())  # where one ends: "ab", "c" are not "a", "bc"
+        digest.update(data)
 
-    cached = CACHE / "tokens" / digest[:16]
+    cached = CACHE / "tokens" / digest.hexdigest()[:16]
     with exit_on_write_error(cached):
         cached.parent.mkdir(parents=True, exist_ok=True)
         if cached.exists():
@@ -968,7 +1006,7 @@ def encode_once(args, model_file, folder: Path | None, texts: list[str], has_tok
         # Under another name until it is complete: all of it is there, or nothing.
         with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as part:
             if folder is None:
-                write_tokenizer(Path(part), args.tokens, args.vocab_size, texts)
+                write_tokenizer(Path(part), args.tokens, args.vocab_size, texts, letters)
             if not has_tokens:
                 write_tokens(Path(part), model_file, folder or Path(part), texts)
             if not cached.exists():  # another run may have been faster
@@ -977,26 +1015,29 @@ def encode_once(args, model_file, folder: Path | None, texts: list[str], has_tok
 
 
 def pieces(texts):
-    """Yields (piece of a text, whether the text ends with it); no token crosses a cut.
+    """Yields (piece of a text, whether the text starts with it, whether it ends with it).
 
-    Long texts are cut at a newline, so that several cores can encode them.
+    Long texts are cut before a newline, so that several cores can encode them; no token crosses a
+    cut.
     """
     for text in texts:
         # At least 16,384 characters, then to the end of a line; or what is left.
         found = re.findall(r"(?s).{16384}.*?\S(?=\n)|.+", text) or [""]
-        for i, piece in enumerate(found, 1):
-            yield piece, i == len(found)
+        for i, piece in enumerate(found):
+            yield piece, i == 0, i == len(found) - 1
 
 
-def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: list[str]):
+def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: list[str], letters=None):
     """Writes the tokenizer of --tokens. All kinds give a text back as it was.
 
-    Where there are several texts, it has a token that ends one.
+    Where there are several texts, it has a token that ends one. letters: of a meta.pkl.
     """
     if kind == "gpt2":
         codec = gpt2_tokenizer()
+    elif kind == META:
+        codec = char_tokenizer(letters)
     elif kind == "char":
-        codec = char_tokenizer(texts)
+        codec = char_tokenizer(sorted(set().union(*texts)))
     elif kind == "bytes":
         codec = byte_tokenizer()
     else:
@@ -1026,9 +1067,8 @@ def gpt2_tokenizer() -> Tokenizer:
     return byte_level(vocabulary, generate_merges(vocabulary, None), use_regex=True)
 
 
-def char_tokenizer(texts: list[str]) -> Tokenizer:
-    """A token for each character of the texts. Unknown characters are dropped."""
-    letters = sorted(set().union(*texts))
+def char_tokenizer(letters: list[str]) -> Tokenizer:
+    """A token for each of these characters, in their order. Unknown characters are dropped."""
     codec = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     codec.decoder = decoders.Fuse()
     return codec
@@ -1046,7 +1086,7 @@ def bpe_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, initial_alphabet=list(byte_vocabulary())
     )
-    codec.train_from_iterator((piece for piece, _ in pieces([text])), trainer)
+    codec.train_from_iterator((piece for piece, *_ in pieces([text])), trainer)
     return codec
 
 
@@ -1077,28 +1117,38 @@ def vocabulary(model_file, folder: Path) -> tuple[int, int | None]:
 def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
     """Writes tokens.bin: the tokens of all texts, each between BOS and EOS where there are such."""
     V, eos = vocabulary(model_file, folder)
-    codec = model_file.tokenizer(folder).codec
+    codec = model_file.tokenizer(folder).backend
     bos = begin_ids(codec)
+    anchor = encode(codec, ANCHOR)
     todo = pieces(texts)
-    starts = True  # whether the next piece starts a text
     bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
     with bar, open(part / "tokens.bin", "wb") as out:
         while batch := list(itertools.islice(todo, 1000)):
-            rows = codec.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-            for (piece, ends), row in zip(batch, rows, strict=True):
-                ids = row.ids
+            marked = [piece if starts else ANCHOR + piece for piece, starts, _ in batch]
+            rows = codec.encode_batch_fast(marked, add_special_tokens=False)
+            for (piece, starts, ends), row in zip(batch, rows, strict=True):
                 if starts:
-                    ids = bos + ids
+                    ids = bos + row.ids
+                else:
+                    ids = row.ids[len(anchor) :]
                 if ends and eos is not None:
                     ids = [*ids, eos]
                 np.array(ids, token_type(V)).tofile(out)
-                starts = ends
                 bar.update(len(piece))
+
+
+# Stands before a piece that continues a text: some tokenizers put a blank before what they encode.
+ANCHOR = "a"
+
+
+def encode(codec, text: str) -> list[int]:
+    """The ids of a text alone, without BOS and EOS."""
+    return codec.encode(text, add_special_tokens=False).ids
 
 
 def begin_ids(codec) -> list[int]:
     """The ids that a tokenizer puts before every text, such as BOS. Some add EOS at the end."""
-    letter = codec.encode("a", add_special_tokens=False).ids
+    letter = encode(codec, "a")
     whole = codec.encode("a").ids
     for start in range(len(whole)):
         if whole[start : start + len(letter)] == letter:
@@ -1111,14 +1161,53 @@ def token_type(V: int) -> str:
     return "u2" if V <= 2**16 else "u4"
 
 
+def stored_type(file: Path, V: int) -> str:
+    """How the token ids of a .bin file are stored. Zeros tell more than two bytes from two."""
+    with open(file, "rb") as stream:
+        start = stream.read(2**20)
+    if start.startswith(b"\x93NUMPY"):
+        fail(f"--data {file} is an .npy file: write the ids alone, by tofile")
+
+    # In units of two bytes: an id of 4 bytes has one more, of 8 bytes three, which are 0 here.
+    units = np.frombuffer(start[: len(start) // 8 * 8], "u2").reshape(-1, 4)
+    if len(units) < 4 or not units.any():
+        return token_type(V)
+    if not units[:, 2:].any():
+        return "u8"
+    if token_type(V) == "u2" and not units[:, [1, 3]].any():
+        return "u4"
+    return token_type(V)
+
+
 def read_tokens(file: Path, V: int) -> np.ndarray:
     """The tokens of a .bin file. They stay on disk until they are used."""
     size = file.stat().st_size
-    if size % np.dtype(token_type(V)).itemsize != 0:
+    kind = stored_type(file, V)
+    if size % np.dtype(kind).itemsize != 0:
         fail(f"--data {file} ends in the middle of a token")
     if size == 0:
         return np.zeros(0, int)
-    return np.memmap(file, token_type(V), "r")
+    return np.memmap(file, kind, "r")
+
+
+META = "meta.pkl"  # nanoGPT writes it beside a .bin of characters
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts, lists and dicts. A pickle that looks up anything else may do harm."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_meta(file: Path) -> list[str]:
+    """The characters of the token ids 0, 1, ... in a .bin, by the meta.pkl beside it."""
+    meta = file.parent / META
+    errors = (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError)
+    with explained(errors, f"{meta} names no characters ({{}}): name the --weights to go on from"):
+        with open(meta, "rb") as stream:
+            characters = PlainUnpickler(stream).load()["itos"]
+        return [characters[i] for i in range(len(characters))]
 
 
 def split_validation(tokens: np.ndarray) -> list[np.ndarray]:
@@ -1393,7 +1482,7 @@ def save_checkpoint(run: Run, val_loss: float | None):
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(run.settings)
         )
-        metrics = {"val_loss": val_loss} if val_loss else None
+        metrics = None if val_loss is None else {"val_loss": val_loss}
         checkpoints.save(int(state["step"]), metrics=metrics, args=items)
 
 
@@ -1997,8 +2086,9 @@ def choose_tokenizer(args):
     """The tokenizer of --tokens, or the first that fits --weights and --data."""
     kinds = ["bpe", "char", "bytes", "gpt2"]
     files = [file for name in args.data for file in (glob.glob(name) or [name])]
-    if any(file.endswith(".bin") for file in files):
-        kinds = ["gpt2"]
+    encoded = [Path(file) for file in files if file.lower().endswith(".bin")]
+    if encoded:
+        kinds = [META] if (encoded[0].parent / META).exists() else ["gpt2"]
     if args.weights:
         kinds = ["its own"]
     if args.tokens is None:

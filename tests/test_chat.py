@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
 
 
 def chat_tokenizer(folder, system=None):
-    return sample.ChatTokenizer(llama.tokenizer(folder).codec, folder, system)
+    return sample.ChatTokenizer(llama.tokenizer(folder).backend, folder, system)
 
 
 def said(folder, messages, n, module=llama):
@@ -339,7 +339,7 @@ def byte_fallback_tokenizer():
     def encode(text):
         return codec.encode(text).ids
 
-    return SimpleNamespace(encode=encode, decode=codec.decode, codec=codec)
+    return SimpleNamespace(encode=encode, decode=codec.decode, backend=codec)
 
 
 def test_a_byte_that_spoils_the_bytes_before_it_is_waited_for():

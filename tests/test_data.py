@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,13 +17,18 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 from helpers.small import edit_config, write_checkpoint
 
 import gpt2
+import llama
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TIKTOKEN = ROOT.parent / "shared/material/gpt2-tokenizer/tiktoken-cache"
+LLAMA2 = ROOT.parent / "shared/material/llama2-tokenizer/tokenizer.model"
+SIZES = {"layers": 1, "heads": 2, "width": 16, "context": 64}
+FIRST, SECOND = "a first text, longer than a block, ", "and a second one, which is the last"
 SMALL = "--layers 1 --heads 2 --width 32 --block 4 --batch 4 --steps 2 --warmup 0 --device cpu"
 TEXT = "".join(f"The {n} of {n * n} said: 'I'll go', and went {n % 7} miles.\n" for n in range(400))
 
@@ -213,6 +220,140 @@ def test_a_token_beyond_the_vocabulary_is_refused(refused):
     write_bin("bad.bin", [*range(100), 256, *range(100)])
     error = refused("--data", "bad.bin", "--weights", "model")
     assert "token 256" in error and "the model has 256" in error
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32, np.int32, np.int64])
+def test_ids_of_two_four_and_eight_bytes_are_told_apart(prepare, kind):
+    """np.array(ids).tofile writes eight, and some scripts four; nanoGPT's own two."""
+    write_checkpoint("model")
+    tokens = np.random.default_rng(0).integers(256, size=1000)
+    tokens.astype(kind).tofile("x.bin")
+    train_tokens, val_tokens, _ = prepare("--data", "x.bin", "--weights", "model")
+    assert [*train_tokens, *val_tokens] == tokens.tolist()
+
+
+@pytest.mark.parametrize("kind", ["u4", "u8"])
+def test_ids_of_a_large_vocabulary_have_four_bytes_or_eight(tmp_path, kind):
+    tokens = np.random.default_rng(0).integers(128_000, size=1000)
+    tokens.astype(kind).tofile("x.bin")
+    assert train.read_tokens(Path("x.bin"), 128_256).tolist() == tokens.tolist()
+
+
+def test_an_npy_file_under_the_name_of_a_bin_is_refused(refused):
+    np.save("x.npy", np.arange(100))
+    Path("x.npy").rename("x.bin")
+    write_checkpoint("model")
+    assert "is an .npy file" in refused("--data", "x.bin", "--weights", "model")
+
+
+def write_meta(content):
+    Path("meta.pkl").write_bytes(pickle.dumps(content))
+
+
+def test_the_characters_of_nanogpts_meta_pkl_are_the_tokens_of_its_bin(prepare):
+    """As its data/shakespeare_char/prepare.py writes them."""
+    letters = sorted(set(TEXT))
+    ids = {letter: i for i, letter in enumerate(letters)}
+    write_bin("train.bin", [ids[letter] for letter in TEXT])
+    write_meta({"vocab_size": len(letters), "itos": dict(enumerate(letters)), "stoi": ids})
+    found = prepare("--data", "train.bin")
+    assert text_of(*found) == TEXT
+    assert codec_of(found[2]).get_vocab_size() == len(letters)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"vocab_size": 65}, "names no characters"),
+        (np.array([1]), "it asks for numpy"),
+        ("text", "names no characters"),
+    ],
+)
+def test_a_meta_pkl_of_another_kind_is_refused_and_not_run(refused, content, said):
+    write_bin("train.bin", range(100))
+    write_meta(content)
+    assert said in refused("--data", "train.bin")
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.Json"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_lines_of_json_are_texts_whatever_the_file_is_called(prepare, name, bom):
+    write_jsonl(name, bom + json.dumps({"text": FIRST}), json.dumps({"text": SECOND}))
+    found = prepare("--data", name, "--tokens", "bytes")
+    assert text_of(*found) == f"{FIRST}<|endoftext|>{SECOND}<|endoftext|>"
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_an_array_in_a_json_is_a_list_of_texts(prepare, with_keys):
+    texts = [FIRST, SECOND]
+    rows = [{"text": text} for text in texts] if with_keys else texts
+    Path("a.json").write_text(json.dumps(rows, indent=1))
+    found = prepare("--data", "a.json", "--tokens", "bytes")
+    assert text_of(*found) == f"{FIRST}<|endoftext|>{SECOND}<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"text": "one"}, {"title": "two"}]', "a.json, text 2: it must be like"),
+        ('[{"text": "one"}', "a.json is not a JSON array of texts"),
+        ('{"text": 1}', "a.json, line 1: it must be like"),
+        ("no json", "a.json, line 1: it must be like"),
+    ],
+)
+def test_json_that_holds_no_texts_is_refused(refused, content, said):
+    Path("a.json").write_text(content)
+    assert said in refused("--data", "a.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(prepare):
+    Path("a.txt").write_text(TEXT, encoding="utf-8-sig")
+    assert text_of(*prepare("--data", "a.txt", "--tokens", "bytes")) == TEXT
+
+
+# --------------------------------------------------------------------------------- long texts
+
+
+@pytest.mark.skipif(not LLAMA2.exists(), reason="needs Llama's vocabulary")
+def test_a_long_text_has_the_ids_that_it_has_in_one_piece(tmp_path):
+    """Llama's tokenizer puts a blank before what it encodes; pieces must not show it."""
+    folder = Path("llama")
+    llama.save(llama.Model(llama.Config.small(**SIZES, vocab_size=32000), rngs=nnx.Rngs(0)), folder)
+    shutil.copy(LLAMA2, folder / "tokenizer.model")
+    text = "".join(f"Line {n} of a long text.\n" * 3 for n in range(2000))
+    train.write_tokens(tmp_path, llama, folder, [text, "short"])
+    found = np.fromfile("tokens.bin", np.uint16).tolist()
+    codec = llama.tokenizer(folder)
+    assert found == [*codec.encode(text), 2, *codec.encode("short"), 2]
+
+
+def test_a_tokenizer_that_ends_texts_itself_does_not_begin_the_next_with_it(tmp_path):
+    folder = write_checkpoint("model", eos_token_id=5)
+    codec = codec_of(folder)
+    codec.add_special_tokens(["<s>", "</s>"])
+    ids = [(token, codec.token_to_id(token)) for token in ("<s>", "</s>")]
+    codec.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ids
+    )
+    assert train.begin_ids(codec) == [ids[0][1]]
+
+
+def test_texts_that_join_to_the_same_bytes_are_other_texts(prepare):
+    write_jsonl(
+        "a.jsonl",
+        '{"text": "one\\u0000two, and more of it than a block has, in training and in validation"}',
+    )
+    write_jsonl(
+        "b.jsonl",
+        '{"text": "one"}',
+        '{"text": "two, and more of it than a block has, in training and in validation"}',
+    )
+    first = prepare("--data", "a.jsonl", "--tokens", "bytes")
+    second = prepare("--data", "b.jsonl", "--tokens", "bytes")
+    assert first[2] != second[2]
 
 
 # -------------------------------------------------------------------------------------- the cache

@@ -209,9 +209,9 @@ def test_the_end_token_of_the_checkpoint_ends_a_text(tmp_path, weights, records)
 
 
 class ByteCodec:
-    """encode, decode and codec as `gpt2.tokenizer` gives them, over bytes."""
+    """encode, decode and backend as `gpt2.tokenizer` gives them, over bytes."""
 
-    codec = byte_tokenizer()
+    backend = byte_tokenizer()
 
     def encode(self, text):
         return byte_tokenizer().encode(text).ids
