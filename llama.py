@@ -1043,7 +1043,7 @@ def check_supported(name: str, value, supported) -> None:
 
 
 def check_fields(config: Config) -> None:
-    """InputError where a field of a Config has the wrong type, or a size is below 1."""
+    """InputError where a field of a Config has the wrong type, or a size is too small."""
     for field in fields(config):
         value = getattr(config, field.name)
         expected = field.type
@@ -1053,8 +1053,9 @@ def check_fields(config: Config) -> None:
             name = getattr(field.type, "__name__", field.type)
             raise InputError(f"config.json: {field.name} is {value!r}, not of type {name}")
         is_size = field.type in (int, int | None) and not field.name.endswith("_token_id")
-        if is_size and value is not None and value < 1:
-            raise InputError(f"config.json: {field.name} is {value}, but must be 1 or more")
+        least = 0 if field.name in ("n_layer", "num_hidden_layers") else 1
+        if is_size and value is not None and value < least:
+            raise InputError(f"config.json: {field.name} is {value}, but must be {least} or more")
 
 
 def check_even(config: Config, size: str) -> None:

@@ -505,8 +505,8 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
         f"on {len(devices)} x {devices[0].device_kind}\n"
         f"text   {len(data.train):,} tokens to train on, {len(data.val):,} to validate on; "
         f"vocabulary size {config.vocab_size:,}\n"
-        f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: N {N:,} weights, A {A} wide attention, "
-        f"K {keys:,} keys in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
+        f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: {N:,} weights N, "
+        f"attention width A {A}, {keys:,} keys K in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
         flush=True,
     )
     return per_weight * N + 12 * A * keys, peak

@@ -54,7 +54,7 @@ def test_layer_types_that_are_left_out_are_those_of_that_gemma():
     ("module", "fields", "said"),
     [
         (gpt2, {"n_embd": 10, "n_head": 3}, "n_embd 10 is not a multiple of n_head 3"),
-        (gpt2, {"n_layer": 0}, "n_layer is 0, but must be 1 or more"),
+        (gpt2, {"n_layer": -1}, "n_layer is -1, but must be 0 or more"),
         (gpt2, {"n_head": -2}, "n_head is -2"),
         (gpt2, {"n_embd": None}, "n_embd is None, not of type int"),
         (gpt2, {"n_embd": 64.0}, "n_embd is 64.0, not of type int"),

@@ -371,7 +371,7 @@ def test_auto_splits_the_data_unless_the_model_does_not_fit_and_says_so(
             "train.py",
             "--parallel data --batch 6",
             "--batch 6 does not split over 4 devices (or groups "
-            "of them) in --accumulate 1 parts: choose a multiple of 4",
+            "of them) in --accumulate 1 microbatches: choose a multiple of 4",
         ),
         ("train.py", "--parallel rows", "--parallel: pmap, or like fsdp or data:2,tensor:4"),
         ("train.py", "--parallel pmap --multihost auto", "--prompt are for one host"),
