@@ -28,7 +28,9 @@ SHAKESPEARE = MATERIAL / "texts/tinyshakespeare.txt"
 TIKTOKEN = MATERIAL / "gpt2-tokenizer/tiktoken-cache"
 sys.path.insert(0, str(ROOT))
 
+import gemma  # noqa: E402
 import gpt2  # noqa: E402
+import mistral  # noqa: E402
 import train  # noqa: E402
 
 TEXT = "Größe, naïve: 日本 🙂\r\n\ttwo  spaces, 1234\n\n\n" + "".join(
@@ -75,13 +77,12 @@ def small_model(**options):
     config = gpt2.Config(
         vocab_size=50,
         padded_vocab_size=64,
-        n_positions=16,
         n_embd=32,
         n_layer=2,
         n_head=2,
         bos_token_id=None,
         eos_token_id=None,
-        **{"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0} | options,
+        **{"n_positions": 16, "embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0} | options,
     )
     return gpt2.Model(config, rngs=nnx.Rngs(0))
 
@@ -211,6 +212,14 @@ def test_the_rate_falls_along_a_line_or_in_the_last_fifth_alone():
     assert float(wsd(90)) == pytest.approx(5.5e-3) and float(wsd(100)) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [(90, 100), (99, 100), (0, 1), (1, 3), (0, 4)])
+def test_wsd_falls_however_long_it_warms_up_and_however_few_steps_there_are(warmup, steps):
+    settings = some_settings(schedule="wsd", warmup=warmup, steps=steps)
+    _, rate = train.make_optimizer(settings)
+    assert float(rate(warmup)) == pytest.approx(1e-2)
+    assert float(rate(steps)) == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize(
     "optimizer, lr", [("adamw", 1e-2), ("lion", 3e-3), ("adafactor", 1e-1), ("muon", 1e-2)]
 )
@@ -236,6 +245,40 @@ def test_muon_is_for_kernels_and_tables_are_left_to_adamw():
     np.testing.assert_allclose(updates["wte"]["embedding"][...], -1.5e-2, rtol=0.05)
 
 
+def one_update(params, optimizer, gradients):
+    """What each parameter changes by in one step with these gradients."""
+    transform, _ = train.make_optimizer(some_settings(optimizer=optimizer))
+    updates, _ = transform.update(gradients, transform.init(params), params)
+    return updates
+
+
+def test_muon_leaves_an_untied_head_to_adamw():
+    params = nnx.state(small_model(tie_word_embeddings=False))
+    updates = one_update(params, "muon", jax.tree.map(jnp.ones_like, params))
+    head = updates["lm_head"]["kernel"][...]
+    assert np.abs(head).min() > 1e-2  # the first step of AdamW has the size of the learning rate
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon"])
+def test_tables_and_heads_decay_as_all_matrices_do(optimizer):
+    params = nnx.state(small_model(tie_word_embeddings=False))
+    still = one_update(params, optimizer, jax.tree.map(jnp.zeros_like, params))
+    for name, leaf in [("wte", "embedding"), ("wpe", "embedding"), ("lm_head", "kernel")]:
+        matrix = params[name][leaf][...]
+        np.testing.assert_allclose(still[name][leaf][...], -1e-2 * 0.1 * matrix, rtol=1e-4)
+
+
+def test_muon_updates_both_matrices_of_an_adapter(monkeypatch):
+    """And at the size of its rate: it orthogonalizes them."""
+    rng = np.random.default_rng(0)
+    params = {"lora_a": rng.normal(size=(32, 4)), "lora_b": rng.normal(size=(4, 32))}
+    params = jax.tree.map(jnp.float32, params)
+    gradients = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
+    for update in one_update(params, "muon", gradients).values():
+        singular = np.linalg.svd(np.asarray(update), compute_uv=False)
+        assert singular.min() > 0.3 * singular.max() > 0
+
+
 def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     step, state = some_step(small_model(embd_pdrop=0.5))
     later = state | {"step": state["step"] + 1}
@@ -245,6 +288,38 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     config = train.StepConfig(partial(nnx.merge, graphdef), None, None, 0.0)
     found, _ = train.eval_step(config, params, nnx.State({}), some_tokens())
     assert float(found) == pytest.approx(float(plain))
+
+
+def test_long_texts_are_attended_to_in_chunks_where_there_is_no_dropout():
+    """Also in training: with --dropout 0, no [T, T] scores may be held."""
+    model = small_model(n_positions=2049)
+    graphdef, params = nnx.split(model)
+    tokens = jnp.zeros((1, 2049), int)
+
+    def loss(params, key):
+        return train.token_losses(nnx.merge(graphdef, params), tokens, nnx.Rngs(key))[0].sum()
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params, jax.random.key(0)))
+    assert "2048,2048" not in jaxpr
+
+    graphdef, params = nnx.split(small_model(n_positions=2049, attn_pdrop=0.1))
+    assert "2048,2048" in str(jax.make_jaxpr(jax.grad(loss))(params, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        (gpt2.Config(), [100] * 12),
+        (mistral.Config(num_hidden_layers=2, sliding_window=64), [64, 64]),
+        (mistral.Config(num_hidden_layers=2, sliding_window=4096), [100, 100]),
+        (mistral.Config(num_hidden_layers=2), [100, 100]),
+        (gemma.Config(num_hidden_layers=6, sliding_window=30), [30] * 5 + [100]),
+    ],
+    ids=["gpt2", "window", "wide window", "no window", "gemma"],
+)
+def test_a_layer_with_a_window_is_counted_by_its_window(config, keys):
+    layers = getattr(config, "num_hidden_layers", 12)
+    assert train.keys_of(config, layers, 100) == keys
 
 
 def assert_same(ours, expected, rtol=1e-4, atol=1e-7):
