@@ -270,8 +270,9 @@ def costs(module, config, B: int, T: int, dtype) -> Costs:
     """The costs of B sequences of T tokens, from the shapes of the parameters alone.
 
     Each weight of a matrix takes part in 2 FLOPs for each token. Attention adds two products of
-    H * Dh numbers in each layer, for each token attended to. A backward pass costs two forward
-    passes. Of E experts, each token chooses k: N tokens read E * (1 - (1 - k / E)^N) of them.
+    H * Dh numbers in each layer, for each token attended to: all, or those in a sliding window. A
+    backward pass costs two forward passes. Of E experts, each token chooses k: N tokens read
+    E * (1 - (1 - k / E)^N) of them.
     """
     E = getattr(config, "num_local_experts", 1)
     chosen = getattr(config, "num_experts_per_tok", 1)
@@ -284,20 +285,28 @@ def costs(module, config, B: int, T: int, dtype) -> Costs:
 
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
     Dh = layers[0][0].shape[-1]
-    seen = 4 * len(layers) * config.num_attention_heads * Dh  # FLOPs for each token attended to
+    keys = sum(keys_of(config, len(layers), T))  # which the last token attends to
+    seen = 4 * config.num_attention_heads * Dh * keys  # FLOPs of attention for a token
     cache = B * sum(2 * k.size * k.dtype.itemsize for k, *_ in layers)
     return Costs(
         size=size,
         depth=len(layers),
         weights=bytes_read(B),
         cache=cache,
-        prefill=B * (2 * used * T + seen * T * T + 2 * head),
+        prefill=B * (2 * used * T + seen * T + 2 * head),
         prefill_bytes=bytes_read(B * T),
-        decode=B * (2 * (used + head) + seen * T),
+        decode=B * (2 * (used + head) + seen),
         decode_bytes=bytes_read(B) + cache,
-        train=3 * B * T * (2 * (used + head) + seen * T),
+        train=3 * B * T * (2 * (used + head) + seen),
         train_bytes=3 * bytes_read(B * T),
     )
+
+
+def keys_of(config, layers: int, T: int) -> list[int]:
+    """How many keys a token of T attends to in each layer; the causal mask is not counted."""
+    window = getattr(config, "sliding_window", None) or T
+    kinds = getattr(config, "layer_types", ["sliding_attention"] * layers)
+    return [min(T, window) if kind == "sliding_attention" else T for kind in kinds]
 
 
 def count_weights(module, config) -> tuple[int, int, int, int]:

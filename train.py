@@ -443,9 +443,10 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
         state=state,
         clock=Clock(),
     )
-    if args.resume:
-        run.step = run.resumed_at = run.checkpoints.latest_step()
+    if args.resume is not None:
+        run.step = run.resumed_at = step_to_resume(run)
         run.state = restore_checkpoint(run, run.step)
+        drop_later_checkpoints(run)
     if args.profile and args.steps - run.step < 15:
         fail(
             f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
@@ -1447,6 +1448,9 @@ SETTINGS = (
 )
 
 
+NEWEST = -1  # --resume without a step
+
+
 def open_checkpoints(out: Path, keep: int) -> ocp.CheckpointManager:
     """The last states of a run and the best one, in out/checkpoints; each whole or not at all."""
 
@@ -1486,15 +1490,38 @@ def save_checkpoint(run: Run, val_loss: float | None):
         checkpoints.save(int(state["step"]), metrics=metrics, args=items)
 
 
+def step_to_resume(run: Run) -> int:
+    """The step of --resume STEP, or of the newest checkpoint."""
+    steps = sorted(run.checkpoints.all_steps())
+    if run.args.resume == NEWEST:
+        return steps[-1]
+    if run.args.resume not in steps:
+        known = ", ".join(map(str, steps))
+        fail(f"--resume {run.args.resume}: the checkpoints in {run.args.out} are of steps {known}")
+    return run.args.resume
+
+
 def restore_checkpoint(run: Run, step: int) -> dict:
     """The state after a step, in the shapes and on the devices of run.state."""
     folder = run.checkpoints.directory
-    damaged = f"{folder / str(step)} is damaged ({{}}): delete it and --resume uses an earlier one"
-    with explained((KeyError, ValueError, OSError), damaged):
+    before = max((s for s in run.checkpoints.all_steps() if s < step), default=None)
+    instead = "begin again in another --out"
+    if before is not None:
+        instead = f"--resume {before} goes on from the one before"
+    damaged = f"{folder / str(step)} is damaged ({{}}): {instead}"
+    with explained((KeyError, ValueError, OSError, TypeError), damaged):
         items = ocp.args.Composite(settings=ocp.args.JsonRestore())
         check_settings(run, run.checkpoints.restore(step, args=items).settings)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(run.state))
         return run.checkpoints.restore(step, args=items).state
+
+
+def drop_later_checkpoints(run: Run):
+    """After --resume STEP: what came later would be in the way of what comes now."""
+    for step in run.checkpoints.all_steps():
+        if step > run.step:
+            print(f"the checkpoint of step {step} is dropped", file=sys.stderr)
+            run.checkpoints.delete(step)
 
 
 def check_settings(run: Run, stored: dict):
@@ -1535,10 +1562,10 @@ def write_model(run: Run, model):
 
 def exit_on_write_error(path: Path):
     """For what writes to a path, where there may be no room."""
-    return explained(
-        (OSError, SafetensorError),
-        f"{path}: {{}}: make room or choose another --out; earlier checkpoints remain",
-    )
+    message = f"{path}: {{}}: make room or choose another --out"
+    if any(name.name.isdigit() for name in path.glob("checkpoints/*")):
+        message += "; earlier checkpoints remain"
+    return explained((OSError, SafetensorError), message)
 
 
 # -------------------------------------------- Metrics ---------------------------------------------
@@ -1992,7 +2019,12 @@ def add_output_flags(parser):
         help="for the model and its checkpoints (default: runs/MODEL)",
     )
     output.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in --out"
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        type=int,
+        metavar="STEP",
+        help="go on from the newest checkpoint in --out, or from that of a step",
     )
     add_number(output, "--eval-every", 250, "steps between estimates of the validation loss")
     add_number(output, "--save-every", 500, "steps between checkpoints; 0: only the final model")
@@ -2107,6 +2139,8 @@ def check_numbers(args):
         for name in names.split():
             if not getattr(args, name) >= number:
                 fail(f"--{name.replace('_', '-')} must be {number} or more")
+    if args.seed >= 2**63:
+        fail("--seed must be below 2^63")
     for name in ("dropout", "beta1", "beta2", "ema"):
         if not 0 <= getattr(args, name) < 1:
             fail(f"--{name}: 0 to below 1")
@@ -2160,9 +2194,9 @@ def check_output_flags(args):
     if out.exists() and not out.is_dir():
         fail(f"--out {out} is a file: name a folder")
     stored = any(path.name.isdigit() for path in out.glob("checkpoints/*"))
-    if args.resume and not stored:
+    if args.resume is not None and not stored:
         fail(f"{out} has no checkpoints: leave --resume out to begin")
-    if not args.resume and (stored or any(out.glob("*.safetensors"))):
+    if args.resume is None and (stored or any(out.glob("*.safetensors"))):
         fail(f"{out} holds a run already: add --resume to go on, or choose another --out")
 
 

@@ -28,6 +28,7 @@ COPIES = [
     (["llama", "gemma", "mistral"], ["attend", "rotate"]),
     (["llama", "mistral"], ["rms_norm"]),
     (["sample", "train"], ["random_key"]),
+    (["train", "bench"], ["keys_of"]),
     (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
     (
         PROGRAMS,

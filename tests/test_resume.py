@@ -244,22 +244,53 @@ def test_no_moment_of_a_resume_is_without_the_rows_before_it(whole, tmp_path):
     assert (tmp_path / "old").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def cut_short(path):
+    """Half of each file is gone."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "part"),
     [
-        lambda folder: shutil.rmtree(folder / "state"),
-        lambda folder: shutil.rmtree(folder / "settings"),
+        (remove, "settings"),
+        (cut_short, "state/d"),
+        *[
+            pytest.param(damage, part, marks=pytest.mark.wide)
+            for damage in (remove, cut_short)
+            for part in ("state", "state/_METADATA", "state/manifest.ocdbt")
+        ],
     ],
-    ids=["no state", "no settings"],
 )
-def test_a_damaged_checkpoint_is_one_line_that_names_it(
-    damage, text_file, whole, tmp_path, refused
+def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(
+    damage, part, text_file, whole, tmp_path, refused
 ):
-    """Whoever removes it goes on from the one before: the test above."""
     out = shutil.copytree(whole, tmp_path / "out")
-    damage(out / f"checkpoints/{STEPS}")
+    last, before = steps_in(out)[-1], steps_in(out)[-2]
+    damage(out / f"checkpoints/{last}" / part)
     error = refused("--data", text_file, "--steps", STEPS, "--out", out, "--resume")
-    assert re.search(rf"\b{STEPS}\b", error.replace(str(out), ""))
+    assert f"checkpoints/{last} is damaged" in error
+    assert f"--resume {before} goes on from the one before" in error
+
+
+def test_a_run_goes_on_from_an_earlier_checkpoint_if_asked(text_file, whole, tmp_path, refused):
+    out = shutil.copytree(whole, tmp_path / "out")
+    flags = ["--data", text_file, "--steps", STEPS, "--out", out]
+    steps = steps_in(out)
+    assert f"are of steps {steps[0]}" in refused(*flags, "--resume", 3)
+
+    remove(out / f"checkpoints/{steps[-1]}/state")
+    finish(*flags, "--resume", steps[-2])
+    assert_same_run(out, whole)
+    assert steps_in(out) == steps
 
 
 @pytest.mark.slow
