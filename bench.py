@@ -1352,7 +1352,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
     with explained(any_file.InputError, "{}"):
         folder = any_file.fetch(weights, revision, weights=False)
         kind = any_file.read_json(folder / "config.json").get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
     if kind not in KINDS:
         fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
@@ -1361,7 +1361,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
 
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
-    kind = model_file.read_json(folder / "config.json").get("model_type")
+    kind = str(model_file.read_json(folder / "config.json").get("model_type"))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
@@ -1651,7 +1651,7 @@ def model_of_checkpoint(args) -> str:
     """The model file of --weights or --preset."""
     if args.weights not in (None, "tiny", "random"):
         return model_of(args.weights)
-    if args.preset and Path(args.preset).is_dir():
+    if args.preset and os.path.isdir(args.preset):
         return model_of(args.preset)
     for name in MODELS:
         if args.preset in importlib.import_module(name).PRESETS:

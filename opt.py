@@ -574,8 +574,9 @@ def generate(
     A row ends before its first stop id. It depends on its own prompt and key alone, up to
     rounding. key: one jax.random.key for each row, or a single one, which is folded with the row
     numbers; a seed will do. temperature 0: greedy. stop_ids: ids, or a single one, or None.
-    InputError: see `batch_prompts`, and arguments of another kind.
+    InputError: see `batch_prompts` and `check_sampling`, and arguments of another kind.
     """
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling = {
         "temperature": temperature or None,
         "top_p": top_p,
@@ -636,6 +637,20 @@ def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     return tokens, positions, round_up(T + max_new_tokens, 128)
+
+
+def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty) -> None:
+    """InputError where an option of `generate` is out of its range."""
+    if not temperature >= 0:
+        raise InputError("temperature must be 0 (the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise InputError("top_k must be 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError("top_p must be above 0 and at most 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise InputError("min_p must be from 0 to 1")
+    if not repetition_penalty > 0:
+        raise InputError("repetition_penalty must be above 0")
 
 
 def as_integers(values) -> list[int]:
@@ -832,9 +847,9 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     Downloads what the cache lacks: of the weights, only the first format in FORMATS that there is.
     InputError: there is no such folder, and the Hub does not deliver it.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise InputError(f"{name} is a file: name the folder of the checkpoint")
 
     from huggingface_hub import errors, snapshot_download  # respects HF_HOME and HF_TOKEN
@@ -919,6 +934,25 @@ def read_config(folder: Path) -> Config:
         return Config.from_hf(values)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{file} has a value of a type that it cannot have: {error}") from error
+
+
+def read_stop_ids(folder: Path, config: Config) -> list[int]:
+    """The token ids that end a text: from generation_config.json, or else from config.json."""
+    ids = config.eos_token_id
+    file = folder / "generation_config.json"
+    if os.path.lexists(file):
+        ids = read_json(file).get("eos_token_id", ids)
+
+    ids = [] if ids is None else ids
+    ids = [ids] if isinstance(ids, int) else ids
+    try:
+        return as_integers(ids)
+    except InputError:
+        raise InputError(
+            f"{folder}: eos_token_id is {ids!r:.60}, not a token id or several"
+        ) from None
 
 
 def stored_tensors(folder: Path) -> dict:
@@ -950,8 +984,8 @@ def weight_files(folder: Path, whole: str) -> list[Path]:
     if not index.exists():
         return []
     shards = read_json(index).get("weight_map")
-    if not shards:
-        raise InputError(f"{index} has no weight_map: download it again")
+    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+        raise InputError(f"{index} has no weight_map of names: download it again")
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
@@ -993,7 +1027,9 @@ def check_kind(values: dict, supported) -> str:
     check_supported("is_causal", values.get("is_causal", True), [True])
     quantized = values.get("quantization_config")
     if quantized:
-        method = quantized.get("quant_method", "an unknown method")
+        method = "an unknown method"
+        if isinstance(quantized, dict):
+            method = quantized.get("quant_method", method)
         raise InputError(
             f"config.json: the weights are quantized ({method}), which is not supported: "
             "use the checkpoint that they were made from"
@@ -1023,6 +1059,9 @@ def check_fields(config: Config) -> None:
         least = 0 if field.name in ("n_layer", "num_hidden_layers") else 1
         if is_size and value is not None and value < least:
             raise InputError(f"config.json: {field.name} is {value}, but must be {least} or more")
+
+    if config.padded_vocab_size is not None and config.padded_vocab_size < config.vocab_size:
+        raise InputError("padded_vocab_size must not be below vocab_size")
 
 
 def check_even(config: Config, size: str) -> None:
@@ -1065,7 +1104,7 @@ STORAGES = {
 
 DAMAGE = (  # what pickle and zipfile raise where bytes are not what they should be
     *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError),
-    *(AttributeError, IndexError, KeyError, TypeError, ValueError),
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError, NotImplementedError),
 )
 
 
@@ -1082,13 +1121,16 @@ def torch_tensors_in(file: Path) -> dict:
     InputError: it is damaged, or its pickle asks for more than weights need.
     """
     try:
-        if zipfile.is_zipfile(file):
-            return zipped_tensors_in(file)
-        return older_tensors_in(file)
+        tensors_in = zipped_tensors_in if zipfile.is_zipfile(file) else older_tensors_in
+        found = tensors_in(file)
     except InputError:
         raise
     except DAMAGE as error:
         raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
+
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise InputError(f"{file} holds no tensors by their names")
+    return {name: read for name, read in found.items() if callable(read)}
 
 
 def zipped_tensors_in(file: Path) -> dict:
@@ -1220,7 +1262,7 @@ def tokenizer(name, revision: str | None = None):
 
 def read_new_tokenizer(file: Path):
     """The tokenizer in a tokenizer.json, as an object of the package tokenizers."""
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
     check_file(file)
     try:
@@ -1230,7 +1272,26 @@ def read_new_tokenizer(file: Path):
 
     codec.no_truncation()  # some files ask to cut or to pad every text
     codec.no_padding()
+    for token, is_special in added_tokens(file.parent).items():
+        if codec.token_to_id(token) is None:
+            codec.add_tokens([AddedToken(token, normalized=False, special=is_special)])
     return codec
+
+
+def added_tokens(folder: Path) -> dict[str, bool]:
+    """Tokens that were added later, by their ids: text -> whether it is special.
+
+    Some tokenizer.json lack them.
+    """
+    ids = {}
+    if os.path.lexists(folder / "added_tokens.json"):
+        ids = read_json(folder / "added_tokens.json")
+    described = {}
+    if os.path.lexists(folder / "tokenizer_config.json"):
+        described = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    ids = ids | {token["content"]: int(id) for id, token in described.items()}
+    special = {token["content"] for token in described.values() if token.get("special")}
+    return {token: token in special for token in sorted(ids, key=ids.get)}
 
 
 def read_old_tokenizer(folder: Path):
@@ -1513,12 +1574,15 @@ def main():
     )
     args = parser.parse_args()
 
+    # Where the terminal is not of UTF-8, Python reads its bytes as surrogates.
+    text = args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     try:
-        codec = tokenizer(args.checkpoint)
-        model = load(args.checkpoint)
-        prompt = codec.encode(args.text)
+        folder = fetch(args.checkpoint)
+        codec = tokenizer(folder)
+        model = load(folder)
+        prompt = codec.encode(text)
         room = model.config.max_position_embeddings - len(prompt)
-        options = {"temperature": 0.8, "top_k": 50, "stop_ids": model.config.eos_token_id}
+        options = {"temperature": 0.8, "top_k": 50, "stop_ids": read_stop_ids(folder, model.config)}
         [new] = generate(model, [prompt], max(1, min(100, room)), key=jax.random.key(0), **options)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -1528,4 +1592,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: the usual clean-up can crash under a computation that still runs

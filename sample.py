@@ -40,6 +40,8 @@ ANSWER = 1000  # the same with --chat
 def main():
     """From the command line to the last line on standard error."""
     args = parse_command_line()
+    if sys.stdout is None:
+        fail("standard output is closed")
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     if args.list:
         print_presets()
@@ -56,7 +58,7 @@ def main():
         check_family(model_file, folder)
         config = model_file.read_config(folder)
         tokenizer = model_file.tokenizer(folder)
-        stop_ids = find_stop_ids(model_file, folder, config) + special_ids(tokenizer, args.stop)
+        stop_ids = model_file.read_stop_ids(folder, config) + special_ids(tokenizer, args.stop)
         if args.chat:
             tokenizer = ChatTokenizer(tokenizer.backend, folder, args.system)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
@@ -78,7 +80,7 @@ def read_prompts(args) -> list[str] | None:
     prompts = list(args.prompt)
     for file in args.prompt_file:
         with explained((OSError, UnicodeDecodeError), f"--prompt-file {file} cannot be read: {{}}"):
-            prompts.append(Path(file).read_text(encoding="utf-8"))
+            prompts.append(Path(file).read_bytes().decode("utf-8"))  # keeps \r\n as it is
 
     if args.chat and not prompts and sys.stdin and sys.stdin.isatty():
         check_conversation(args)
@@ -150,7 +152,7 @@ def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
         )
         return HERE / "tiny" / model_file.__name__
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     return find_cached(model_file, name, revision) or download(model_file, name, revision)
 
@@ -219,7 +221,7 @@ def load_model(model_file, folder, config, devices: list, prompts: list[str] | N
     parallel = args.parallel
     if parallel in ("no", "auto"):
         rows = 1 if prompts is None else len(prompts) * args.num_samples
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         parallel = choose_parallel(devices, heads, size, rows)
     mesh = make_mesh(parallel, devices, heads)
     jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # Mixtral routes by it
@@ -248,26 +250,11 @@ def choose_parallel(devices: list, heads: int, size: int, rows: int) -> str:
     return parallel
 
 
-def find_stop_ids(model_file, folder: Path, config) -> list[int]:
-    """The token ids that end a text: from generation_config.json, or else from config.json."""
-    ids = config.eos_token_id
-    file = folder / "generation_config.json"
-    if os.path.lexists(file):
-        ids = model_file.read_json(file).get("eos_token_id", ids)
-
-    if ids is None:
-        return []
-    if isinstance(ids, int):
-        return [ids]
-    return list(ids)
-
-
 def special_ids(tokenizer, stops: list[str]) -> list[int]:
     """The ids of the stop strings that are special tokens: no text shows those."""
     found = []
-    begin = tokenizer.encode("")  # a BOS token, perhaps
     for stop in stops:
-        ids = tokenizer.encode(stop)[len(begin) :]
+        ids = tokenizer.backend.encode(stop, add_special_tokens=False).ids
         if len(ids) == 1 and tokenizer.decode(ids) == "":
             found += ids
     return found
@@ -681,21 +668,30 @@ class ChatTokenizer:
         A message is {"role": "user" or "assistant", "content": its text}. A text stands for a
         single message of the user.
         """
-        from jinja2.exceptions import TemplateError
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
 
+        # A template is a small program: it may refuse a conversation, or fail.
+        failed = (TemplateSyntaxError, TypeError, ValueError, AttributeError, LookupError)
+        failed += (ArithmeticError, RuntimeError)
         refusal = f"the chat template of {self.folder} does not take this: {{}}"
         if self.system is None:
             refusal += " (if it wants a system message: --system TEXT)"
-        with explained(TemplateError, refusal):
+        with (
+            explained(TemplateError, refusal),
+            explained(failed, f"the chat template of {self.folder} fails: {{}}"),
+        ):
             text = self.templates.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
-        return self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if not ids:
+            fail(f"the chat template of {self.folder} makes no text of the messages")
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -837,7 +833,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
     with explained(any_file.InputError, "{}"):
         folder = any_file.fetch(weights, revision, weights=False)
         kind = any_file.read_json(folder / "config.json").get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
     if kind not in KINDS:
         fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
@@ -846,7 +842,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
 
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
-    kind = model_file.read_json(folder / "config.json").get("model_type")
+    kind = str(model_file.read_json(folder / "config.json").get("model_type"))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")

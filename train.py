@@ -991,6 +991,7 @@ def encode_once(args, model_file, folder: Path | None, texts, letters, has_token
     """
     files = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
     files = [file for file in files if re.search("(py|json|txt|model)$", file.name)]
+    files = [file for file in files if file.is_file()]
     inputs = [args.tokens, args.vocab_size, folder, letters, *(file.read_bytes() for file in files)]
     digest = hashlib.sha256()
     for each in [*map(str, inputs), *texts]:
@@ -1790,7 +1791,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
     with explained(any_file.InputError, "{}"):
         folder = any_file.fetch(weights, revision, weights=False)
         kind = any_file.read_json(folder / "config.json").get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
     if kind not in KINDS:
         fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
@@ -1799,7 +1800,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
 
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
-    kind = model_file.read_json(folder / "config.json").get("model_type")
+    kind = str(model_file.read_json(folder / "config.json").get("model_type"))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
@@ -2098,7 +2099,7 @@ def fill_defaults(args):
         args.out = Path("runs", args.model)
     if args.weights == "tiny":
         args.weights = str(HERE / "tiny" / args.model)
-    if args.weights and Path(args.weights).is_dir():
+    if args.weights and os.path.isdir(args.weights):
         args.weights = str(Path(args.weights).resolve())
 
     if args.lr is None:

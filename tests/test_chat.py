@@ -412,7 +412,10 @@ TOOLS_ONLY = [{"name": "tool_use", "template": CHATML}]
         (RAISES, [], "does not take this: roles must alternate"),
         (NO_SYSTEM, ["--system", "Be brief."], "does not take this: no system"),
         (WANTS_SYSTEM, [], "who am I? (if it wants a system message: --system TEXT)"),
-        ("{% if %}", [], "does not take this: "),
+        ("{% if %}", [], "fails: "),
+        ("{{ messages[0].content + 1 }}", [], "fails: "),
+        ("{{ 1 // 0 }}", [], "fails: "),
+        ("{{ messages[0].content[0].text }}", [], "makes no text of the messages"),
         (TOOLS_ONLY, [], "templates tool_use, but none called default"),
     ],
 )

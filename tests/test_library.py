@@ -61,6 +61,7 @@ def test_layer_types_that_are_left_out_are_those_of_that_gemma():
         (gpt2, {"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5', not of type float"),
         (gpt2, {"activation_function": "mish"}, "activation_function is 'mish'"),
         (gpt2, {"n_inner": 0}, "n_inner is 0"),
+        (gpt2, {"padded_vocab_size": 64}, "padded_vocab_size must not be below vocab_size"),
         (opt, {"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is not a multiple"),
         (opt, {"activation_function": "mish"}, "activation_function is 'mish'"),
         (llama, {"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is not a multiple"),
@@ -140,6 +141,26 @@ def test_prompts_may_be_arrays(tiny_model):
 def test_prompts_that_are_no_lists_of_token_ids_are_refused(tiny_model, prompts):
     with pytest.raises(gpt2.InputError, match="is not a list of token ids"):
         greedy(tiny_model, prompts)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+    ],
+    ids=str,
+)
+def test_a_sampling_option_out_of_its_range_is_refused(tiny_model, option):
+    [name] = option
+    with pytest.raises(gpt2.InputError, match=f"^{name} must be"):
+        gpt2.generate(tiny_model, PROMPTS, 4, key=0, **option)
 
 
 def test_a_single_stop_id_or_none_will_do(tiny_model):
@@ -229,17 +250,76 @@ def test_a_wrong_folder_and_no_network_are_one_line_that_names_the_bundled_check
 def test_a_terminal_of_another_encoding_gets_its_text():
     """What it cannot show becomes a question mark; --json escapes it, and nothing is lost."""
     ascii_only = {"PYTHONIOENCODING": "ascii"}
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     tiny = ROOT / "tiny" / "gpt2"
     result = run("gpt2.py", "größer", tiny, **ascii_only)
     assert result.returncode == 0 and result.stdout.startswith("gr??er")
+    assert run("gpt2.py", "größer", tiny, **plain).stdout.startswith("gr??er")
     options = ["--prompt", "größer", "--max-new-tokens", "3"]
     result = run("sample.py", *options, **ascii_only)
     assert result.returncode == 0 and result.stdout.startswith("gr??er")
     result = run("sample.py", *options, "--json", **ascii_only)
     assert json.loads(result.stdout)["prompt"] == "größer"
-    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     result = run("sample.py", *options, "--json", **plain)
     assert json.loads(result.stdout)["prompt"] == "größer"
+
+
+def test_the_end_tokens_of_generation_config_json_end_a_text(tmp_path):
+    """Instruct checkpoints name the end of a turn only there."""
+    shutil.copytree(ROOT / "tiny" / "gpt2", tmp_path / "model")
+    whole = run("gpt2.py", "ROMEO:", tmp_path / "model").stdout
+    ends = {"eos_token_id": list(range(512))}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(ends))
+    assert len(whole) > 50 and run("gpt2.py", "ROMEO:", tmp_path / "model").stdout == "ROMEO:\n"
+
+
+@pytest.mark.parametrize("ids", ["2", ["</s>"], [[1]], {}, 2.0], ids=str)
+@once
+def test_an_end_token_that_is_no_id_is_refused(family, tmp_path, ids):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    if ids == {}:
+        assert gpt2.read_stop_ids(tmp_path, gpt2.Config()) == []
+        return
+    with pytest.raises(gpt2.InputError, match=r"eos_token_id is .*, not a token id or several"):
+        gpt2.read_stop_ids(tmp_path, gpt2.Config())
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("llama", {"rope_scaling": "linear"}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "4.0"}}),
+        ("llama", {"rope_scaling": {"rope_type": ["linear"], "factor": 2}}),
+        ("gemma", {"num_hidden_layers": "x"}),
+        ("gemma", {"layer_types": 5}),
+        ("mistral", {"rope_parameters": 7}),
+        ("gpt2", {"quantization_config": "awq"}),
+        ("gpt2", {"model_type": ["gpt2"]}),
+        ("gpt2", {"eos_token_id": [["1"]]}),
+    ],
+    ids=str,
+)
+def test_values_of_other_types_in_a_config_json_are_one_line(name, values, tmp_path):
+    module = {"gpt2": gpt2, "llama": llama, "gemma": gemma, "mistral": mistral}[name]
+    stored = json.loads((ROOT / "tiny" / name / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **values}))
+    with pytest.raises(module.InputError):
+        module.read_stop_ids(tmp_path, module.read_config(tmp_path))
+
+
+def test_ctrl_c_ends_a_model_file_without_a_traceback():
+    pressed = """
+import json, runpy, sys
+
+def press(text):
+    raise KeyboardInterrupt
+
+json.loads = press  # which read_config calls
+sys.argv = ["gpt2.py", "ROMEO:", "tiny/gpt2"]
+runpy.run_path("gpt2.py", run_name="__main__")
+"""
+    result = run("-c", pressed)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 # -------------------------------------------------------------------- --model, from the checkpoint

@@ -252,6 +252,25 @@ def test_integers_where_weights_are_meant_are_refused(family, plain, folder):
 
 
 @once
+def test_a_flipped_byte_is_noticed_when_the_tensor_is_read(family, plain, folder):
+    file = folder / "pytorch_model.bin"
+    torch.save(plain.hf32.state_dict(), file)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(family.module.InputError, match="is damaged or cut short: Bad CRC"):
+        family.module.load(folder)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), None, {1: torch.ones(2)}])
+@once
+def test_what_is_no_table_of_tensors_is_refused(family, folder, content):
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(family.module.InputError, match="holds no tensors by their names"):
+        family.module.load(folder)
+
+
+@once
 def test_another_zip_file_is_refused(family, folder):
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("holiday.txt", "no weights here")

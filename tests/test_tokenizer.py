@@ -150,6 +150,27 @@ def test_opt_begins_as_its_tokenizer_json_says(adds, tmp_path):
     assert opt.tokenizer(tmp_path).encode("Hello world") == [*begin, 31414, 232]
 
 
+def test_tokens_that_a_tokenizer_json_lacks_are_taken_from_the_files_beside_it(tmp_path):
+    """As fine-tunes leave it that added tokens, and kept the old tokenizer.json."""
+    for file in ("tokenizer.json", "config.json"):
+        shutil.copy(ROOT / "tiny" / "llama" / file, tmp_path)
+    token = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {
+            "512": {"content": "<|im_start|>", "special": True, **token},
+            "513": {"content": "<think>", "special": False, **token},
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<think>": 513, "<|im_start|>": 512}))
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    codec = importlib.import_module("llama").tokenizer(tmp_path)
+    text = "<|im_start|>Hello <think> world"
+    assert codec.encode(text) == reference.encode(text)
+    assert codec.decode(codec.encode(text)) == "Hello <think> world"
+
+
 def test_a_tokenizer_json_that_begins_with_a_byte_order_mark_is_read(tmp_path):
     stored = (ROOT / "tiny" / "gpt2" / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(stored, encoding="utf-8-sig")
