@@ -113,6 +113,7 @@ class Run:
     checkpoints: ocp.CheckpointManager
     state: dict  # all that a step changes: see `first_state`
     step: int = 0  # steps done
+    began: float = field(default_factory=time.monotonic)
     resumed_at: int = 0  # steps that were done before, where the run was resumed
     metrics: "Metrics" = None
     waiting: list = field(default_factory=list)  # metrics of steps still in flight
@@ -135,8 +136,10 @@ class Run:
 def train(run: Run, stop: "Stop") -> None:
     """The training loop: until --steps, a signal, or a loss that diverges."""
     key = random_key(run.args.seed)
+    say("compiling the evaluation")
     run.val_loss, _ = evaluate(run, run.learned, some_batches(run))
     print(f"validation loss before step {run.step + 1}: {run.val_loss:.4f}", flush=True)
+    say("compiling the training step")
 
     while run.step < run.args.steps and not run.stopped:
         start_trace(run)  # with --profile
@@ -186,7 +189,8 @@ def finish(run: Run) -> int:
         return 1
     if run.step < run.args.steps:
         print(
-            f"stopped after step {run.step}: the same command with --resume goes on from there",
+            f"stopped after step {run.step}, {duration(time.monotonic() - run.began)}: "
+            "the same command with --resume goes on from there",
             file=sys.stderr,
         )
         return 130
@@ -208,9 +212,28 @@ def finish(run: Run) -> int:
     print(
         f"finished: {run.args.out}, in {dtype}\n"
         f"validation loss over the whole text: {loss:.4f} nats per token; "
-        f"perplexity {np.exp(loss):.2f}, accuracy {accuracy:.1%}"
+        f"perplexity {np.exp(loss):.2f}, accuracy {accuracy:.1%}\n"
+        f"it took {duration(time.monotonic() - run.began)}; {run.args.out} holds the model, "
+        "metrics.jsonl and curves.png"
     )
+    if not run.adapters or run.args.merge:
+        print(f"to see what it writes: python sample.py --weights {run.args.out}")
     return 0
+
+
+def say(doing: str) -> None:
+    """Says on standard error what takes its time; of several hosts, the first does."""
+    if jax.process_index() == 0:
+        print(f"{doing} ...", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03 or 0:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours > 0:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"
 
 
 class Stop:
@@ -328,7 +351,11 @@ def log_validation(run: Run) -> None:
 
 
 def print_progress(run: Run, end: str) -> None:
-    """The progress line on standard error; of several hosts, the first prints it."""
+    """The progress line on standard error; of several hosts, the first prints it.
+
+    train: the mean loss since the last estimate. val: the last estimate. Both in nats per token. A
+    narrow terminal gets the first parts of the line, as many as fit.
+    """
     if jax.process_index() != 0:
         return
 
@@ -344,30 +371,41 @@ def print_progress(run: Run, end: str) -> None:
         speed = (step - run.resumed_at - 1) / run.clock.seconds  # steps/s
     tokens_per_second = speed * args.batch * args.block
     mfu = run.flops_per_token * tokens_per_second / run.peak_flops
-    left = (args.steps - step) / (speed or 1e9)
-    print(
-        f"step {step:>6}/{args.steps}  train {np.mean(losses):.4f}  val {run.val_loss:.4f}  "
-        f"lr {run.learning_rate(step - 1):.2e}  {tokens_per_second:>9,.0f} tokens/s  "
-        f"MFU {mfu:5.1%}{usage(own_device(run.mesh))}  "
-        f"{left // 60:3.0f}:{left % 60:02.0f} left",
-        end=end,
-        file=sys.stderr,
-        flush=True,
-    )
+    parts = [
+        f"step {step:>6}/{args.steps}",
+        f"train {np.mean(losses):.4f}",
+        f"val {run.val_loss:.4f}",
+    ]
+    if speed > 0:
+        parts.append(f"{duration((args.steps - step) / speed):>7} left")
+    parts.append(f"{tokens_per_second:>9,.0f} tokens/s")
+    parts.append(f"lr {run.learning_rate(step - 1):.2e}")
+    parts.append(f"MFU {mfu:5.1%}")
+    parts += usage(own_device(run.mesh))
+
+    # On a terminal the line is written over itself: it must neither wrap nor leave a rest.
+    line = "  ".join(parts)
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        while len(line) > width and len(parts) > 1:
+            parts.pop()
+            line = "  ".join(parts)
+        line = line[:width].ljust(width)
+    print(line, end=end, file=sys.stderr, flush=True)
 
 
-def usage(device) -> str:
+def usage(device) -> list[str]:
     """The most memory that a device has used and how busy it is, as far as it tells."""
-    text = ""
+    parts = []
     stats = device.memory_stats()
     if stats:
-        text += f"  {stats['peak_bytes_in_use'] / 1e9:.2f} GB"
+        parts.append(f"{stats['peak_bytes_in_use'] / 1e9:.2f} GB")
     if device.platform == "gpu" and find_spec("pynvml"):
         pynvml = importlib.import_module("pynvml")
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.local_hardware_id)
-        text += f"  {pynvml.nvmlDeviceGetUtilizationRates(handle).gpu} % busy"
-    return text
+        parts.append(f"{pynvml.nvmlDeviceGetUtilizationRates(handle).gpu} % busy")
+    return parts
 
 
 def print_sample(run: Run, key) -> None:
@@ -377,6 +415,8 @@ def print_sample(run: Run, key) -> None:
     [new] = run.model_file.generate(model, [run.prompt], length, key=key)
     text = run.model_file.tokenizer(run.data.tokenizer_folder).decode(run.prompt + new)
     print(f"--- step {run.step}: {text}", flush=True)
+    with open(run.args.out / "samples.txt", "a", encoding="utf-8") as file:
+        print(f"--- step {run.step}: {text}", file=file)
 
 
 def start_trace(run: Run) -> None:
@@ -883,6 +923,8 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
 
     texts = []
     if not encoded:
+        if files:
+            say(f"reading {len(files)} file{'s' if len(files) > 1 else ''}")
         for file in files:
             texts += read_texts(file)
     if args.dataset:

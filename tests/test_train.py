@@ -290,6 +290,37 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     assert float(found) == pytest.approx(float(plain))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (119.7, "2:00"), (3599.9, "1:00:00")]
+)
+def test_a_time_is_rounded_as_a_whole(seconds, text):
+    assert train.duration(seconds) == text
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80, 120])
+def test_the_progress_line_fits_the_terminal(columns, monkeypatch, capsys):
+    metrics = Namespace(rows=[{"step": step, "loss": 2.0} for step in range(1, 11)])
+    run = Namespace(
+        args=Namespace(eval_every=5, steps=2000, batch=8, block=64),
+        step=10,
+        resumed_at=0,
+        metrics=metrics,
+        clock=Namespace(seconds=1.0),
+        flops_per_token=10**6,
+        peak_flops=10**11,
+        val_loss=2.5,
+        learning_rate=lambda step: 1e-3,
+        mesh=jax.sharding.Mesh(jax.devices()[:1], "data"),
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    train.print_progress(run, end="\r")
+    line = capsys.readouterr().err.removesuffix("\r")
+    assert len(line) == columns - 1 and line.startswith("step     10/2000")
+    assert (columns < 60) or "train 2.0000  val 2.5000" in line
+    assert (columns < 120) or line.rstrip().endswith("MFU  4.6%")
+
+
 def test_long_texts_are_attended_to_in_chunks_where_there_is_no_dropout():
     """Also in training: with --dropout 0, no [T, T] scores may be held."""
     model = small_model(n_positions=2049)
@@ -722,8 +753,8 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
     )
     monkeypatch.setattr(train, "find_spec", lambda name: name == "pynvml")
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    assert train.usage(gpu) == "  3.00 GB  93 % busy"
-    assert train.usage(jax.devices("cpu")[0]) == ""
+    assert train.usage(gpu) == ["3.00 GB", "93 % busy"]
+    assert train.usage(jax.devices("cpu")[0]) == []
 
 
 # ---------------------------------------------------------------------------------------- bad input
