@@ -207,7 +207,7 @@ def rotate(x, positions, inv_freq):
     """RoPE: rotates the pairs (i, i + Dh / 2) of each head by position * frequency, in float32.
 
     x [B, T, heads, Dh], positions [B, T] -> [B, T, heads, Dh]. The dot product of a query and a
-    key then depends on their distance, and no longer on where they are. Su et al. 2021, (34).
+    key then depends on where they are only through their distance. Su et al. 2021, (34).
     """
     angles = (positions[..., None] * inv_freq)[:, :, None]  # [B, T, 1, Dh / 2]
     cos = jnp.cos(angles)
@@ -505,8 +505,8 @@ def update_layer(layer_cache, k, v, k_positions, start):
     """Writes new keys and values into a layer of the cache, from slot `start` on.
 
     k and v [B, T, K, Dh] -> (k, v and k_positions to attend to; the updated layer_cache). A layer
-    with a sliding window is a ring buffer. A slot indexes the whole sequence, and a place the ring:
-    slot s is stored at place s % ring_size, replacing a token that has left the window.
+    with a sliding window is a ring buffer. A slot is an index into the whole sequence, a place one
+    into the ring: slot s is at place s % ring_size, replacing a token that has left the window.
     """
     T = k.shape[1]
     S = k_positions.shape[1]
@@ -640,8 +640,8 @@ def top_p_bound(logits, top_p):
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
     """Autoregressive generation in its plainest form: recompute everything for each new token.
 
-    No cache, and a single prompt. `generate` gives the same tokens for the same key; `sampling`
-    is passed on to `sample`.
+    No cache, and a single prompt. `generate` gives the same tokens with key=jnp.stack([key]), a key
+    for each row; `sampling` is passed on to `sample`.
     """
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
@@ -767,8 +767,10 @@ def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
     ids outside the vocabulary.
     """
     prompts = [as_integers(prompt) for prompt in prompts]
-    if not prompts or min(map(len, prompts)) == 0 or max_new_tokens < 1:
-        raise InputError("prompts must not be empty, and max_new_tokens must be 1 or more")
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("a prompt must not be empty")
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+        raise InputError("max_new_tokens must be an integer of 1 or more")
     longest = max(map(len, prompts))
     check_length(config, longest, max_new_tokens)
     T = max(64, 2 ** (longest - 1).bit_length())
@@ -788,8 +790,8 @@ def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty) -> None
     """InputError where an option of `generate` is out of its range."""
     if not temperature >= 0:
         raise InputError("temperature must be 0 (the likeliest token) or more")
-    if top_k is not None and top_k < 1:
-        raise InputError("top_k must be 1 or more")
+    if top_k is not None and (not isinstance(top_k, (int, np.integer)) or top_k < 1):
+        raise InputError("top_k must be an integer of 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError("top_p must be above 0 and at most 1")
     if min_p is not None and not 0 <= min_p <= 1:
@@ -1047,7 +1049,12 @@ def check_file(file: Path) -> None:
     if not file.exists() and file.is_symlink():
         raise InputError(f"{file} is a link to a file that is gone: download it again")
     if not file.exists():
-        raise InputError(f"{file.parent} has no {file.name}: no checkpoint, or an incomplete one")
+        why = "no checkpoint, or an incomplete one"
+        if (file.parent / "adapter_config.json").exists():
+            why = "it holds a LoRA adapter; merge that into its checkpoint (train.py --merge does)"
+        elif (file.parent / "checkpoints").is_dir():
+            why = "it holds a training run that is not finished (train.py --resume)"
+        raise InputError(f"{file.parent} has no {file.name}: {why}")
 
     with open(file, "rb") as stream:
         start = stream.read(64).lstrip().lower()

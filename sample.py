@@ -631,7 +631,7 @@ def record_memory(folder: Path, device, timing):
 def stop_profile(folder: Path):
     """Writes the trace and says how to look at it."""
     jax.profiler.stop_trace()
-    print(f"a trace is in {folder}: see it by `xprof {folder}`", file=sys.stderr)
+    print(f"a trace is in {folder}: look at it with `xprof {folder}`", file=sys.stderr)
 
 
 # ---------------------------------------------- Chat ----------------------------------------------

@@ -3,7 +3,7 @@
     python train.py                                          # a small GPT-2 on Python's own source
     python train.py --data shakespeare --tokens char --out runs/char         # nanoGPT's example
     python train.py --model llama --weights HuggingFaceTB/SmolLM2-135M --lora 8 --data 'my/*.txt'
-    python sample.py --model gpt2 --weights runs/mine        # what has it learned?
+    python sample.py --weights runs/gpt2                     # what has it learned?
 
 The end of the text, a tenth at most, is not trained on. The loss on it, the validation loss, tells
 how well the model predicts what it has not seen. Ctrl-C stops a run, and the same command with
@@ -27,6 +27,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -61,6 +62,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns where nothing is wrong
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-one-file-models"
@@ -240,9 +243,9 @@ class Stop:
     """Whether Ctrl-C (SIGINT) or SIGTERM has asked the run to stop.
 
     The current step is finished (with several hosts, up to ten more), a checkpoint is saved, and
-    then the program ends. A second Ctrl-C ends it at once, and so does either signal after the
-    training, but for a SIGTERM that repeats the one that asked: the checkpoint being written is
-    lost, and earlier ones are kept.
+    then the program ends. A further Ctrl-C ends it at once: the checkpoint being written is lost,
+    and earlier ones are kept. A further SIGTERM is ignored. Before and after the training, Ctrl-C
+    ends the program at once, and so does SIGTERM if no stop was asked for.
     """
 
     def __init__(self):
@@ -589,8 +592,8 @@ def token_losses(model, tokens, rngs=None):
     """The cross-entropy of each next token: tokens [B, T + 1] -> (losses, correct, the cache).
 
     losses float32 [B, T]; correct [B, T]: whether the target was the likeliest token, for the
-    accuracy. Both are 0 where the target is -1. Above MAX_LOGITS, the logits are computed one chunk
-    of time steps at a time (chunked cross-entropy).
+    accuracy. Both are 0 where the target is -1, which pads the validation text. Above MAX_LOGITS,
+    the logits are computed one chunk of time steps at a time (chunked cross-entropy).
     """
 
     def token_loss(x, target):  # [D], a token id
@@ -654,7 +657,10 @@ def train_step(config: StepConfig, state: dict, frozen, tokens, key):
 
 
 def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
-    """({mean loss, accuracy}, gradients of the mean loss) of the whole batch, on all devices."""
+    """({mean loss, accuracy}, gradients) of the whole batch, on all devices.
+
+    The gradients include a Mixtral's balance loss and float16's loss scale.
+    """
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [microbatches, B, T + 1]
     params = state["params"]
 
@@ -673,6 +679,7 @@ def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
         return jax.lax.psum(x, config.axis)
 
     num_targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
+    # On all devices, over which the balance loss is summed, too.
     num_microbatches = all_reduce(len(tokens))
 
     def mean_loss(params, rows, key):
@@ -2168,6 +2175,8 @@ def choose_tokenizer(args):
         kinds = ["its own"]
     if args.tokens is None:
         args.tokens = kinds[0]
+    if args.weights and args.tokens not in kinds:
+        fail(f"--tokens {args.tokens}: --weights bring their own tokenizer; leave --tokens out")
     if args.tokens not in kinds:
         fail(f"--tokens {args.tokens}: it must be {' or '.join(kinds)} here")
 

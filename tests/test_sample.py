@@ -387,7 +387,7 @@ def test_a_profile_shows_the_parts_of_the_model_at_work_and_nothing_compiling(we
     )
     assert result.returncode == 0, result.stderr
     assert "decode" in result.stderr.splitlines()[-2]
-    assert f"{folder}: see it by `xprof {folder}`" in result.stderr.splitlines()[-1]
+    assert f"{folder}: look at it with `xprof {folder}`" in result.stderr.splitlines()[-1]
     [trace] = folder.glob("plugins/profile/*/*.xplane.pb")
     for name in (b"h.0/attn/attend", b"h.1/mlp", b"head/", b"sample/"):
         assert name in trace.read_bytes()  # in the operations' metadata

@@ -779,7 +779,7 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
         ("--min-lr 1", "--min-lr: at most --lr"),
         ("--batch 4 --accumulate 3", "does not split over 1 devices (or groups of them) in"),
         ("--tokens words", "--tokens words: it must be bpe or char or bytes or gpt2 here"),
-        ("--tokens char --weights tiny", "--tokens char: it must be its own here"),
+        ("--tokens char --weights tiny", "--tokens char: --weights bring their own tokenizer"),
         ("--weights nowhere/here", "there is no folder nowhere/here"),
         ("--weights tiny --model llama --data short.txt", "--block 16 is longer than the text"),
         ("--weights tiny --block 300", "the context of this model is 256"),
