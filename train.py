@@ -192,8 +192,7 @@ def finish(run: Run) -> int:
         return 1
     if run.step < run.args.steps:
         print(
-            f"stopped after step {run.step}, {duration(time.monotonic() - run.began)}: "
-            "the same command with --resume goes on from there",
+            f"stopped after step {run.step}: the same command with --resume goes on from there",
             file=sys.stderr,
         )
         return 130
@@ -930,8 +929,8 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
 
     texts = []
     if not encoded:
-        if files:
-            say(f"reading {len(files)} file{'s' if len(files) > 1 else ''}")
+        if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
+            say(f"reading {len(files)} files")
         for file in files:
             texts += read_texts(file)
     if args.dataset:

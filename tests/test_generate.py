@@ -246,7 +246,7 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(family, plain):
         ({"prompts": [[1], []]}, "must not be empty"),
         ({"prompts": [[1, 97]]}, "outside the vocabulary of 97"),
         ({"prompts": [[-1]]}, "outside the vocabulary of 97"),
-        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens must be an integer of 1 or more"),
         ({"prompts": [[1] * 120], "max_new_tokens": 9}, r"120 \+ 9 tokens.* 128"),
     ],
     ids=str,

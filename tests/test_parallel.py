@@ -430,7 +430,8 @@ def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(again, text, 
         assert [host.returncode for host in hosts] == [0, 0], printed
         (first, lines), (second, nothing) = printed
         assert "on 4 x cpu" in first and "finished" in first and "step     20/20" in lines
-        assert not [line for line in second.splitlines() if not re.search("Gloo|peer ranks", line)]
+        # Gloo's own lines may be torn apart.
+        assert all(re.search(r"Gloo|peer ranks|^\d*$", line) for line in second.splitlines())
         assert not nothing
         assert_same_curve(tmp_path / "two", tmp_path / "one")
         shutil.rmtree(tmp_path / "two/checkpoints/20")
