@@ -362,7 +362,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_do(
     )
     assert done.returncode == 1
     *before, line = done.stderr.splitlines()
-    assert all(re.match(r"step +\d+/60  train|compiling", text) for text in before)  # and no traceback
+    said = r"step +\d+/60  train|compiling"  # and no traceback
+    assert all(re.match(said, text) for text in before)
     bad = next(
         row
         for row in rows_in(tmp_path)
