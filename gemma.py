@@ -141,10 +141,11 @@ class Config:
 
 
 @jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, **score_options):
+def attend(q, k, v, q_positions, k_positions, first=0, **score_options):
     """Each query takes a weighted mean of the values whose keys it may attend to.
 
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    first: 0, or [B, T], the position from which on each query may attend (packed rows).
     Grouped-query attention (Ainslie et al. 2023): G query heads share a KV head. The softmax is in
     float32. Vaswani et al. 2017, equation (1). score_options: as for attention_scores.
     """
@@ -156,13 +157,15 @@ def attend(q, k, v, q_positions, k_positions, **score_options):
     q = q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, Dh]
     q = q.reshape(B, K, G * T, Dh)
     q_positions = jnp.tile(q_positions, G)  # [B, G * T]
+    first = jnp.tile(jnp.broadcast_to(first, (B, T)), G)
     k = k.swapaxes(1, 2)  # [B, K, S, Dh]
     v = v.swapaxes(1, 2)
 
     if is_long(T, S):
-        x = attend_in_chunks(q, k, v, q_positions, k_positions, **score_options)  # in less memory
+        # The same in less memory.
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options)
     else:
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         probs = jax.nn.softmax(scores)  # [B, K, G * T, S]
         x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
 
@@ -170,7 +173,7 @@ def attend(q, k, v, q_positions, k_positions, **score_options):
     return x.reshape(B, T, H, Dh)
 
 
-def attention_scores(q, k, q_positions, k_positions, scale, window=None, softcap=None):
+def attention_scores(q, k, q_positions, k_positions, first, scale, window=None, softcap=None):
     """Scaled and masked dot products of queries and keys, in float32.
 
     q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
@@ -180,24 +183,26 @@ def attention_scores(q, k, q_positions, k_positions, scale, window=None, softcap
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
 
-    mask = causal_mask(q_positions, k_positions, window)
+    mask = causal_mask(q_positions, k_positions, first, window)
 
     # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
     # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
-def causal_mask(q_positions, k_positions, window=None):
+def causal_mask(q_positions, k_positions, first, window=None):
     """Which keys each query may attend to, as bool.
 
-    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
-    Positions alone decide: a key must not be later than the query, and it must be real. Padding
-    and empty slots of the cache have position -1. With a sliding window, a key must also be among
+    q_positions and first [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
+    Positions alone decide: a key must be real, it must not be later than the query, and not before
+    `first`, where the query's document begins. Padding and empty slots of the cache have position
+    -1. With a sliding window, a key must also be among
     the last `window` positions up to the query's.
     """
     q_pos = q_positions[:, None, :, None]
     k_pos = k_positions[:, None, None, :]
-    mask = (k_pos >= 0) & (k_pos <= q_pos)
+    first = first[:, None, :, None]
+    mask = (k_pos >= 0) & (k_pos >= first) & (k_pos <= q_pos)
     if window is not None:
         mask = mask & (q_pos - k_pos < window)
     return mask
@@ -256,11 +261,12 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(config, Dh, **options)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, layer_cache, start):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
         layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
-        positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
+        positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
+        first [B, T]: the position at which the document of each token begins.
         """
         B, T, _ = x.shape
         Dh = self.config.head_dim
@@ -272,8 +278,8 @@ class Attention(nnx.Module):
             k = self.k_norm(k)
 
         inv_freq = rope_frequencies(self.config, self.sliding)
-        q = rotate(q, positions, inv_freq)
-        k = rotate(k, positions, inv_freq)
+        q = rotate(q, positions - first, inv_freq)
+        k = rotate(k, positions - first, inv_freq)
 
         # k and v [B, S, K, Dh] from here on. With a ring buffer they are the old ring followed by
         # the T new ones, or just the updated ring if T = 1.
@@ -284,7 +290,7 @@ class Attention(nnx.Module):
             "window": self.config.sliding_window if self.sliding else None,
             "softcap": self.config.attn_logit_softcapping,
         }
-        x = attend(q, k, v, positions, k_positions, **score_options)  # [B, T, H, Dh]
+        x = attend(q, k, v, positions, k_positions, first, **score_options)  # [B, T, H, Dh]
         x = self.o_proj(x.reshape(B, T, -1))
         return x, layer_cache
 
@@ -332,10 +338,10 @@ class Block(nnx.Module):
             self.pre_feedforward_layernorm = RMSNorm(config, D, **options)
             self.post_feedforward_layernorm = RMSNorm(config, D, **options)
 
-    def __call__(self, x, positions, k_positions, layer_cache, start):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
         y = self.input_layernorm(x)
-        y, layer_cache = self.self_attn(y, positions, k_positions, layer_cache, start)
+        y, layer_cache = self.self_attn(y, positions, k_positions, first, layer_cache, start)
 
         if self.norms_after:
             x = x + self.post_attention_layernorm(y)
@@ -396,6 +402,8 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed residual stream, for `head`.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
+        Without a cache, a row may pack several documents one after another: each begins where the
+        positions begin again at 0, and its tokens attend to no other.
         cache: needs T empty slots, which the caller checks; by default a new one is filled.
         rngs: not used; other models need it to train with dropout.
         """
@@ -404,9 +412,12 @@ class Model(nnx.Module):
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
+        first = jnp.zeros((B, T), int)  # the position at which the document of each token begins
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype, use_ring=False)
+            if positions is not None:
+                positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -422,7 +433,9 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
-                x, layer_cache = run_block(block, x, positions, k_positions, cache.layers[i], start)
+                x, layer_cache = run_block(
+                    block, x, positions, k_positions, first, cache.layers[i], start
+                )
             layers.append(layer_cache)
 
         x = self.norm(x)
@@ -465,6 +478,17 @@ class RMSNorm(nnx.Module):
         x32 = x32 * jax.lax.rsqrt(mean_square + self.eps)
         x32 = x32 * (1 + self.scale[...].astype(jnp.float32))
         return x32.astype(x.dtype)
+
+
+def split_documents(positions):
+    """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
+
+    positions count within a document, and begin again at 0 with the next. in_row counts from the
+    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    """
+    real = positions >= 0
+    in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
+    return in_row, in_row - positions
 
 
 # -------------------------------------------- KV cache --------------------------------------------
@@ -1758,7 +1782,7 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rngs):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
@@ -1766,7 +1790,7 @@ def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
     """
 
     def run():
-        return block(x, positions, k_positions, layer_cache, start, *rngs)
+        return block(x, positions, k_positions, first, layer_cache, start, *rngs)
 
     def skip():
         return x, layer_cache
@@ -1783,7 +1807,7 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+def attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options):
     """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
     q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
@@ -1796,7 +1820,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
     def add_chunk(carry, chunk):
         out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)

@@ -110,21 +110,24 @@ class Config:
 
 
 @jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, scale, dropout=None):
+def attend(q, k, v, q_positions, k_positions, scale, first=0, dropout=None):
     """Each query takes a weighted mean of the values whose keys it may attend to.
 
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    first: 0, or [B, T], the position from which on each query may attend (packed rows).
     The softmax is in float32. Vaswani et al. 2017, equation (1).
     """
     T, S = q.shape[1], k.shape[1]
     q = q.swapaxes(1, 2)  # [B, H, T, Dh]
     k = k.swapaxes(1, 2)  # [B, H, S, Dh]
     v = v.swapaxes(1, 2)
+    first = jnp.broadcast_to(first, q_positions.shape)
 
     if is_long(T, S) and dropout is None:
-        x = attend_in_chunks(q, k, v, q_positions, k_positions, scale=scale)  # in less memory
+        # The same in less memory.
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, first, scale=scale)
     else:
-        scores = attention_scores(q, k, q_positions, k_positions, scale)  # [B, H, T, S]
+        scores = attention_scores(q, k, q_positions, k_positions, first, scale)  # [B, H, T, S]
         probs = jax.nn.softmax(scores)
         if dropout is not None:
             probs = dropout(probs)
@@ -133,7 +136,7 @@ def attend(q, k, v, q_positions, k_positions, scale, dropout=None):
     return x.swapaxes(1, 2)  # [B, T, H, Dh]
 
 
-def attention_scores(q, k, q_positions, k_positions, scale):
+def attention_scores(q, k, q_positions, k_positions, first, scale):
     """Scaled and masked dot products of queries and keys, in float32.
 
     q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
@@ -141,23 +144,25 @@ def attention_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    mask = causal_mask(q_positions, k_positions)
+    mask = causal_mask(q_positions, k_positions, first)
 
     # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
     # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
-def causal_mask(q_positions, k_positions):
+def causal_mask(q_positions, k_positions, first):
     """Which keys each query may attend to, as bool.
 
-    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
-    Positions alone decide: a key must not be later than the query, and it must be real. Padding
-    and empty slots of the cache have position -1.
+    q_positions and first [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
+    Positions alone decide: a key must be real, it must not be later than the query, and not before
+    `first`, where the query's document begins. Padding and empty slots of the cache have position
+    -1.
     """
     q_pos = q_positions[:, None, :, None]
     k_pos = k_positions[:, None, None, :]
-    return (k_pos >= 0) & (k_pos <= q_pos)
+    first = first[:, None, :, None]
+    return (k_pos >= 0) & (k_pos >= first) & (k_pos <= q_pos)
 
 
 class Attention(nnx.Module):
@@ -182,11 +187,12 @@ class Attention(nnx.Module):
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     @jax.named_scope("attn")
-    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
         layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
-        positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
+        positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
+        first [B, T]: the position at which the document of each token begins.
         """
         B, T, D = x.shape
         qkv = self.c_attn(x).reshape(B, T, 3, self.heads, D // self.heads)
@@ -200,7 +206,7 @@ class Attention(nnx.Module):
         dropout = None
         if rngs is not None and self.attn_dropout.rate > 0:
             dropout = partial(self.attn_dropout, rngs=rngs)
-        x = attend(q, k, v, positions, k_positions, self.scale, dropout)  # [B, T, H, Dh]
+        x = attend(q, k, v, positions, k_positions, self.scale, first, dropout)  # [B, T, H, Dh]
         x = self.c_proj(x.reshape(B, T, D))
 
         if rngs is not None:
@@ -243,9 +249,11 @@ class Block(nnx.Module):
         self.ln_2 = layer_norm(config, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
-        y, layer_cache = self.attn(self.ln_1(x), positions, k_positions, layer_cache, start, rngs)
+        y, layer_cache = self.attn(
+            self.ln_1(x), positions, k_positions, first, layer_cache, start, rngs
+        )
         x = x + y
 
         y = self.mlp(self.ln_2(x), rngs)
@@ -296,6 +304,8 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed residual stream, for `head`.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
+        Without a cache, a row may pack several documents one after another: each begins where the
+        positions begin again at 0, and its tokens attend to no other.
         cache: needs T empty slots, which the caller checks; by default a new one is filled.
         rngs: an nnx.Rngs, to train with dropout.
         """
@@ -304,9 +314,12 @@ class Model(nnx.Module):
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
+        first = jnp.zeros((B, T), int)  # the position at which the document of each token begins
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype)
+            if positions is not None:
+                positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -316,7 +329,7 @@ class Model(nnx.Module):
         positions = as_array(positions)
         k_positions = write_slots(cache.positions, positions, start)  # [B, S]
 
-        x = self.wte(tokens) + self.wpe(jnp.maximum(positions, 0))  # [B, T, D]
+        x = self.wte(tokens) + self.wpe(jnp.maximum(positions - first, 0))  # [B, T, D]
         if rngs is not None:
             x = self.embd_dropout(x, rngs=rngs)
 
@@ -324,7 +337,7 @@ class Model(nnx.Module):
         for i, block in enumerate(self.h):
             with jax.named_scope(f"h.{i}"):  # its name in a profile
                 x, layer_cache = run_block(
-                    block, x, positions, k_positions, cache.layers[i], start, rngs
+                    block, x, positions, k_positions, first, cache.layers[i], start, rngs
                 )
             layers.append(layer_cache)
 
@@ -359,6 +372,17 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+def split_documents(positions):
+    """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
+
+    positions count within a document, and begin again at 0 with the next. in_row counts from the
+    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    """
+    real = positions >= 0
+    in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
+    return in_row, in_row - positions
 
 
 # -------------------------------------------- KV cache --------------------------------------------
@@ -1455,7 +1479,7 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rngs):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
@@ -1463,7 +1487,7 @@ def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
     """
 
     def run():
-        return block(x, positions, k_positions, layer_cache, start, *rngs)
+        return block(x, positions, k_positions, first, layer_cache, start, *rngs)
 
     def skip():
         return x, layer_cache
@@ -1480,7 +1504,7 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+def attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options):
     """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
     q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
@@ -1493,7 +1517,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
     def add_chunk(carry, chunk):
         out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)

@@ -120,10 +120,11 @@ class Config:
 
 
 @jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, **score_options):
+def attend(q, k, v, q_positions, k_positions, first=0, **score_options):
     """Each query takes a weighted mean of the values whose keys it may attend to.
 
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    first: 0, or [B, T], the position from which on each query may attend (packed rows).
     Grouped-query attention (Ainslie et al. 2023): G query heads share a KV head. The softmax is in
     float32. Vaswani et al. 2017, equation (1). score_options: as for attention_scores.
     """
@@ -135,13 +136,15 @@ def attend(q, k, v, q_positions, k_positions, **score_options):
     q = q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, Dh]
     q = q.reshape(B, K, G * T, Dh)
     q_positions = jnp.tile(q_positions, G)  # [B, G * T]
+    first = jnp.tile(jnp.broadcast_to(first, (B, T)), G)
     k = k.swapaxes(1, 2)  # [B, K, S, Dh]
     v = v.swapaxes(1, 2)
 
     if is_long(T, S):
-        x = attend_in_chunks(q, k, v, q_positions, k_positions, **score_options)  # in less memory
+        # The same in less memory.
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options)
     else:
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         probs = jax.nn.softmax(scores)  # [B, K, G * T, S]
         x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
 
@@ -149,7 +152,7 @@ def attend(q, k, v, q_positions, k_positions, **score_options):
     return x.reshape(B, T, H, Dh)
 
 
-def attention_scores(q, k, q_positions, k_positions, scale):
+def attention_scores(q, k, q_positions, k_positions, first, scale):
     """Scaled and masked dot products of queries and keys, in float32.
 
     q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
@@ -157,23 +160,25 @@ def attention_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    mask = causal_mask(q_positions, k_positions)
+    mask = causal_mask(q_positions, k_positions, first)
 
     # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
     # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
-def causal_mask(q_positions, k_positions):
+def causal_mask(q_positions, k_positions, first):
     """Which keys each query may attend to, as bool.
 
-    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
-    Positions alone decide: a key must not be later than the query, and it must be real. Padding
-    and empty slots of the cache have position -1.
+    q_positions and first [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
+    Positions alone decide: a key must be real, it must not be later than the query, and not before
+    `first`, where the query's document begins. Padding and empty slots of the cache have position
+    -1.
     """
     q_pos = q_positions[:, None, :, None]
     k_pos = k_positions[:, None, None, :]
-    return (k_pos >= 0) & (k_pos <= q_pos)
+    first = first[:, None, :, None]
+    return (k_pos >= 0) & (k_pos >= first) & (k_pos <= q_pos)
 
 
 def rotate(x, positions, inv_freq):
@@ -250,11 +255,12 @@ class Attention(nnx.Module):
         self.o_proj = Linear(H * Dh, D, **linear)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, layer_cache, start):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
         layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
-        positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
+        positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
+        first [B, T]: the position at which the document of each token begins.
         """
         B, T, _ = x.shape
         Dh = self.config.head_dim
@@ -262,14 +268,14 @@ class Attention(nnx.Module):
         k = self.k_proj(x).reshape(B, T, -1, Dh)  # [B, T, K, Dh]
         v = self.v_proj(x).reshape(B, T, -1, Dh)
 
-        inv_freq = rope_frequencies(self.config, positions)
-        q = rotate(q, positions, inv_freq)
-        k = rotate(k, positions, inv_freq)
+        inv_freq = rope_frequencies(self.config, positions - first)
+        q = rotate(q, positions - first, inv_freq)
+        k = rotate(k, positions - first, inv_freq)
 
         # k and v [B, S, K, Dh] from here on
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
-        x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5)  # [B, T, H, Dh]
+        x = attend(q, k, v, positions, k_positions, first, scale=Dh**-0.5)  # [B, T, H, Dh]
         x = self.o_proj(x.reshape(B, T, -1))
         return x, layer_cache
 
@@ -307,10 +313,10 @@ class Block(nnx.Module):
         self.post_attention_layernorm = rms_norm(config, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, layer_cache, start):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
         y = self.input_layernorm(x)
-        y, layer_cache = self.self_attn(y, positions, k_positions, layer_cache, start)
+        y, layer_cache = self.self_attn(y, positions, k_positions, first, layer_cache, start)
         x = x + y
 
         y = self.mlp(self.post_attention_layernorm(x))
@@ -357,6 +363,8 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed residual stream, for `head`.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
+        Without a cache, a row may pack several documents one after another: each begins where the
+        positions begin again at 0, and its tokens attend to no other.
         cache: needs T empty slots, which the caller checks; by default a new one is filled.
         rngs: not used; other models need it to train with dropout.
         """
@@ -365,9 +373,12 @@ class Model(nnx.Module):
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
+        first = jnp.zeros((B, T), int)  # the position at which the document of each token begins
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype)
+            if positions is not None:
+                positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -382,7 +393,9 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
-                x, layer_cache = run_block(block, x, positions, k_positions, cache.layers[i], start)
+                x, layer_cache = run_block(
+                    block, x, positions, k_positions, first, cache.layers[i], start
+                )
             layers.append(layer_cache)
 
         x = self.norm(x)
@@ -405,6 +418,17 @@ class Model(nnx.Module):
 def rms_norm(config: Config, **options):
     """RMSNorm: x divided by its root mean square over D, times a weight; in float32 inside."""
     return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)
+
+
+def split_documents(positions):
+    """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
+
+    positions count within a document, and begin again at 0 with the next. in_row counts from the
+    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    """
+    real = positions >= 0
+    in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
+    return in_row, in_row - positions
 
 
 # -------------------------------------------- KV cache --------------------------------------------
@@ -1619,7 +1643,7 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rngs):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
@@ -1627,7 +1651,7 @@ def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
     """
 
     def run():
-        return block(x, positions, k_positions, layer_cache, start, *rngs)
+        return block(x, positions, k_positions, first, layer_cache, start, *rngs)
 
     def skip():
         return x, layer_cache
@@ -1644,7 +1668,7 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+def attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options):
     """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
     q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
@@ -1657,7 +1681,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
     def add_chunk(carry, chunk):
         out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)

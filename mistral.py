@@ -132,10 +132,11 @@ class Config:
 
 
 @jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, **score_options):
+def attend(q, k, v, q_positions, k_positions, first=0, **score_options):
     """Each query takes a weighted mean of the values whose keys it may attend to.
 
     q [B, T, H, Dh], k and v [B, S, K, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    first: 0, or [B, T], the position from which on each query may attend (packed rows).
     Grouped-query attention (Ainslie et al. 2023): G query heads share a KV head. The softmax is in
     float32. Vaswani et al. 2017, equation (1). score_options: as for attention_scores.
     """
@@ -147,13 +148,15 @@ def attend(q, k, v, q_positions, k_positions, **score_options):
     q = q.reshape(B, T, K, G, Dh).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, Dh]
     q = q.reshape(B, K, G * T, Dh)
     q_positions = jnp.tile(q_positions, G)  # [B, G * T]
+    first = jnp.tile(jnp.broadcast_to(first, (B, T)), G)
     k = k.swapaxes(1, 2)  # [B, K, S, Dh]
     v = v.swapaxes(1, 2)
 
     if is_long(T, S):
-        x = attend_in_chunks(q, k, v, q_positions, k_positions, **score_options)  # in less memory
+        # The same in less memory.
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options)
     else:
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         probs = jax.nn.softmax(scores)  # [B, K, G * T, S]
         x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
 
@@ -161,7 +164,7 @@ def attend(q, k, v, q_positions, k_positions, **score_options):
     return x.reshape(B, T, H, Dh)
 
 
-def attention_scores(q, k, q_positions, k_positions, scale, window=None):
+def attention_scores(q, k, q_positions, k_positions, first, scale, window=None):
     """Scaled and masked dot products of queries and keys, in float32.
 
     q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
@@ -169,24 +172,26 @@ def attention_scores(q, k, q_positions, k_positions, scale, window=None):
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    mask = causal_mask(q_positions, k_positions, window)
+    mask = causal_mask(q_positions, k_positions, first, window)
 
     # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
     # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
-def causal_mask(q_positions, k_positions, window=None):
+def causal_mask(q_positions, k_positions, first, window=None):
     """Which keys each query may attend to, as bool.
 
-    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
-    Positions alone decide: a key must not be later than the query, and it must be real. Padding
-    and empty slots of the cache have position -1. With a sliding window, a key must also be among
+    q_positions and first [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
+    Positions alone decide: a key must be real, it must not be later than the query, and not before
+    `first`, where the query's document begins. Padding and empty slots of the cache have position
+    -1. With a sliding window, a key must also be among
     the last `window` positions up to the query's.
     """
     q_pos = q_positions[:, None, :, None]
     k_pos = k_positions[:, None, None, :]
-    mask = (k_pos >= 0) & (k_pos <= q_pos)
+    first = first[:, None, :, None]
+    mask = (k_pos >= 0) & (k_pos >= first) & (k_pos <= q_pos)
     if window is not None:
         mask = mask & (q_pos - k_pos < window)
     return mask
@@ -231,11 +236,12 @@ class Attention(nnx.Module):
         self.o_proj = Linear(H * Dh, D, **linear)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, layer_cache, start):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
         layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
-        positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
+        positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
+        first [B, T]: the position at which the document of each token begins.
         """
         B, T, _ = x.shape
         Dh = self.config.head_dim
@@ -244,15 +250,15 @@ class Attention(nnx.Module):
         v = self.v_proj(x).reshape(B, T, -1, Dh)
 
         inv_freq = rope_frequencies(self.config)
-        q = rotate(q, positions, inv_freq)
-        k = rotate(k, positions, inv_freq)
+        q = rotate(q, positions - first, inv_freq)
+        k = rotate(k, positions - first, inv_freq)
 
         # k and v [B, S, K, Dh] from here on. With a ring buffer they are the old ring followed by
         # the T new ones, or just the updated ring if T = 1.
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         window = self.config.sliding_window
-        x = attend(q, k, v, positions, k_positions, scale=Dh**-0.5, window=window)  # [B, T, H, Dh]
+        x = attend(q, k, v, positions, k_positions, first, scale=Dh**-0.5, window=window)
         x = self.o_proj(x.reshape(B, T, -1))
         return x, layer_cache
 
@@ -294,26 +300,28 @@ class Experts(nnx.Module):
         self.experts = nnx.List([Expert(config, **options) for _ in range(E)])
 
     @jax.named_scope("block_sparse_moe")
-    def __call__(self, x):
-        """x [B, T, D] -> (x [B, T, D], router_stats [2, E]).
+    def __call__(self, x, real):
+        """x [B, T, D], real [B, T]: whether a token is no padding -> (x [B, T, D], router_stats).
 
-        router_stats: the fraction of tokens that chose each expert, and its mean probability.
+        router_stats [2, E]: how many real tokens chose each expert, and the sum of its
+        probabilities over real tokens.
         """
         if is_sparse(self):
-            return run_chosen(self, x)  # the same results; skips experts whose weight is 0
+            return run_chosen(self, x, real)  # the same results; skips experts whose weight is 0
 
         rows = x.reshape(-1, x.shape[-1])  # [N, D]
+        real = real.reshape(-1, 1)  # [N, 1]
         weights, chosen, probs = self.route(rows)
 
         # Each token's weighted sum over its experts; those that it did not choose have weight 0.
         y = jnp.zeros(rows.shape, jnp.float32)
-        fractions = []
+        counts = []
         for e, expert in enumerate(self.experts):
             share = jnp.where(chosen == e, weights, 0).sum(axis=-1, keepdims=True)  # [N, 1]
             y = y + share * expert(rows)
-            fractions.append((chosen == e).sum() / len(rows))
+            counts.append(jnp.sum((chosen == e) & real))
 
-        router_stats = jnp.stack([jnp.array(fractions), probs.mean(axis=0)])
+        router_stats = jnp.stack([jnp.array(counts), jnp.where(real, probs, 0).sum(axis=0)])
         return y.astype(x.dtype).reshape(x.shape), router_stats
 
     def route(self, rows):
@@ -363,19 +371,19 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, layer_cache, start):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention.
 
         layer_cache: (k, v, router_stats).
         """
         y = self.input_layernorm(x)
-        y, (k, v) = self.self_attn(y, positions, k_positions, layer_cache, start)
+        y, (k, v) = self.self_attn(y, positions, k_positions, first, layer_cache, start)
         x = x + y
 
         y = self.post_attention_layernorm(x)
         router_stats = None
         if hasattr(self, "block_sparse_moe"):
-            y, router_stats = self.block_sparse_moe(y)
+            y, router_stats = self.block_sparse_moe(y, real=positions >= 0)
         else:
             y = self.mlp(y)
         return x + y, (k, v, router_stats)
@@ -421,6 +429,8 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, D], cache): the final normed residual stream, for `head`.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
+        Without a cache, a row may pack several documents one after another: each begins where the
+        positions begin again at 0, and its tokens attend to no other.
         cache: needs T empty slots, which the caller checks; by default a new one is filled.
         rngs: not used; other models need it to train with dropout.
         """
@@ -429,9 +439,12 @@ class Model(nnx.Module):
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
+        first = jnp.zeros((B, T), int)  # the position at which the document of each token begins
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype, use_ring=False)
+            if positions is not None:
+                positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -446,7 +459,9 @@ class Model(nnx.Module):
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
-                x, layer_cache = run_block(block, x, positions, k_positions, cache.layers[i], start)
+                x, layer_cache = run_block(
+                    block, x, positions, k_positions, first, cache.layers[i], start
+                )
             layers.append(layer_cache)
 
         x = self.norm(x)
@@ -478,8 +493,20 @@ def balance_loss(cache):
     fraction of tokens that chose it times its mean probability. Fedus et al. 2021, equation (4).
     """
     router_stats = [layer[2] for layer in cache.layers]
-    fractions, probs = jnp.stack(router_stats).mean(axis=0)  # [E] each: means over all layers
-    return len(probs) * jnp.sum(fractions * probs)
+    counts, probs = jnp.stack(router_stats).sum(axis=0)  # [E] each: sums over tokens and layers
+    tokens = probs.sum()  # the probabilities of each token sum to 1
+    return len(probs) * jnp.sum(counts / tokens * probs / tokens)
+
+
+def split_documents(positions):
+    """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
+
+    positions count within a document, and begin again at 0 with the next. in_row counts from the
+    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    """
+    real = positions >= 0
+    in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
+    return in_row, in_row - positions
 
 
 # -------------------------------------------- KV cache --------------------------------------------
@@ -492,8 +519,8 @@ class Cache(NamedTuple):
     A row is one sequence of the batch. All rows fill the same slots; shorter prompts are padded on
     the left. The position of padding and of empty slots is -1, which hides them from every query.
 
-    router_stats [2, E], of a Mixtral: the fraction of tokens that chose each expert, and its mean
-    probability, both of the last call. The cache carries them only for `balance_loss` to read.
+    router_stats [2, E], of a Mixtral: how many tokens chose each expert, and the sum of its
+    probabilities, both in the last call. The cache carries them only for `balance_loss` to read.
     """
 
     layers: tuple  # for each layer (k, v, router_stats); k and v [B, S or ring_size, K, Dh]
@@ -1668,7 +1695,7 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rngs):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
@@ -1676,7 +1703,7 @@ def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
     """
 
     def run():
-        return block(x, positions, k_positions, layer_cache, start, *rngs)
+        return block(x, positions, k_positions, first, layer_cache, start, *rngs)
 
     def skip():
         return x, layer_cache
@@ -1693,7 +1720,7 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+def attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options):
     """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
     q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
@@ -1706,7 +1733,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
     def add_chunk(carry, chunk):
         out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)
@@ -1742,11 +1769,11 @@ def is_sparse(experts: Experts) -> bool:
     return experts.per_token < len(experts.experts)
 
 
-def run_chosen(experts: Experts, x):
+def run_chosen(experts: Experts, x, real):
     """Experts.__call__ where tokens choose some of the experts: x [B, T, D] -> the same results."""
     run = on_each_device(run_sorted, x)
-    x, router_stats = run(experts, x)
-    return x, router_stats.mean(axis=0)
+    x, router_stats = run(experts, x, real)
+    return x, router_stats.sum(axis=0)
 
 
 def on_each_device(run, x):
@@ -1758,14 +1785,14 @@ def on_each_device(run, x):
         return run
 
     rows = jax.P(axes)
-    specs = {"in_specs": (jax.P(), rows), "out_specs": rows}
+    specs = {"in_specs": (jax.P(), rows, rows), "out_specs": rows}
     return jax.shard_map(run, **specs, axis_names={*axes}, check_vma=False)
 
 
-def run_sorted(experts: Experts, x):
+def run_sorted(experts: Experts, x, real):
     """Experts.__call__ on one device, with the choices of all tokens sorted by expert.
 
-    x [B, T, D] -> (x [B, T, D], router_stats [1, 2, E])
+    x [B, T, D], real [B, T] -> (x [B, T, D], router_stats [1, 2, E])
     """
     rows = x.reshape(-1, x.shape[-1])  # [N, D]
     weights, chosen, probs = experts.route(rows)
@@ -1784,7 +1811,10 @@ def run_sorted(experts: Experts, x):
         y = run_ragged(experts.experts, rows, token, weight, counts)
     y = y.astype(x.dtype).reshape(x.shape)
 
-    router_stats = jnp.stack([counts / len(rows), probs.mean(axis=0)])
+    # Padding runs through the experts, too, but does not count.
+    real = real.reshape(-1, 1)  # [N, 1]
+    real_counts = jnp.zeros(E).at[chosen].add(jnp.broadcast_to(real, chosen.shape))
+    router_stats = jnp.stack([real_counts, jnp.where(real, probs, 0).sum(axis=0)])
     return y, router_stats[None]
 
 

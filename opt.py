@@ -107,28 +107,31 @@ class Config:
 
 
 @jax.named_scope("attend")
-def attend(q, k, v, q_positions, k_positions, scale):
+def attend(q, k, v, q_positions, k_positions, scale, first=0):
     """Each query takes a weighted mean of the values whose keys it may attend to.
 
     q [B, T, H, Dh], k and v [B, S, H, Dh], q_positions [B, T], k_positions [B, S] -> [B, T, H, Dh]
+    first: 0, or [B, T], the position from which on each query may attend (packed rows).
     The softmax is in float32. Vaswani et al. 2017, equation (1).
     """
     T, S = q.shape[1], k.shape[1]
     q = q.swapaxes(1, 2)  # [B, H, T, Dh]
     k = k.swapaxes(1, 2)  # [B, H, S, Dh]
     v = v.swapaxes(1, 2)
+    first = jnp.broadcast_to(first, q_positions.shape)
 
     if is_long(T, S):
-        x = attend_in_chunks(q, k, v, q_positions, k_positions, scale=scale)  # in less memory
+        # The same in less memory.
+        x = attend_in_chunks(q, k, v, q_positions, k_positions, first, scale=scale)
     else:
-        scores = attention_scores(q, k, q_positions, k_positions, scale)  # [B, H, T, S]
+        scores = attention_scores(q, k, q_positions, k_positions, first, scale)  # [B, H, T, S]
         probs = jax.nn.softmax(scores)
         x = jnp.einsum("bhts,bhsd->bhtd", probs.astype(v.dtype), v)
 
     return x.swapaxes(1, 2)  # [B, T, H, Dh]
 
 
-def attention_scores(q, k, q_positions, k_positions, scale):
+def attention_scores(q, k, q_positions, k_positions, first, scale):
     """Scaled and masked dot products of queries and keys, in float32.
 
     q [B, heads, queries, Dh], k [B, heads, keys, Dh] -> [B, heads, queries, keys]
@@ -136,23 +139,25 @@ def attention_scores(q, k, q_positions, k_positions, scale):
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * scale
 
-    mask = causal_mask(q_positions, k_positions)
+    mask = causal_mask(q_positions, k_positions, first)
 
     # Not -inf: a padding query has no key to attend to, and its softmax would be NaN. With the
     # lowest finite number it takes a uniform mean over all slots; no real token ever attends to it.
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
-def causal_mask(q_positions, k_positions):
+def causal_mask(q_positions, k_positions, first):
     """Which keys each query may attend to, as bool.
 
-    q_positions [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
-    Positions alone decide: a key must not be later than the query, and it must be real. Padding
-    and empty slots of the cache have position -1.
+    q_positions and first [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
+    Positions alone decide: a key must be real, it must not be later than the query, and not before
+    `first`, where the query's document begins. Padding and empty slots of the cache have position
+    -1.
     """
     q_pos = q_positions[:, None, :, None]
     k_pos = k_positions[:, None, None, :]
-    return (k_pos >= 0) & (k_pos <= q_pos)
+    first = first[:, None, :, None]
+    return (k_pos >= 0) & (k_pos >= first) & (k_pos <= q_pos)
 
 
 class Attention(nnx.Module):
@@ -174,11 +179,12 @@ class Attention(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
         layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
-        positions [B, T] of x; k_positions [B, S] of the whole cache, x included.
+        positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
+        first [B, T]: the position at which the document of each token begins.
         """
         B, T, D = x.shape
         Dh = D // self.heads
@@ -189,7 +195,7 @@ class Attention(nnx.Module):
         # k and v [B, S, H, Dh] from here on
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
-        x = attend(q, k, v, positions, k_positions, self.scale)  # [B, T, H, Dh]
+        x = attend(q, k, v, positions, k_positions, self.scale, first)  # [B, T, H, Dh]
         x = self.out_proj(x.reshape(B, T, D))
 
         if rngs is not None:
@@ -234,19 +240,23 @@ class Block(nnx.Module):
         self.mlp = MLP(config, **options)
         self.final_layer_norm = layer_norm(config, **options)  # of the MLP; the name is OPT's
 
-    def __call__(self, x, positions, k_positions, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
         if self.pre_norm:
             # Each reads a normed copy of the residual stream.
             y = self.self_attn_layer_norm(x)
-            y, layer_cache = self.self_attn(y, positions, k_positions, layer_cache, start, rngs)
+            y, layer_cache = self.self_attn(
+                y, positions, k_positions, first, layer_cache, start, rngs
+            )
             x = x + y
 
             y = self.mlp(self.final_layer_norm(x), rngs)
             x = x + y
         else:
             # Post-norm: the residual stream itself is normed, after each addition.
-            y, layer_cache = self.self_attn(x, positions, k_positions, layer_cache, start, rngs)
+            y, layer_cache = self.self_attn(
+                x, positions, k_positions, first, layer_cache, start, rngs
+            )
             x = self.self_attn_layer_norm(x + y)
 
             y = self.mlp(x, rngs)
@@ -307,6 +317,8 @@ class Model(nnx.Module):
         """tokens [B, T] -> (x [B, T, E], cache): what `head` takes.
 
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
+        Without a cache, a row may pack several documents one after another: each begins where the
+        positions begin again at 0, and its tokens attend to no other.
         cache: needs T empty slots, which the caller checks; by default a new one is filled.
         rngs: an nnx.Rngs, to train with dropout.
         """
@@ -315,9 +327,12 @@ class Model(nnx.Module):
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
+        first = jnp.zeros((B, T), int)  # the position at which the document of each token begins
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype)
+            if positions is not None:
+                positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
         # default the first token of a sequence has position 0.
@@ -330,13 +345,13 @@ class Model(nnx.Module):
         x = self.embed_tokens(tokens)  # [B, T, E]
         if self.projected:
             x = self.project_in(x)  # [B, T, D]
-        x = x + self.embed_positions(positions + 2)  # [B, T, D]
+        x = x + self.embed_positions(positions - first + 2)  # [B, T, D]
 
         layers = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
                 x, layer_cache = run_block(
-                    block, x, positions, k_positions, cache.layers[i], start, rngs
+                    block, x, positions, k_positions, first, cache.layers[i], start, rngs
                 )
             layers.append(layer_cache)
 
@@ -371,6 +386,17 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,  # all published OPTs were trained with it
     "gelu": partial(jax.nn.gelu, approximate=False),
 }
+
+
+def split_documents(positions):
+    """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
+
+    positions count within a document, and begin again at 0 with the next. in_row counts from the
+    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    """
+    real = positions >= 0
+    in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
+    return in_row, in_row - positions
 
 
 # -------------------------------------------- KV cache --------------------------------------------
@@ -1501,7 +1527,7 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
+def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rngs):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
@@ -1509,7 +1535,7 @@ def run_fenced(block, x, positions, k_positions, layer_cache, start, *rngs):
     """
 
     def run():
-        return block(x, positions, k_positions, layer_cache, start, *rngs)
+        return block(x, positions, k_positions, first, layer_cache, start, *rngs)
 
     def skip():
         return x, layer_cache
@@ -1526,7 +1552,7 @@ def is_long(T: int, S: int) -> bool:
     return T > 1 and T * S >= LONG**2
 
 
-def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
+def attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options):
     """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
 
     q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
@@ -1539,7 +1565,7 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, **score_options):
     def add_chunk(carry, chunk):
         out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
         k, v, k_positions = chunk
-        scores = attention_scores(q, k, q_positions, k_positions, **score_options)
+        scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         rescale = jnp.exp(maximum - new_maximum)

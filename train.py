@@ -688,9 +688,9 @@ def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
         balance = 0
         if config.balance is not None:
             # It is a product of means over all tokens, so the router's statistics, which the cache
-            # also carries, are averaged over devices first. Every microbatch adds its share.
+            # also carries, are summed over devices first. Every microbatch adds its share.
             if config.axis is not None:
-                cache = cache._replace(layers=jax.lax.pmean(cache.layers, config.axis))
+                cache = cache._replace(layers=jax.lax.psum(cache.layers, config.axis))
             balance = config.balance(cache) / num_microbatches
         metrics = {"loss": loss, "accuracy": correct.sum() / num_targets}
         return state.get("scale", 1) * (loss + balance), metrics

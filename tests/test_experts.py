@@ -57,9 +57,10 @@ def test_the_faster_forms_are_the_plain_mixture(form, n, monkeypatch):
     config = mistral.Config("mixtral", **SIZES, num_local_experts=E, initializer_range=0.3)
     graphdef, state = nnx.split(mistral.Experts(config, rngs=nnx.Rngs(0)))
     x = jnp.array(np.random.default_rng(1).normal(size=(1, n, D)), jnp.float32)
+    real = jnp.arange(n)[None] % 3 < 2  # every third token is padding
 
     def loss(state, x):
-        y, router_stats = nnx.merge(graphdef, state)(x)
+        y, router_stats = nnx.merge(graphdef, state)(x, real)
         return (y**2).mean() + router_stats[1].max(), (y, router_stats)
 
     step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -151,3 +152,17 @@ def test_the_balance_loss_is_that_of_transformers(make_case):
         with torch.no_grad():
             theirs = case.hf32(torch.tensor(case.tokens), output_router_logits=True).aux_loss
         assert float(mistral.balance_loss(cache)) == pytest.approx(float(theirs), rel=1e-5)
+
+
+@pytest.mark.wide
+def test_the_balance_loss_does_not_count_padding(make_case):
+    case = make_case(MISTRAL, "8 experts")
+    mask = np.ones(case.tokens.shape, int)
+    mask[0, :5] = 0
+    mask[2, :11] = 0
+    positions = np.where(mask, mask.cumsum(axis=1) - 1, -1)
+    _, cache = case.model.hidden(jnp.array(case.tokens), positions)
+    options = {"attention_mask": torch.tensor(mask), "output_router_logits": True}
+    with torch.no_grad():
+        theirs = case.hf32(torch.tensor(case.tokens), **options).aux_loss
+    assert float(mistral.balance_loss(cache)) == pytest.approx(float(theirs), rel=1e-5)
