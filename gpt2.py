@@ -187,12 +187,12 @@ class Attention(nnx.Module):
         self.resid_dropout = nnx.Dropout(config.resid_pdrop)
 
     @jax.named_scope("attn")
-    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, layer_cache, start, first=0, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
         layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
-        first [B, T]: the position at which the document of each token begins.
+        first: 0, or [B, T], the position at which the document of each token begins.
         """
         B, T, D = x.shape
         qkv = self.c_attn(x).reshape(B, T, 3, self.heads, D // self.heads)
@@ -249,10 +249,10 @@ class Block(nnx.Module):
         self.ln_2 = layer_norm(config, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, layer_cache, start, first=0, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
         y, layer_cache = self.attn(
-            self.ln_1(x), positions, k_positions, first, layer_cache, start, rngs
+            self.ln_1(x), positions, k_positions, layer_cache, start, first, rngs
         )
         x = x + y
 
@@ -314,7 +314,7 @@ class Model(nnx.Module):
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
-        first = jnp.zeros((B, T), int)  # the position at which the document of each token begins
+        first = 0  # the position in the row at which a token's document begins
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype)
@@ -337,7 +337,7 @@ class Model(nnx.Module):
         for i, block in enumerate(self.h):
             with jax.named_scope(f"h.{i}"):  # its name in a profile
                 x, layer_cache = run_block(
-                    block, x, positions, k_positions, first, cache.layers[i], start, rngs
+                    block, x, positions, k_positions, cache.layers[i], start, first, rngs
                 )
             layers.append(layer_cache)
 
@@ -1479,7 +1479,7 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rngs):
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rest):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
@@ -1487,7 +1487,7 @@ def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rng
     """
 
     def run():
-        return block(x, positions, k_positions, first, layer_cache, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rest)
 
     def skip():
         return x, layer_cache

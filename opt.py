@@ -179,12 +179,12 @@ class Attention(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     @jax.named_scope("self_attn")
-    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, layer_cache, start, first=0, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
         layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
         positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
-        first [B, T]: the position at which the document of each token begins.
+        first: 0, or [B, T], the position at which the document of each token begins.
         """
         B, T, D = x.shape
         Dh = D // self.heads
@@ -240,13 +240,13 @@ class Block(nnx.Module):
         self.mlp = MLP(config, **options)
         self.final_layer_norm = layer_norm(config, **options)  # of the MLP; the name is OPT's
 
-    def __call__(self, x, positions, k_positions, first, layer_cache, start, rngs=None):
+    def __call__(self, x, positions, k_positions, layer_cache, start, first=0, rngs=None):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
         if self.pre_norm:
             # Each reads a normed copy of the residual stream.
             y = self.self_attn_layer_norm(x)
             y, layer_cache = self.self_attn(
-                y, positions, k_positions, first, layer_cache, start, rngs
+                y, positions, k_positions, layer_cache, start, first, rngs
             )
             x = x + y
 
@@ -255,7 +255,7 @@ class Block(nnx.Module):
         else:
             # Post-norm: the residual stream itself is normed, after each addition.
             y, layer_cache = self.self_attn(
-                x, positions, k_positions, first, layer_cache, start, rngs
+                x, positions, k_positions, layer_cache, start, first, rngs
             )
             x = self.self_attn_layer_norm(x + y)
 
@@ -327,7 +327,7 @@ class Model(nnx.Module):
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
         # Without a cache a new one of T slots is filled: training and generation share this code.
-        first = jnp.zeros((B, T), int)  # the position at which the document of each token begins
+        first = 0  # the position in the row at which a token's document begins
         if cache is None:
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype)
@@ -351,7 +351,7 @@ class Model(nnx.Module):
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layers.{i}"):  # its name in a profile
                 x, layer_cache = run_block(
-                    block, x, positions, k_positions, first, cache.layers[i], start, rngs
+                    block, x, positions, k_positions, cache.layers[i], start, first, rngs
                 )
             layers.append(layer_cache)
 
@@ -1527,7 +1527,7 @@ def how_to_run(model, with_cache: bool):
     return Block.__call__
 
 
-def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rngs):
+def run_fenced(block, x, positions, k_positions, layer_cache, start, *rest):
     """Block.__call__ inside a conditional that XLA cannot resolve at compile time.
 
     XLA on a CPU computes half precision in float32. Without the conditionals it would convert the
@@ -1535,7 +1535,7 @@ def run_fenced(block, x, positions, k_positions, first, layer_cache, start, *rng
     """
 
     def run():
-        return block(x, positions, k_positions, first, layer_cache, start, *rngs)
+        return block(x, positions, k_positions, layer_cache, start, *rest)
 
     def skip():
         return x, layer_cache

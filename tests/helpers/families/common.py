@@ -62,7 +62,7 @@ def causal_bias(x, window=None):
     return (hidden.to(x.dtype) * torch.finfo(x.dtype).min)[None, None]
 
 
-VISIBLE = "(k_pos >= 0) & (k_pos <= q_pos)"
+VISIBLE = "(k_pos >= 0) & (k_pos >= first) & (k_pos <= q_pos)"
 
 MASK_FAULTS = {
     "a token does not see itself": Mutation(VISIBLE, VISIBLE.replace("<=", "<")),

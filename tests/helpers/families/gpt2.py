@@ -97,7 +97,9 @@ GPT2 = Family(
             ".reshape(B, T, 3, self.heads, D // self.heads)",
             ".reshape(B, T, self.heads, 3, D // self.heads).swapaxes(2, 3)",
         ),
-        "positions from 1": Mutation("jnp.maximum(positions, 0)", "jnp.maximum(positions, 0) + 1"),
+        "positions from 1": Mutation(
+            "jnp.maximum(positions - first, 0)", "jnp.maximum(positions - first, 0) + 1"
+        ),
         "no final norm": Mutation("x = self.ln_f(x)", "pass"),
         "one norm for both": Mutation("self.mlp(self.ln_2(x)", "self.mlp(self.ln_1(x)"),
         "MLP beside attention": Mutation("self.mlp(self.ln_2(x)", "self.mlp(self.ln_2(x - y)"),

@@ -44,7 +44,7 @@ LLAMA = Family(
             "large epsilon and theta",
         ),
         "keys not turned": Mutation(
-            "k = rotate(k, positions, inv_freq)",
+            "k = rotate(k, positions - first, inv_freq)",
             "pass",
         ),
         "linear scaling ignored": Mutation("inv_freq = inv_freq / factor", "pass", "linear RoPE"),

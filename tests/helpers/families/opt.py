@@ -81,10 +81,10 @@ OPT = Family(
     hf_blocks=lambda hf: hf.model.decoder.layers,
     mutations={
         "positions from row 1": Mutation(
-            "embed_positions(positions + 2)", "embed_positions(positions + 1)"
+            "embed_positions(positions - first + 2)", "embed_positions(positions + 1)"
         ),
         "positions from row 0": Mutation(
-            "embed_positions(positions + 2)", "embed_positions(positions)"
+            "embed_positions(positions - first + 2)", "embed_positions(positions - first)"
         ),
         "no ReLU": Mutation("x = self.act(x)", "pass"),
         "GELU for ReLU": Mutation('"relu": jax.nn.relu', '"relu": jax.nn.gelu'),
