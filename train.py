@@ -45,7 +45,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -293,8 +293,8 @@ def any_host_stops(step: int, stopping: bool) -> bool:
     return bool(process_allgather(np.array(stopping)).any())
 
 
-def next_batch(run: Run):
-    """The rows of the next step on their devices: tokens [microbatches, groups, rows, T + 1].
+def next_batch(run: Run) -> "Batch":
+    """The rows of the next step on their devices: [microbatches, groups, rows, T].
 
     microbatches: of gradient accumulation; groups: of devices, where each has its own rows.
     """
@@ -303,9 +303,9 @@ def next_batch(run: Run):
     numbers = numbers + run.step * args.batch  # rows are numbered from the start of the run
 
     def read(index):  # JAX passes one slice per dimension; the last is the whole row
-        return rows_of(run.data.train, numbers[index[:3]], args.block, args.seed)
+        return run.data.train.rows(numbers[index[:3]], args.block, args.seed)
 
-    return place(run.mesh, (*numbers.shape, args.block + 1), read, accumulated=True)
+    return place(run.mesh, (*numbers.shape, args.block), read, accumulated=True)
 
 
 def wait_on_emulated_devices(run: Run, metrics) -> None:
@@ -460,7 +460,7 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     balance = balance_of(model_file, model.config)
     config = StepConfig(build_model, optimizer, balance, args.ema)
     train_step, eval_step = compile_steps(config, mesh, state)
-    data.val_batches = validation_batches(args, data.val, mesh)
+    data.val_batches = validation_batches(args, data.val.in_order(args.block), mesh)
 
     if args.profile:
         with explained(OSError, f"--profile {args.profile}: {{}}"):
@@ -512,7 +512,7 @@ def check_batch(args, mesh):
 def settings_of(args, data: "Data") -> dict:
     """What must be the same when a run is resumed: see SETTINGS."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    checksum = zlib.crc32(data.val, zlib.crc32(data.train))
+    checksum = zlib.crc32(data.val.tokens, zlib.crc32(data.train.tokens))
     settings["data"] = f"with checksum {checksum}"  # as `check_settings` prints it after --data
     return settings
 
@@ -546,8 +546,7 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     print(
         f"model  {args.model}.py, {trained:,} parameters trained, in {args.dtype} "
         f"on {len(devices)} x {devices[0].device_kind}\n"
-        f"text   {len(data.train):,} tokens to train on, {len(data.val):,} to validate on; "
-        f"vocabulary size {config.vocab_size:,}\n"
+        f"text   {data.describe()}; vocabulary size {config.vocab_size:,}\n"
         f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: {N:,} weights N, "
         f"attention width A {A}, {keys:,} keys K in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
         flush=True,
@@ -587,12 +586,25 @@ def balance_of(model_file, config) -> Callable | None:
 MAX_LOGITS = 2**28
 
 
-def token_losses(model, tokens, rngs=None):
-    """The cross-entropy of each next token: tokens [B, T + 1] -> (losses, correct, the cache).
+class Batch(NamedTuple):
+    """Rows of tokens, and what is to be predicted from them; each [..., T]."""
+
+    tokens: Any
+    targets: Any  # the token after each; -1 where none is learned: in prompts and in padding
+    positions: Any = None  # in rows of examples: of each token in its own; -1 for padding
+
+
+def next_tokens(tokens) -> Batch:
+    """What there is to predict in a text: tokens [..., T + 1], padded with -1, as a batch."""
+    return Batch(tokens=tokens[..., :-1].clip(0), targets=tokens[..., 1:])
+
+
+def token_losses(model, batch: Batch, rngs=None):
+    """The cross-entropy of each next token: a batch of [B, T] -> (losses, correct, the cache).
 
     losses float32 [B, T]; correct [B, T]: whether the target was the likeliest token, for the
-    accuracy. Both are 0 where the target is -1, which pads the validation text. Above MAX_LOGITS,
-    the logits are computed one chunk of time steps at a time (chunked cross-entropy).
+    accuracy. Both are 0 where the target is -1. Above MAX_LOGITS, the logits are computed one chunk
+    of time steps at a time (chunked cross-entropy).
     """
 
     def token_loss(x, target):  # [D], a token id
@@ -602,8 +614,8 @@ def token_losses(model, tokens, rngs=None):
         correct = (target >= 0) & (label >= logits.max())
         return loss, correct
 
-    x, cache = model.hidden(jnp.maximum(tokens[:, :-1], 0), rngs=rngs)  # [B, T, D]
-    targets = tokens[:, 1:]
+    x, cache = model.hidden(batch.tokens, batch.positions, rngs=rngs)  # [B, T, D]
+    targets = batch.targets
     B, T = targets.shape
     chunk = MAX_LOGITS // (B * model.config.vocab_size)  # time steps whose logits are few enough
     step_loss = jax.vmap(token_loss)  # [B, D], [B]: all rows at one time step
@@ -632,14 +644,14 @@ class StepConfig:
     axis: str | None = None  # the name of pmap's axis of devices
 
 
-def train_step(config: StepConfig, state: dict, frozen, tokens, key):
-    """One update of the weights: tokens [microbatches, ..., T + 1] -> (state, metrics).
+def train_step(config: StepConfig, state: dict, frozen, batch: Batch, key):
+    """One update of the weights: a batch of [microbatches, ..., T] -> (state, metrics).
 
     microbatches: of gradient accumulation, one after another. metrics: the mean loss, the accuracy
     and the norm of the gradient. In float16, a step whose gradient overflows is skipped; only the
     loss scale and the number of steps change: Micikevicius et al. 2018.
     """
-    loss_and_accuracy, gradients = mean_gradients(config, state, frozen, tokens, key)
+    loss_and_accuracy, gradients = mean_gradients(config, state, frozen, batch, key)
     if "scale" in state:
         gradients = jax.tree.map(lambda g: g / state["scale"], gradients)
     norm = optax.tree.norm(gradients)
@@ -655,19 +667,20 @@ def train_step(config: StepConfig, state: dict, frozen, tokens, key):
     return new, loss_and_accuracy | {"norm": norm}
 
 
-def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
+def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
     """({mean loss, accuracy}, gradients) of the whole batch, on all devices.
 
     The gradients include a Mixtral's balance loss and float16's loss scale.
     """
-    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])  # [microbatches, B, T + 1]
+    microbatches = len(batch.tokens)
+    batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), batch)  # [..., B, T]
     params = state["params"]
 
     # Dropout differs between steps, between devices and between microbatches.
     key = jax.random.fold_in(key, state["step"])
     if config.axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(config.axis))
-    keys = jax.random.split(key, len(tokens))
+    keys = jax.random.split(key, microbatches)
 
     # The summed loss is divided by the number of targets on all devices, so gradients need only be
     # summed over devices. Under pmap the sum is this explicit psum; under jit the code sees the
@@ -677,9 +690,9 @@ def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
             return x
         return jax.lax.psum(x, config.axis)
 
-    num_targets = all_reduce(jnp.sum(tokens[..., 1:] >= 0))
+    num_targets = all_reduce(jnp.sum(batch.targets >= 0))
     # On all devices, over which the balance loss is summed, too.
-    num_microbatches = all_reduce(len(tokens))
+    num_microbatches = all_reduce(microbatches)
 
     def mean_loss(params, rows, key):
         model = config.build_model(params, frozen)
@@ -704,9 +717,11 @@ def mean_gradients(config: StepConfig, state: dict, frozen, tokens, key):
         return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
     # Gradient accumulation: the gradients of the microbatches are summed.
-    total = gradient(params, tokens[0], keys[0])
-    if len(tokens) > 1:
-        total, _ = jax.lax.scan(add_microbatch, total, (tokens[1:], keys[1:]))
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    total = gradient(params, *first)
+    if microbatches > 1:
+        others = jax.tree.map(lambda x: x[1:], (batch, keys))
+        total, _ = jax.lax.scan(add_microbatch, total, others)
     (_, metrics), gradients = all_reduce(total)
     return metrics, gradients
 
@@ -728,10 +743,11 @@ def update_loss_scale(state: dict, new: dict, norm):
     return new, norm
 
 
-def eval_step(config: StepConfig, params, frozen, tokens):
-    """tokens [..., T + 1] -> the sum of all losses, and the number of correct predictions."""
+def eval_step(config: StepConfig, params, frozen, batch: Batch):
+    """A batch of [..., T] -> the sum of all losses, and the number of correct predictions."""
     model = config.build_model(params, frozen)
-    losses, correct, _ = token_losses(model, tokens.reshape(-1, tokens.shape[-1]))
+    batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)  # [B, T]
+    losses, correct, _ = token_losses(model, batch)
     sums = losses.sum(), correct.sum()
     if config.axis is not None:
         sums = jax.lax.psum(sums, config.axis)
@@ -739,7 +755,7 @@ def eval_step(config: StepConfig, params, frozen, tokens):
 
 
 def compile_steps(config: StepConfig, mesh, state: dict):
-    """(train_step, eval_step) as compiled programs, for tokens that `place` has placed.
+    """(train_step, eval_step) as compiled programs, for a batch that `place` has placed.
 
     The first overwrites the state that it is given.
     """
@@ -763,8 +779,8 @@ def compile_steps_pmap(config: StepConfig, mesh):
     """
     config = replace(config, axis="pmap")
     options = {"axis_name": "pmap", "out_axes": None, "devices": [*mesh.devices.flat]}
-    train_in_axes = (None, None, 1, None)  # state, frozen, tokens, key
-    eval_in_axes = (None, None, 0)  # params, frozen, tokens
+    train_in_axes = (None, None, 1, None)  # state, frozen, batch, key
+    eval_in_axes = (None, None, 0)  # params, frozen, batch
     train = jax.pmap(
         partial(train_step, config), in_axes=train_in_axes, donate_argnums=0, **options
     )
@@ -795,12 +811,16 @@ def make_build_model(mesh, graphdef, dtype, params, frozen) -> Callable:
 
 
 def evaluate(run: Run, params, batches) -> tuple:
-    """(mean loss, accuracy) over all targets of some validation batches."""
+    """(mean loss, accuracy) over all targets of some validation batches [N, groups, rows, T]."""
     sums = []
-    for batch in batches:
-        tokens = place(run.mesh, batch.shape, batch.__getitem__, accumulated=False)
-        sums.append(jax.device_get(run.eval_step(params, run.frozen, tokens)))
-    targets = np.count_nonzero(batches[..., 1:] >= 0)
+    for i in range(len(batches.tokens)):
+
+        def read(index, i=i):
+            return jax.tree.map(lambda x: x[i][index], batches)
+
+        batch = place(run.mesh, batches.tokens.shape[1:], read, accumulated=False)
+        sums.append(jax.device_get(run.eval_step(params, run.frozen, batch)))
+    targets = np.count_nonzero(batches.targets >= 0)
     loss, accuracy = np.sum(sums, axis=0) / targets
     return loss, accuracy
 
@@ -908,10 +928,15 @@ END = "<|endoftext|>"
 class Data:
     """The tokens of a run, and the folder of their tokenizer."""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: "Text"
+    val: "Text"
     tokenizer_folder: Path
-    val_batches: np.ndarray = None  # of `validation_batches`
+    val_batches: "Batch" = None  # of `validation_batches`
+
+    def describe(self) -> str:
+        """How much there is."""
+        train, val = len(self.train.tokens), len(self.val.tokens)
+        return f"{train:,} tokens to train on, {val:,} to validate on"
 
 
 def prepare_data(args, model_file, folder: Path | None) -> Data:
@@ -952,7 +977,7 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     largest = max(train.max(), val.max())
     if largest >= V:
         fail(f"the text has token {largest}, the model has {V}: encode it for this model")
-    return Data(train, val, folder or cached)
+    return Data(Text(train), Text(val), folder or cached)
 
 
 def find_files(names: list[str]) -> list[Path]:
@@ -1266,20 +1291,35 @@ def split_validation(tokens: np.ndarray) -> list[np.ndarray]:
     return np.split(tokens, [cut])
 
 
-def rows_of(tokens, numbers, block: int, seed: int):
-    """The rows [..., T + 1] with these numbers [...], counted from the start of a run.
+class Text:
+    """Tokens, cut into rows of T."""
 
-    A row begins every T tokens and has T + 1 of them: the last is the target of the one before.
-    Each epoch begins at another place of the text and shuffles the rows. The order depends only on
-    seed and epoch, so resuming needs just the step number.
-    """
-    rows_per_epoch = len(epoch_starts(len(tokens), block, seed, 0))
-    rows = []
-    for number in numbers.flat:
-        epoch, i = divmod(number, rows_per_epoch)
-        start = epoch_starts(len(tokens), block, seed, epoch)[i]
-        rows.append(tokens[start : start + block + 1])
-    return np.stack(rows).astype(np.int32).reshape(*numbers.shape, -1)
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+
+    def rows(self, numbers, block: int, seed: int) -> Batch:
+        """The rows [..., T] with these numbers [...], counted from the start of a run.
+
+        A row begins every T tokens, and each token's target is the next one. Rows are cut from all
+        texts end to end: a token attends to the texts before its own, too. Each epoch begins at
+        another place and shuffles the rows. The order depends only on seed and epoch, so resuming
+        needs just the step number.
+        """
+        rows_per_epoch = len(epoch_starts(len(self.tokens), block, seed, 0))
+        rows = []
+        for number in numbers.flat:
+            epoch, i = divmod(number, rows_per_epoch)
+            start = epoch_starts(len(self.tokens), block, seed, epoch)[i]
+            rows.append(self.tokens[start : start + block + 1])
+        return next_tokens(np.stack(rows).astype(np.int32).reshape(*numbers.shape, -1))
+
+    def in_order(self, block: int) -> Batch:
+        """All rows in their order [N, T]: every token but the first is a target exactly once."""
+        count = math.ceil((len(self.tokens) - 1) / block)
+        missing = count * block + 1 - len(self.tokens)
+        padded = np.pad(self.tokens.astype(np.int32), (0, missing), constant_values=-1)
+        starts = np.arange(0, count * block, block)[:, None]
+        return next_tokens(padded[starts + np.arange(block + 1)])
 
 
 @lru_cache(maxsize=2)
@@ -1291,25 +1331,29 @@ def epoch_starts(length: int, block: int, seed: int, epoch: int):
     return offset + block * rng.permutation(rows)
 
 
-def validation_batches(args, tokens, mesh):
-    """All validation tokens as batches [N, groups, rows, T + 1], as large as a microbatch."""
-    batches = windows(tokens, args.batch // args.accumulate, args.block)
-    return batches.reshape(len(batches), groups_of(mesh), -1, args.block + 1)
+def validation_batches(args, rows: Batch, mesh) -> Batch:
+    """All validation rows as batches [N, groups, rows, T], as large as a microbatch.
+
+    Rows without targets fill up the last one.
+    """
+    batch = args.batch // args.accumulate
+    missing = -len(rows.tokens) % batch
+
+    def in_batches(x, fill: int):
+        x = np.pad(x, [(0, missing), (0, 0)], constant_values=fill)
+        return x.reshape(-1, groups_of(mesh), batch // groups_of(mesh), args.block)
+
+    positions = rows.positions
+    if positions is not None:
+        positions = in_batches(positions, fill=-1)
+    return Batch(in_batches(rows.tokens, fill=0), in_batches(rows.targets, fill=-1), positions)
 
 
-def windows(tokens, batch: int, block: int):
-    """Batches [N, B, T + 1]: every token but the first is a target exactly once; padded with -1."""
-    rows = batch * math.ceil((len(tokens) - 1) / (batch * block))
-    missing = rows * block + 1 - len(tokens)
-    padded = np.pad(tokens.astype(int), (0, missing), constant_values=-1)
-    starts = np.arange(0, rows * block, block).reshape(-1, batch, 1)
-    return padded[starts + np.arange(block + 1)]
-
-
-def some_batches(run: Run):
-    """About 20 batches, evenly spread over the validation text: enough for an estimate."""
+def some_batches(run: Run) -> Batch:
+    """About 20 batches, evenly spread over the validation rows: enough for an estimate."""
     batches = run.data.val_batches
-    return batches[:: math.ceil(len(batches) / (20 * run.args.accumulate))]
+    every = math.ceil(len(batches.tokens) / (20 * run.args.accumulate))
+    return jax.tree.map(lambda x: x[::every], batches)
 
 
 # ------------------------------------------- The model --------------------------------------------
@@ -1722,15 +1766,20 @@ def own_device(mesh):
     return next(device for device in mesh.devices.flat if device.process_index == index)
 
 
-def place(mesh, shape, read, accumulated: bool):
-    """Rows [groups, rows, T + 1] on the devices, each group of devices with its own.
+def place(mesh, shape, read, accumulated: bool) -> Batch:
+    """A batch of rows [groups, rows, T] on the devices, each group of devices with its own.
 
-    accumulated: a dimension of microbatches comes first. read(slices) -> the tokens; each host
-    reads those of its own devices.
+    accumulated: a dimension of microbatches comes first. read(slices) -> that part of the batch;
+    each host reads those of its own devices.
     """
     groups = tuple(axis for axis in mesh.shape if axis != "tensor")
     spec = jax.P(None, groups) if accumulated else jax.P(groups)
-    return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, spec), read)
+    sharding = jax.NamedSharding(mesh, spec)
+
+    slices = sharding.addressable_devices_indices_map(shape)
+    parts = [jax.device_put(read(index), device) for device, index in slices.items()]
+    join = partial(jax.make_array_from_single_device_arrays, shape, sharding)
+    return jax.tree.map(lambda *arrays: join(list(arrays)), *parts)
 
 
 JOIN = 300  # seconds to wait for all hosts

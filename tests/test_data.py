@@ -52,7 +52,7 @@ def prepare(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *SMALL.split(), *map(str, flags)])
         args = train.parse_command_line()
         data = train.prepare_data(args, gpt2, Path(args.weights) if args.weights else None)
-        return data.train, data.val, data.tokenizer_folder
+        return data.train.tokens, data.val.tokens, data.tokenizer_folder
 
     return call
 
@@ -550,8 +550,10 @@ def test_sample_goes_on_with_what_was_trained(model):
 
 
 def rows_of(tokens, batch, block, seed, step):
-    """The rows of one step."""
-    return train.rows_of(tokens, step * batch + np.arange(batch), block, seed)
+    """The rows of one step, each with its last target."""
+    rows = train.Text(tokens).rows(step * batch + np.arange(batch), block, seed)
+    assert (rows.tokens[:, 1:] == rows.targets[:, :-1]).all()
+    return np.concatenate([rows.tokens, rows.targets[:, -1:]], axis=1)
 
 
 def epoch(tokens, block, seed, number, batch=4):

@@ -98,6 +98,7 @@ def some_settings(**options):
             "min_lr": 1e-3,
             "warmup": 0,
             "steps": 100,
+            "accumulate": 1,
             "beta1": 0.9,
             "beta2": 0.99,
             "weight_decay": 0.1,
@@ -125,8 +126,8 @@ def some_step(model=None, balance=None, parts=1, **options):
     step, _ = train.compile_steps(config, mesh, state)
 
     def take(state, tokens=some_tokens()):  # noqa: B008
-        tokens = tokens.reshape(parts, 1, -1, 17)
-        return step(jax.tree.map(jnp.copy, state), nnx.State({}), tokens, jax.random.key(0))
+        batch = train.next_tokens(tokens.reshape(parts, 1, -1, 17))
+        return step(jax.tree.map(jnp.copy, state), nnx.State({}), batch, jax.random.key(0))
 
     return take, state
 
@@ -139,14 +140,16 @@ def test_the_loss_is_the_mean_negative_log_probability_of_the_next_token():
     log_probs = jax.nn.log_softmax(model(tokens[:, :-1]))
     expected = -np.take_along_axis(np.array(log_probs), tokens[:, 1:, None], axis=2)[..., 0]
     # Both in float32, 50 terms in a sum: a few units of the seventh digit.
-    np.testing.assert_allclose(train.token_losses(model, tokens)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        train.token_losses(model, train.next_tokens(tokens))[0], expected, rtol=1e-5
+    )
 
 
 def test_padding_counts_for_nothing():
     model, tokens = small_model(), some_tokens()
     padded = np.concatenate([tokens[:, :10], np.full((3, 7), -1, np.int32)], axis=1)
-    losses, right, _ = train.token_losses(model, padded)
-    expected, _, _ = train.token_losses(model, tokens)
+    losses, right, _ = train.token_losses(model, train.next_tokens(padded))
+    expected, _, _ = train.token_losses(model, train.next_tokens(tokens))
     np.testing.assert_allclose(losses[:, :9], expected[:, :9], rtol=1e-5)
     assert not losses[:, 9:].any() and not right[:, 9:].any()
 
@@ -155,7 +158,7 @@ def test_a_token_is_guessed_where_no_other_is_likelier():
     model, tokens = small_model(), some_tokens()
     likeliest = np.array(model(tokens[:, :-1])).argmax(axis=2)
     tokens[0, 1:6] = likeliest[0, 0]
-    right = train.token_losses(model, tokens)[1]
+    right = train.token_losses(model, train.next_tokens(tokens))[1]
     likeliest = np.array(model(tokens[:, :-1])).argmax(axis=2)
     assert (right == (likeliest == tokens[:, 1:])).all() and right.any()
 
@@ -168,7 +171,9 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path):
     gpt2.save(model, tmp_path)
     graphdef, params = nnx.split(model)
     loss, gradients = jax.value_and_grad(
-        lambda params: train.token_losses(nnx.merge(graphdef, params), tokens)[0].mean()
+        lambda params: train.token_losses(nnx.merge(graphdef, params), train.next_tokens(tokens))[
+            0
+        ].mean()
     )(params)
 
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -284,9 +289,9 @@ def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     later = state | {"step": state["step"] + 1}
     assert step(state)[1]["loss"] == step(state)[1]["loss"] != step(later)[1]["loss"]
     graphdef, params = nnx.split(small_model(embd_pdrop=0.5))
-    plain = train.token_losses(small_model(), some_tokens())[0].sum()
+    plain = train.token_losses(small_model(), train.next_tokens(some_tokens()))[0].sum()
     config = train.StepConfig(partial(nnx.merge, graphdef), None, None, 0.0)
-    found, _ = train.eval_step(config, params, nnx.State({}), some_tokens())
+    found, _ = train.eval_step(config, params, nnx.State({}), train.next_tokens(some_tokens()))
     assert float(found) == pytest.approx(float(plain))
 
 
@@ -328,7 +333,9 @@ def test_long_texts_are_attended_to_in_chunks_where_there_is_no_dropout():
     tokens = jnp.zeros((1, 2049), int)
 
     def loss(params, key):
-        return train.token_losses(nnx.merge(graphdef, params), tokens, nnx.Rngs(key))[0].sum()
+        return train.token_losses(
+            nnx.merge(graphdef, params), train.next_tokens(tokens), nnx.Rngs(key)
+        )[0].sum()
 
     jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params, jax.random.key(0)))
     assert "2048,2048" not in jaxpr
@@ -361,7 +368,9 @@ def assert_same(ours, expected, rtol=1e-4, atol=1e-7):
 def gradients_of(model, tokens):
     graphdef, params = nnx.split(model)
     return jax.grad(
-        lambda p: train.token_losses(nnx.merge(graphdef, p), tokens, nnx.Rngs(dropout=3))[0].mean()
+        lambda p: train.token_losses(
+            nnx.merge(graphdef, p), train.next_tokens(tokens), nnx.Rngs(dropout=3)
+        )[0].mean()
     )(params)
 
 
@@ -377,10 +386,10 @@ def test_logits_in_parts_change_no_loss_and_no_gradient(rows, monkeypatch):
     """48 rows of 50 logits: in parts of one size, with a rest, with a rest of one."""
     tokens = some_tokens()
     tokens[0, 9:] = -1
-    losses, right, _ = train.token_losses(small_model(), tokens)
+    losses, right, _ = train.token_losses(small_model(), train.next_tokens(tokens))
     expected = gradients_of(small_model(), tokens)
     monkeypatch.setattr(train, "MAX_LOGITS", rows * 50)
-    in_parts, right_in_parts, _ = train.token_losses(small_model(), tokens)
+    in_parts, right_in_parts, _ = train.token_losses(small_model(), train.next_tokens(tokens))
     np.testing.assert_allclose(in_parts, losses, rtol=1e-6)
     assert (right_in_parts == right).all()
     # Parts are added up in another order; seven digits of float32 lose one or two.
@@ -399,7 +408,11 @@ def test_logits_in_parts_are_never_held_at_once(monkeypatch):
             )
         )
         gradient = jax.jit(
-            jax.grad(lambda p, tokens: train.token_losses(nnx.merge(graphdef, p), tokens)[0].sum())
+            jax.grad(
+                lambda p, tokens: train.token_losses(
+                    nnx.merge(graphdef, p), train.next_tokens(tokens)
+                )[0].sum()
+            )
         )
         compiled = gradient.lower(params, jnp.zeros((4, 513), int)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -471,9 +484,10 @@ def test_tokens_give_the_text_back_as_it_was(kind, monkeypatch, tmp_path):
 
 
 def test_windows_hold_every_token_but_the_first_as_a_target_once():
-    tokens = np.arange(100)
-    batches = train.windows(tokens, batch=4, block=8)
-    targets, inputs = batches[..., 1:], batches[..., :-1]
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
+    rows = train.Text(np.arange(100)).in_order(8)
+    inputs, targets, _ = train.validation_batches(some_settings(block=8, batch=4), rows, mesh)
+    assert inputs.shape == targets.shape == (4, 1, 4, 8)
     assert targets[targets >= 0].tolist() == list(range(1, 100))
     assert (inputs[targets >= 0] == targets[targets >= 0] - 1).all()
 
@@ -872,7 +886,8 @@ def test_the_tiny_checkpoint_has_the_loss_of_its_model_card(model):
     config = train.StepConfig(partial(nnx.merge, graphdef), None, None, 0.0)
     eval_step = jax.jit(partial(train.eval_step, config))
     run = Namespace(eval_step=eval_step, mesh=mesh, frozen=nnx.State({}))
-    windows = train.windows(np.array(ids), batch=8, block=256)
-    loss, _ = train.evaluate(run, params, windows[:, None])
+    rows = train.Text(np.array(ids)).in_order(256)
+    batches = train.validation_batches(some_settings(batch=8, block=256), rows, mesh)
+    loss, _ = train.evaluate(run, params, batches)
     stated = re.search(r"([\d.]+) nats a token", (folder / "README.md").read_text())[1]
     assert loss == pytest.approx(float(stated), abs=1e-3)

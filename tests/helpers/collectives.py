@@ -48,7 +48,9 @@ def main(name, experts):
     tokens = np.random.default_rng(0).integers(384, size=(8, 33))
 
     def mean_loss(build_model, params, tokens):
-        return train.token_losses(build_model(params, nnx.State({})), tokens)[0].mean()
+        return train.token_losses(build_model(params, nnx.State({})), train.next_tokens(tokens))[
+            0
+        ].mean()
 
     for layers in (1, 2):
         args = Namespace(layers=layers, heads=4, width=64, block=32, experts=int(experts))

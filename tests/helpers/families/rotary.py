@@ -16,7 +16,7 @@ def rotary_parts(module):
         experts = getattr(block, "block_sparse_moe", None)
         return {
             "attention": block.self_attn(x, positions, positions, layer_cache, 0)[0],
-            "mlp": experts(x)[0] if experts else block.mlp(x),
+            "mlp": experts(x, positions >= 0)[0] if experts else block.mlp(x),
             "norm": block.input_layernorm(x),
             "final norm": model.norm(x),
             "token table": model.embed_tokens(tokens),
