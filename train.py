@@ -303,7 +303,7 @@ def next_batch(run: Run) -> "Batch":
     numbers = numbers + run.step * args.batch  # rows are numbered from the start of the run
 
     def read(index):  # JAX passes one slice per dimension; the last is the whole row
-        return run.data.train.rows(numbers[index[:3]], args.block, args.seed)
+        return run.data.train.rows(numbers[index[:3]], args.seed)
 
     return place(run.mesh, (*numbers.shape, args.block), read, accumulated=True)
 
@@ -460,7 +460,7 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     balance = balance_of(model_file, model.config)
     config = StepConfig(build_model, optimizer, balance, args.ema)
     train_step, eval_step = compile_steps(config, mesh, state)
-    data.val_batches = validation_batches(args, data.val.in_order(args.block), mesh)
+    data.val_batches = validation_batches(args, data.val.in_order(), mesh)
 
     if args.profile:
         with explained(OSError, f"--profile {args.profile}: {{}}"):
@@ -651,6 +651,8 @@ def train_step(config: StepConfig, state: dict, frozen, batch: Batch, key):
     and the norm of the gradient. In float16, a step whose gradient overflows is skipped; only the
     loss scale and the number of steps change: Micikevicius et al. 2018.
     """
+    # [microbatches, groups of devices, rows, T] -> [microbatches, B, T]
+    batch = jax.tree.map(lambda x: x.reshape(len(x), -1, x.shape[-1]), batch)
     loss_and_accuracy, gradients = mean_gradients(config, state, frozen, batch, key)
     if "scale" in state:
         gradients = jax.tree.map(lambda g: g / state["scale"], gradients)
@@ -672,15 +674,13 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
 
     The gradients include a Mixtral's balance loss and float16's loss scale.
     """
-    microbatches = len(batch.tokens)
-    batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), batch)  # [..., B, T]
     params = state["params"]
 
     # Dropout differs between steps, between devices and between microbatches.
     key = jax.random.fold_in(key, state["step"])
     if config.axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(config.axis))
-    keys = jax.random.split(key, microbatches)
+    keys = jax.random.split(key, len(batch.tokens))
 
     # The summed loss is divided by the number of targets on all devices, so gradients need only be
     # summed over devices. Under pmap the sum is this explicit psum; under jit the code sees the
@@ -691,8 +691,7 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
         return jax.lax.psum(x, config.axis)
 
     num_targets = all_reduce(jnp.sum(batch.targets >= 0))
-    # On all devices, over which the balance loss is summed, too.
-    num_microbatches = all_reduce(microbatches)
+    num_microbatches = all_reduce(len(keys))  # on all devices: each adds its balance loss
 
     def mean_loss(params, rows, key):
         model = config.build_model(params, frozen)
@@ -700,8 +699,8 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
         loss = losses.sum() / num_targets
         balance = 0
         if config.balance is not None:
-            # It is a product of means over all tokens, so the router's statistics, which the cache
-            # also carries, are summed over devices first. Every microbatch adds its share.
+            # It is a product of means over all tokens, so the router's statistics in the cache are
+            # summed over devices first. Every microbatch adds its share.
             if config.axis is not None:
                 cache = cache._replace(layers=jax.lax.psum(cache.layers, config.axis))
             balance = config.balance(cache) / num_microbatches
@@ -717,10 +716,10 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
         return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
     # Gradient accumulation: the gradients of the microbatches are summed.
-    first = jax.tree.map(lambda x: x[0], (batch, keys))
-    total = gradient(params, *first)
-    if microbatches > 1:
-        others = jax.tree.map(lambda x: x[1:], (batch, keys))
+    microbatches = (batch, keys)
+    total = gradient(params, *jax.tree.map(lambda x: x[0], microbatches))
+    if len(keys) > 1:
+        others = jax.tree.map(lambda x: x[1:], microbatches)
         total, _ = jax.lax.scan(add_microbatch, total, others)
     (_, metrics), gradients = all_reduce(total)
     return metrics, gradients
@@ -977,7 +976,7 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     largest = max(train.max(), val.max())
     if largest >= V:
         fail(f"the text has token {largest}, the model has {V}: encode it for this model")
-    return Data(Text(train), Text(val), folder or cached)
+    return Data(Text(train, args.block), Text(val, args.block), folder or cached)
 
 
 def find_files(names: list[str]) -> list[Path]:
@@ -1285,6 +1284,218 @@ def read_meta(file: Path) -> list[str]:
         return [characters[i] for i in range(len(characters))]
 
 
+# ----------------------------------------- Conversations ------------------------------------------
+
+# The chat template of a checkpoint or tokenizer that has none.
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}
+    {{- message["role"] | capitalize + ": " + message["content"] }}
+    {%- if message["role"] == "assistant" and eos_token %}
+        {{- eos_token }}
+    {%- endif %}
+    {{- "\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "Assistant:" }}
+{%- endif %}
+"""
+
+
+class Conversation(NamedTuple):
+    """An example to learn from: messages, of which the model learns to write the answers."""
+
+    messages: list  # each a dict with role and content
+    first: int  # answers are learned from this message on
+    place: str  # where it stands, for errors
+    texts: tuple | None = None  # a prompt and its completion, where both are texts
+
+
+def is_conversation(row) -> bool:
+    """Whether a row of JSON is a conversation and not a text."""
+    return isinstance(row, dict) and ("messages" in row or "prompt" in row)
+
+
+def read_conversation(row: dict, place: str) -> Conversation:
+    """A row with messages, or with a prompt and its completion: texts or lists of messages."""
+    texts = None
+    if "messages" in row:
+        messages = row["messages"]
+        first = 0
+    else:
+        prompt = row["prompt"]
+        completion = row.get("completion")
+        if isinstance(prompt, str) and isinstance(completion, str):
+            texts = (prompt, completion)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        if not (isinstance(prompt, list) and isinstance(completion, list)):
+            fail(f"{place}: prompt and completion must both be texts, or both lists of messages")
+        messages = prompt + completion
+        first = len(prompt)
+
+    if not isinstance(messages, list) or not messages:
+        fail(f"{place}: messages must be a list of one message or more")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            fail(f'{place}: message {number} must be like {{"role": "user", "content": "..."}}')
+        if not isinstance(message.get("content"), str):
+            fail(f"{place}: the content of message {number} must be a text")
+    if row.get("tools"):
+        fail(f"{place}: tools are not supported; leave such rows out")
+    return Conversation(messages, first, place, texts)
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer: the program that writes messages as one text."""
+
+    def __init__(self, folder: Path):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # PyTorch is not missing
+        from transformers import AutoTokenizer  # half a second, which texts need not wait
+
+        self.folder = folder
+        unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
+        with explained(unreadable, f"the chat template of {folder} cannot be read: {{}}"):
+            self.templates = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        named = self.templates.chat_template
+        if isinstance(named, dict) and "default" not in named:
+            fail(f"{folder} has the chat templates {', '.join(named)}, but none called default")
+
+        # Only the checkpoint's own template writes what must stand before every text.
+        self.is_plain = not named
+        if self.is_plain:
+            self.templates.chat_template = PLAIN_TEMPLATE
+
+    def example(self, example: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """(an example as a text, where its answers stand there, as (begin, end) in characters)."""
+        if self.is_plain and example.texts:  # no roles have to be told apart
+            prompt, completion = example.texts
+            text = prompt + completion + (self.templates.eos_token or "")
+            return text, [(len(prompt), len(text))]
+        text = self.write(example.messages, example.place)
+        return text, self.answers(example, text)
+
+    def write(self, messages: list[dict], place: str, *, prompt: bool = False) -> str:
+        """The messages as a text; prompt: up to where the next answer begins."""
+        from jinja2.exceptions import TemplateError
+
+        # A template is a small program: it may refuse a conversation, or fail.
+        failed = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+        failed += (ArithmeticError, RuntimeError)
+        with explained(
+            failed, f"{place}: the chat template of {self.folder} does not take it: {{}}"
+        ):
+            return self.templates.apply_chat_template(
+                messages, add_generation_prompt=prompt, tokenize=False
+            )
+
+    def answers(self, example: Conversation, text: str) -> list[tuple[int, int]]:
+        """Where the learned answers stand in the text, as (begin, end) in characters.
+
+        An answer begins where the prompt for it ends, and its end of turn belongs to it. A template
+        may mark the answers itself, by {% generation %}.
+        """
+        template = self.templates.get_chat_template()
+        is_answer = [message["role"] == "assistant" for message in example.messages]
+        numbers = [i for i in range(example.first, len(is_answer)) if is_answer[i]]
+        if re.search(r"{%-?\s*generation", template):
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            _, [marked] = render_jinja_template(
+                [example.messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self.templates.special_tokens_map,
+            )
+            return marked[sum(is_answer[: example.first]) :]
+        return [self.find_answer(example, text, i) for i in numbers]
+
+    def find_answer(self, example: Conversation, text: str, i: int) -> tuple[int, int]:
+        """Where message i, an answer, stands in the text of all messages."""
+        messages, place = example.messages, example.place
+
+        # A mark in its place tells what the template writes before it and after it.
+        marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
+        before, _, after = self.write(marked, place).partition(MARK)
+        if not text.startswith(before) or not text.endswith(after):
+            fail(f"{place}: the chat template of {self.folder} does not write message {i + 1}")
+        begin = len(before)
+        end = len(text) - len(after)
+
+        # The model itself writes what stands between the prompt and its answer, such as a blank.
+        until, _, closing = self.write(marked[: i + 1], place).partition(MARK)
+        prompt = self.write(messages[:i], place, prompt=True) if i > 0 else until
+        if until.startswith(prompt) and before.endswith(until[len(prompt) :]):
+            begin -= len(until) - len(prompt)
+
+        # It also ends its turn, by what follows the answer where no other message does.
+        end += shared_prefix(after, closing)
+        return begin, end
+
+
+def shared_prefix(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(other))
+
+
+MARK = "\ue000"  # a character for private use, which no text has
+
+
+def learned_tokens(offsets, answers) -> np.ndarray:
+    """Which tokens hold a part of an answer: bool [tokens].
+
+    offsets: where each token begins and ends in the text; white space may have no width there.
+    """
+    begins, ends = np.array(offsets, int).reshape(-1, 2).T
+    learned = np.zeros(len(begins), bool)
+    for begin, end in answers:
+        learned |= (ends > begin) & ((begins < end) | (ends <= end))
+    return learned
+
+
+def write_examples(part: Path, model_file, folder: Path, examples, loss: str):
+    """Writes the files that `read_examples` reads.
+
+    examples: of `read_conversation`. loss: "assistant" or "all", as --loss.
+    """
+    V, _ = vocabulary(model_file, folder)
+    template = ChatTemplate(folder)
+    codec = model_file.tokenizer(folder).backend
+    bos = begin_ids(codec) if template.is_plain else []  # other templates write it
+    table = []  # for each example: its number of tokens, and which of them is the first learned
+
+    bar = tqdm(desc="conversations", unit_scale=True, disable=None)
+    with (
+        bar,
+        open(part / "tokens.bin", "wb") as tokens_file,
+        open(part / "learned.bin", "wb") as learned_file,
+    ):
+        while batch := list(itertools.islice(examples, 1000)):
+            written = [template.example(example) for example in batch]
+            rows = codec.encode_batch([text for text, _ in written], add_special_tokens=False)
+            for (_, answers), row in zip(written, rows, strict=True):
+                ids = np.array(bos + row.ids, token_type(V))
+                learned = np.zeros(len(ids), bool)
+                learned[len(bos) :] = learned_tokens(row.offsets, answers)
+                if loss == "all":
+                    learned[:] = True
+                learned[:1] = False  # nothing stands before it to predict it from
+
+                ids.tofile(tokens_file)
+                learned.tofile(learned_file)
+                first = np.argmax(learned) if learned.any() else len(ids)
+                table.append((len(ids), first))
+            bar.update(len(batch))
+    np.save(part / "examples.npy", np.array(table, int).reshape(-1, 2))
+
+
+# ----------------------------------------- Rows of tokens -----------------------------------------
+
+
 def split_validation(tokens: np.ndarray) -> list[np.ndarray]:
     """[tokens to train on, tokens to validate on]: the last tenth, and 2^20 tokens at most."""
     cut = max(int(0.9 * len(tokens)), len(tokens) - 2**20)
@@ -1294,10 +1505,11 @@ def split_validation(tokens: np.ndarray) -> list[np.ndarray]:
 class Text:
     """Tokens, cut into rows of T."""
 
-    def __init__(self, tokens: np.ndarray):
+    def __init__(self, tokens: np.ndarray, block: int):
         self.tokens = tokens
+        self.block = block
 
-    def rows(self, numbers, block: int, seed: int) -> Batch:
+    def rows(self, numbers, seed: int) -> Batch:
         """The rows [..., T] with these numbers [...], counted from the start of a run.
 
         A row begins every T tokens, and each token's target is the next one. Rows are cut from all
@@ -1305,16 +1517,18 @@ class Text:
         another place and shuffles the rows. The order depends only on seed and epoch, so resuming
         needs just the step number.
         """
-        rows_per_epoch = len(epoch_starts(len(self.tokens), block, seed, 0))
+        length, block = len(self.tokens), self.block
+        rows_per_epoch = len(epoch_starts(length, block, seed, 0))
         rows = []
         for number in numbers.flat:
             epoch, i = divmod(number, rows_per_epoch)
-            start = epoch_starts(len(self.tokens), block, seed, epoch)[i]
+            start = epoch_starts(length, block, seed, epoch)[i]
             rows.append(self.tokens[start : start + block + 1])
         return next_tokens(np.stack(rows).astype(np.int32).reshape(*numbers.shape, -1))
 
-    def in_order(self, block: int) -> Batch:
+    def in_order(self) -> Batch:
         """All rows in their order [N, T]: every token but the first is a target exactly once."""
+        block = self.block
         count = math.ceil((len(self.tokens) - 1) / block)
         missing = count * block + 1 - len(self.tokens)
         padded = np.pad(self.tokens.astype(np.int32), (0, missing), constant_values=-1)
@@ -1329,6 +1543,84 @@ def epoch_starts(length: int, block: int, seed: int, epoch: int):
     rows = max(1, (length - 1) // block - 1)  # one fewer than would fit: room for a random offset
     offset = rng.integers(length - rows * block)
     return offset + block * rng.permutation(rows)
+
+
+class Examples:
+    """Examples in rows of T tokens: each is learned from as if it were alone."""
+
+    def __init__(self, tokens, learned, starts, lengths, block: int, packed: bool):
+        """tokens, learned: of all examples, one after another; starts, lengths [N]: where each
+        begins and how long it is. packed: a row takes as many as fit, and else one."""
+        self.tokens = tokens
+        self.learned = learned
+        self.starts = starts
+        self.lengths = lengths
+        self.block = block
+        places = lengths - 1  # in a row; the last token is a target alone
+        self.packing = pack(places, block) if packed else [[i] for i in range(len(places))]
+
+    def rows(self, numbers, seed: int) -> Batch:
+        """The rows [..., T] with these numbers [...], counted from the start of a run.
+
+        Each epoch shuffles them. The order depends only on seed and epoch.
+        """
+        rows = []
+        for number in numbers.flat:
+            epoch, i = divmod(number, len(self.packing))
+            rows.append(self.row(epoch_order(len(self.packing), seed, epoch)[i]))
+        return jax.tree.map(lambda *each: np.stack(each).reshape(*numbers.shape, -1), *rows)
+
+    def in_order(self) -> Batch:
+        """All rows [N, T]."""
+        rows = [self.row(i) for i in range(len(self.packing))]
+        return jax.tree.map(lambda *each: np.stack(each), *rows)
+
+    def row(self, i: int) -> Batch:
+        """Row i [T]: its examples one after another, then padding. Each has positions of its own,
+        by which the model tells them apart."""
+        tokens = np.zeros(self.block, np.int32)
+        targets = np.full(self.block, -1, np.int32)
+        positions = np.full(self.block, -1, np.int32)
+        end = 0
+        for example in self.packing[i]:
+            start = self.starts[example]
+            length = self.lengths[example]
+            ids = self.tokens[start : start + length].astype(np.int32)
+            learned = self.learned[start : start + length]
+
+            begin, end = end, end + length - 1
+            tokens[begin:end] = ids[:-1]
+            targets[begin:end] = np.where(learned[1:], ids[1:], -1)
+            positions[begin:end] = np.arange(length - 1)
+        return Batch(tokens, targets, positions)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int):
+    """The order of the rows in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def pack(lengths, block: int) -> list[list[int]]:
+    """Which examples share a row of `block` tokens: the longest first, each where it fits best."""
+    rows = []
+    waiting = [[] for _ in range(block + 1)]  # by room: rows in which so many tokens still fit
+    has_waiting = np.zeros(block + 1, bool)
+    for example in np.argsort(-lengths, kind="stable"):
+        length = lengths[example]
+        room = length + int(np.argmax(has_waiting[length:]))  # the least that is enough
+        if has_waiting[room]:
+            row = waiting[room].pop()
+            has_waiting[room] = len(waiting[room]) > 0
+        else:
+            row = []
+            rows.append(row)
+            room = block
+
+        row.append(int(example))
+        waiting[room - length].append(row)
+        has_waiting[room - length] = True
+    return rows
 
 
 def validation_batches(args, rows: Batch, mesh) -> Batch:

@@ -551,7 +551,7 @@ def test_sample_goes_on_with_what_was_trained(model):
 
 def rows_of(tokens, batch, block, seed, step):
     """The rows of one step, each with its last target."""
-    rows = train.Text(tokens).rows(step * batch + np.arange(batch), block, seed)
+    rows = train.Text(tokens, block).rows(step * batch + np.arange(batch), seed)
     assert (rows.tokens[:, 1:] == rows.targets[:, :-1]).all()
     return np.concatenate([rows.tokens, rows.targets[:, -1:]], axis=1)
 

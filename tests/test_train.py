@@ -485,7 +485,7 @@ def test_tokens_give_the_text_back_as_it_was(kind, monkeypatch, tmp_path):
 
 def test_windows_hold_every_token_but_the_first_as_a_target_once():
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
-    rows = train.Text(np.arange(100)).in_order(8)
+    rows = train.Text(np.arange(100), 8).in_order()
     inputs, targets, _ = train.validation_batches(some_settings(block=8, batch=4), rows, mesh)
     assert inputs.shape == targets.shape == (4, 1, 4, 8)
     assert targets[targets >= 0].tolist() == list(range(1, 100))
@@ -886,7 +886,7 @@ def test_the_tiny_checkpoint_has_the_loss_of_its_model_card(model):
     config = train.StepConfig(partial(nnx.merge, graphdef), None, None, 0.0)
     eval_step = jax.jit(partial(train.eval_step, config))
     run = Namespace(eval_step=eval_step, mesh=mesh, frozen=nnx.State({}))
-    rows = train.Text(np.array(ids)).in_order(256)
+    rows = train.Text(np.array(ids), 256).in_order()
     batches = train.validation_batches(some_settings(batch=8, block=256), rows, mesh)
     loss, _ = train.evaluate(run, params, batches)
     stated = re.search(r"([\d.]+) nats a token", (folder / "README.md").read_text())[1]

@@ -1,0 +1,258 @@
+"""Fine-tuning on conversations: how they are written as tokens, and which tokens are learned."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from helpers import templates
+from helpers.small import byte_tokenizer
+
+import train
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+TWO_TURNS = [*HI, {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def write_tokenizer(folder, template, special=templates.SPECIAL):
+    """A tokenizer of bytes and special tokens, with a chat template."""
+    codec = byte_tokenizer()
+    codec.add_special_tokens(special)
+    codec.save(str(folder / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return codec
+
+
+def with_answers_marked(folder, example):
+    """The text of an example; what is learned of it stands between ‹ and ›."""
+    text, answers = train.ChatTemplate(folder).example(example)
+    for begin, end in reversed(answers):
+        text = f"{text[:begin]}‹{text[begin:end]}›{text[end:]}"
+    return text
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        pytest.param(
+            templates.CHATML,
+            TWO_TURNS,
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello.<|im_end|>\n›"
+            "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n‹2<|im_end|>\n›",
+            id="ChatML",
+        ),
+        pytest.param(
+            templates.SMOLLM2,
+            HI,
+            "<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n"
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello.<|im_end|>\n›",
+            id="SmolLM2",
+        ),
+        pytest.param(
+            templates.LLAMA_3,
+            [SYSTEM, *TWO_TURNS],
+            "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n‹Hello.<|eot_id|>›"
+            "<|start_header_id|>user<|end_header_id|>\n\n1+1<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n‹2<|eot_id|>›",
+            id="Llama 3",
+        ),
+        pytest.param(
+            templates.GEMMA_3,
+            [SYSTEM, *TWO_TURNS],
+            "<s><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n"
+            "<start_of_turn>model\n‹Hello.<end_of_turn>\n›"
+            "<start_of_turn>user\n1+1<end_of_turn>\n<start_of_turn>model\n‹2<end_of_turn>\n›",
+            id="Gemma 3",
+        ),
+        pytest.param(
+            templates.MISTRAL,
+            [SYSTEM, *TWO_TURNS],
+            "<s>[INST] Hi[/INST]‹ Hello.</s>›[INST] Be brief.\n\n1+1[/INST]‹ 2</s>›",
+            id="Mistral",
+        ),
+        pytest.param(
+            templates.MARKED,
+            TWO_TURNS,
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello.<|im_end|>›\n"
+            "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n‹2<|im_end|>›\n",
+            id="marks of its own",
+        ),
+        pytest.param(
+            templates.CHATML,
+            [HI[0], {"role": "assistant", "content": ""}, HI[0]],
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹<|im_end|>\n›"
+            "<|im_start|>user\nHi<|im_end|>\n",
+            id="an empty answer, and no answer at the end",
+        ),
+        pytest.param(
+            None,
+            [SYSTEM, *HI],
+            "System: Be brief.\nUser: Hi\nAssistant:‹ Hello.</s>\n›",
+            id="no template",
+        ),
+    ],
+)
+def test_the_answers_and_their_ends_of_turn_are_learned(tmp_path, template, messages, expected):
+    write_tokenizer(tmp_path, template)
+    example = train.read_conversation({"messages": messages}, "line 1")
+    assert with_answers_marked(tmp_path, example) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Hi", "completion": "Hello."}, "<s>[INST] Hi[/INST]‹ Hello.</s>›"),
+        ({"prompt": HI[:1], "completion": HI[1:]}, "<s>[INST] Hi[/INST]‹ Hello.</s>›"),
+        (
+            {"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]},
+            "<s>[INST] Hi[/INST] Hello.</s>[INST] 1+1[/INST]‹ 2</s>›",
+        ),
+    ],
+    ids=["texts", "messages", "an answer in the prompt"],
+)
+def test_of_prompt_and_completion_the_completion_is_learned(tmp_path, row, expected):
+    write_tokenizer(tmp_path, templates.MISTRAL)
+    assert with_answers_marked(tmp_path, train.read_conversation(row, "line 1")) == expected
+
+
+def test_without_a_template_prompt_and_completion_are_one_text(tmp_path):
+    write_tokenizer(tmp_path, None)
+    row = {"prompt": "2 + 2 =", "completion": " 4"}
+    example = train.read_conversation(row, "line 1")
+    assert with_answers_marked(tmp_path, example) == "2 + 2 =‹ 4</s>›"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [templates.CHATML, templates.LLAMA_3, templates.GEMMA_3, templates.MISTRAL],
+    ids=["ChatML", "Llama 3", "Gemma 3", "Mistral"],
+)
+def test_what_follows_the_prompt_is_learned_as_trl_finds_it(tmp_path, template):
+    """TRL encodes the prompt and the whole apart: a completion begins where the ids differ."""
+    codec = write_tokenizer(tmp_path, template)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    row = {"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}
+
+    def ids(messages, **options):
+        return reference.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+
+    prompt, whole = ids(row["prompt"], add_generation_prompt=True), ids(TWO_TURNS)
+    assert whole[: len(prompt)] == prompt
+
+    text, answers = train.ChatTemplate(tmp_path).example(train.read_conversation(row, "line 1"))
+    encoded = codec.encode(text, add_special_tokens=False)
+    assert encoded.ids == whole
+    learned = train.learned_tokens(encoded.offsets, answers)
+    assert learned.tolist() == [i >= len(prompt) for i in range(len(whole))]
+
+
+def test_tokens_that_hold_a_part_of_an_answer_are_learned():
+    """A tokenizer may give a blank to the word after it, or no width at all."""
+    answers = [(5, 10), (14, 16)]
+    offsets = [(0, 3), (3, 5), (4, 6), (6, 9), (9, 9), (9, 10), (10, 14), (14, 14), (14, 17)]
+    expected = [False, False, True, True, True, True, False, False, True]
+    assert train.learned_tokens(offsets, answers).tolist() == expected
+
+
+def test_blanks_that_have_no_width_are_learned_in_answers_only():
+    """Where offsets are trimmed, white space is a token that ends where it begins."""
+    codec = byte_tokenizer()
+    codec.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    encoded = codec.encode("Q  a\n\nA  b\n\n", add_special_tokens=False)
+    learned = train.learned_tokens(encoded.offsets, [(6, 12)])
+    assert codec.decode(np.array(encoded.ids)[learned].tolist()) == "A  b\n\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": []}, "messages must be a list of one message or more"),
+        ({"messages": "Hi"}, "messages must be a list of one message or more"),
+        ({"messages": ["Hi"]}, 'message 1 must be like {"role": "user", "content": "..."}'),
+        ({"messages": [{"content": "Hi"}]}, "message 1 must be like"),
+        ({"messages": [*HI, {"role": "user"}]}, "the content of message 3 must be a text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "the content of message 1 must be a text",
+        ),
+        ({"prompt": "Hi"}, "prompt and completion must both be texts, or both lists"),
+        ({"prompt": HI[:1], "completion": 3}, "prompt and completion must both be texts"),
+        ({"messages": HI, "tools": [{}]}, "tools are not supported"),
+    ],
+    ids=str,
+)
+def test_a_malformed_row_is_named(row, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.read_conversation(row, "--data a.jsonl, line 7")
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: --data a.jsonl, line 7: {said}")
+    assert error.count("\n") == 1
+
+
+def test_what_a_template_refuses_is_named(tmp_path, capsys):
+    write_tokenizer(tmp_path, templates.GEMMA_3)
+    with pytest.raises(SystemExit, match="2"):
+        train.ChatTemplate(tmp_path).example(train.Conversation([HI[0], HI[0]], 0, "line 2"))
+    error = capsys.readouterr().err
+    assert "train.py: line 2: the chat template of" in error and "must alternate" in error
+
+
+# ------------------------------------------------------------------------------- rows of examples
+
+
+def examples_of(lengths, block, packed=True):
+    """Examples whose tokens are numbered through; the even ones are learned."""
+    lengths = np.array(lengths)
+    tokens = np.arange(1, 1 + lengths.sum())
+    starts = np.cumsum(lengths) - lengths
+    return train.Examples(tokens, tokens % 2 == 0, starts, lengths, block, packed)
+
+
+def test_a_row_holds_examples_whose_positions_begin_again():
+    batch = examples_of([4, 5], block=8).in_order()
+    # The longer one comes first, tokens 5 to 9; the last token of each is a target alone.
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 1, 2, 3, 0]]
+    assert batch.targets.tolist() == [[6, -1, 8, -1, 2, -1, 4, -1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, -1]]
+
+
+def test_without_packing_each_example_has_a_row():
+    batch = examples_of([4, 5], block=8, packed=False).in_order()
+    assert batch.tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [5, 6, 7, 8, 0, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2] + [-1] * 5, [0, 1, 2, 3] + [-1] * 4]
+
+
+def test_every_example_is_packed_once_and_rows_are_nearly_full():
+    lengths = np.random.default_rng(0).integers(1, 65, 5000)
+    rows = train.pack(lengths, 64)
+    assert sorted(example for row in rows for example in row) == list(range(5000))
+    used = [lengths[row].sum() for row in rows]
+    assert max(used) <= 64
+    assert np.mean(used) > 0.99 * 64
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own():
+    examples = examples_of(np.random.default_rng(0).integers(2, 10, 100), block=16)
+    n = len(examples.packing)
+    epochs = [examples.rows(np.arange(n) + epoch * n, seed=0).tokens for epoch in range(2)]
+    in_order = examples.in_order().tokens
+    for rows in epochs:
+        assert sorted(rows.tolist()) == sorted(in_order.tolist())
+    assert (epochs[0] != epochs[1]).any()
+    assert (examples.rows(np.arange(n), seed=1).tokens != epochs[0]).any()
+
+
+def test_rows_have_the_shape_of_their_numbers():
+    numbers = np.arange(12).reshape(2, 2, 3)
+    batch = examples_of([5] * 8, block=4).rows(numbers, seed=0)
+    assert batch.tokens.shape == batch.targets.shape == batch.positions.shape == (2, 2, 3, 4)
