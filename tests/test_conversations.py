@@ -1,13 +1,18 @@
 """Fine-tuning on conversations: how they are written as tokens, and which tokens are learned."""
 
 import json
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
+import torch
 import transformers
+from flax import nnx
 from helpers import templates
 from helpers.small import byte_tokenizer
+from test_train import some_settings
 
 import train
 
@@ -256,3 +261,77 @@ def test_rows_have_the_shape_of_their_numbers():
     numbers = np.arange(12).reshape(2, 2, 3)
     batch = examples_of([5] * 8, block=4).rows(numbers, seed=0)
     assert batch.tokens.shape == batch.targets.shape == batch.positions.shape == (2, 2, 3, 4)
+
+
+# ----------------------------------------------------------------------------------- learning
+
+STEPS = 20
+
+
+def their_losses(hf, steps: list[list[tuple]]) -> list[float]:
+    """PyTorch's losses, step by step: every example alone, on its learned tokens."""
+    matrices = [p for p in hf.parameters() if p.ndim >= 2]
+    vectors = [p for p in hf.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
+    losses = []
+    for examples in steps:
+        total, count = 0, 0
+        for ids, learned in examples:
+            logits = hf(torch.tensor(ids[None, :-1])).logits[0]
+            targets = torch.tensor(np.where(learned[1:], ids[1:], -100))
+            total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            count += learned[1:].sum()
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.core_gpt2_only
+def test_twenty_steps_on_packed_conversations_are_those_of_torch_on_each_alone(family, tmp_path):
+    """Rows of several examples, of which some tokens are learned; two microbatches."""
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(family.config("plain")).save_pretrained(tmp_path)
+    model = family.module.load(tmp_path)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Dropout):
+            module.rate = 0.0
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 20, size=200)
+    # Without the lowest ids: in transformers a padding token's vector is not learned.
+    tokens = rng.integers(3, model.config.vocab_size, size=lengths.sum())
+    learned = rng.random(lengths.sum()) < 0.5
+    starts = np.cumsum(lengths) - lengths
+    examples = train.Examples(tokens, learned, starts, lengths, 24, packed=True)
+    assert max(len(row) for row in examples.packing) > 2
+
+    # Ours, as train.py does it.
+    settings = some_settings(lr=1e-3, min_lr=1e-3, clip=1e9, steps=STEPS)
+    optimizer, _ = train.make_optimizer(settings)
+    graphdef, params = nnx.split(model)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
+    state = train.first_state(settings, optimizer, params, mesh)
+    config = train.StepConfig(partial(nnx.merge, graphdef), optimizer, None, 0.0)
+    step, _ = train.compile_steps(config, mesh, state)
+    ours, alone = [], []
+    for number in range(STEPS):
+        numbers = number * 4 + np.arange(4)
+        batch = examples.rows(numbers.reshape(2, 1, 2), seed=0)
+        state, metrics = step(state, nnx.State({}), batch, jax.random.key(0))
+        ours.append(float(metrics["loss"]))
+        rows = train.epoch_order(len(examples.packing), 0, 0)[numbers]
+        which = [example for row in rows for example in examples.packing[row]]
+        spans = [slice(starts[i], starts[i] + lengths[i]) for i in which]
+        alone.append([(tokens[span], learned[span]) for span in spans])
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    theirs = their_losses(hf.train(False), alone)
+    assert np.std(theirs) > 1e-3  # each step has other examples
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
