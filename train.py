@@ -41,6 +41,7 @@ import time
 import timeit
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -512,8 +513,7 @@ def check_batch(args, mesh):
 def settings_of(args, data: "Data") -> dict:
     """What must be the same when a run is resumed: see SETTINGS."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    checksum = zlib.crc32(data.val.tokens, zlib.crc32(data.train.tokens))
-    settings["data"] = f"with checksum {checksum}"  # as `check_settings` prints it after --data
+    settings["data"] = f"with checksum {data.checksum}"  # as `check_settings` prints it
     return settings
 
 
@@ -931,6 +931,7 @@ class Data:
     train: "Text"
     val: "Text"
     tokenizer_folder: Path
+    checksum: int  # of all tokens, for --resume
     val_batches: "Batch" = None  # of `validation_batches`
 
     def describe(self) -> str:
@@ -952,19 +953,12 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     if encoded and (encoded != files or len(files) > 2 or args.dataset):
         fail("--data: a .bin stands alone, or before the one to validate on")
 
-    texts = []
-    if not encoded:
-        if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
-            say(f"reading {len(files)} files")
-        for file in files:
-            texts += read_texts(file)
-    if args.dataset:
-        texts += read_dataset(args.dataset)
-
+    texts = Texts([] if encoded else files, args.dataset)
     letters = read_meta(encoded[0]) if args.tokens == META else None
     cached = encode_once(args, model_file, folder, texts, letters, has_tokens=bool(encoded))
+    encoded = encoded or [cached / "tokens.bin"]
     V, _ = vocabulary(model_file, folder or cached)
-    splits = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
+    splits = [read_tokens(file, V) for file in encoded]
     if len(splits) == 1:
         splits = split_validation(splits[0])
     train, val = splits
@@ -974,10 +968,10 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
             f"--block {args.block} is longer than the text: {len(train)} tokens to train on, "
             f"{len(val)} to validate on; shorten it, or give more"
         )
-    largest = max(train.max(), val.max())
+    largest, checksum = scan_tokens(encoded, V)
     if largest >= V:
         fail(f"the text has token {largest}, the model has {V}: encode it for this model")
-    return Data(Text(train), Text(val), folder or cached)
+    return Data(Text(train), Text(val), folder or cached, checksum)
 
 
 def find_files(names: list[str]) -> list[Path]:
@@ -1007,57 +1001,127 @@ def python_source() -> list[Path]:
     return [file for file in files if not others.search(str(file.relative_to(library.parent)))]
 
 
-def read_texts(file: Path) -> list[str]:
-    """The texts of a file: all of it is one, or it is JSON that holds several.
+class Texts:
+    """The texts of --data and --dataset. They may be larger than memory: each pass reads them anew.
+
+    Iterating yields one text after another, each as an iterable of blocks: strings, a million
+    characters long or a whole row, that make up the text. There are up to three passes: to count
+    and to check them, to learn a tokenizer, and to encode them.
+    """
+
+    def __init__(self, files: list[Path], dataset: str | None = None):
+        if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
+            say(f"reading {len(files)} files")
+        self.files = files
+        self.dataset = dataset
+        self.rows = load_rows(dataset) if dataset else None
+
+        # The first pass: what later ones must know before they begin.
+        self.number = 0  # of texts
+        self.characters = 0
+        checksums = hashlib.sha256()
+        for text in self:
+            checksum = hashlib.sha256()
+            for block in text:
+                checksum.update(block.encode())
+                self.characters += len(block)
+            checksums.update(checksum.digest())  # of each text: "ab", "c" are not "a", "bc"
+            self.number += 1
+        self.checksum = checksums.hexdigest()
+
+    def __iter__(self):
+        for file in self.files:
+            yield from read_texts(file)
+        if self.dataset:
+            yield from read_dataset(self.dataset, self.rows)
+
+
+def read_texts(file: Path):
+    """Yields the texts of a file, each as its blocks: all of it is one, or it is JSON with several.
 
     A .jsonl or .ndjson has {"text": ...} in each line, a .json an array of them, or such lines.
     """
+    if file.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+        yield read_blocks(file)
+        return
+
+    for place, row in read_rows(file):
+        with explained(NO_TEXT, f"--data {file}, {place}: {LIKE_THIS}"):
+            text = text_of(row)
+        yield [text]
+
+
+def read_blocks(file: Path):
+    """Yields the characters of a text file, a million at a time."""
+    with open_text(file) as stream:
+        while block := stream.read(2**20):
+            yield block
+
+
+@contextlib.contextmanager
+def open_text(file: Path):
+    """Opens a file of UTF-8 text; one that cannot be read, or is none, is named.
+
+    Some files begin with a byte order mark, which is no part of the text. A line ends with \\n, and
+    the \\r of an \\r\\n is left in its place.
+    """
     unreadable = explained(OSError, f"--data {file}: {{}}: name files that can be read")
-    no_text = explained(
-        UnicodeDecodeError, f"--data {file} is not UTF-8 text: {{}}: convert it first"
-    )
-    with unreadable, no_text:
-        # As bytes: reading text would turn \r\n into \n. Some files begin with a byte order mark.
-        text = file.read_bytes().decode("utf-8-sig")
-    kind = file.suffix.lower()
-    if kind not in (".json", ".jsonl", ".ndjson"):
-        return [text]
+    no_text = explained(UnicodeDecodeError, f"--data {file} is not UTF-8 text: convert it first")
+    with unreadable, no_text, open(file, encoding="utf-8-sig", newline="\n") as stream:
+        yield stream
 
-    errors = (ValueError, KeyError, TypeError, AttributeError)
-    if kind == ".json" and text.lstrip().startswith("["):
-        with explained(errors, f"--data {file} is not a JSON array of texts: {{}}"):
-            rows = [{"text": row} if isinstance(row, str) else row for row in json.loads(text)]
-        places = [f"text {i}" for i in range(1, len(rows) + 1)]
-    else:
-        rows, places = [], []
-        for i, line in enumerate(text.split("\n"), 1):
+
+NO_TEXT = (ValueError, KeyError, TypeError, AttributeError)  # what rows without a text raise
+LIKE_THIS = 'it must be like {"text": "..."}'
+
+
+def read_rows(file: Path):
+    """Yields the rows of a JSON file: (a place such as "line 3", the parsed row).
+
+    Each line holds one. A .json may also be an array of rows or strings, which is loaded whole.
+    """
+    with open_text(file) as stream:
+        start = next((line for line in stream if line.strip()), "")
+        stream.seek(0)
+        if file.suffix.lower() == ".json" and start.lstrip().startswith("["):
+            with explained(NO_TEXT, f"--data {file} is not a JSON array of texts: {{}}"):
+                rows = json.load(stream)
+            for i, row in enumerate(rows, 1):
+                yield f"text {i}", {"text": row} if isinstance(row, str) else row
+            return
+
+        for i, line in enumerate(stream, 1):
             if line.strip():
-                places.append(f"line {i}")
-                with explained(
-                    errors, f'--data {file}, line {i}: it must be like {{"text": "..."}}'
-                ):
-                    rows.append(json.loads(line))
-
-    texts = []
-    for row, place in zip(rows, places, strict=True):
-        with explained(errors, f'--data {file}, {place}: it must be like {{"text": "..."}}'):
-            texts.append(row["text"].encode().decode())  # rejects lone surrogates
-    return texts
+                with explained(NO_TEXT, f"--data {file}, line {i}: {LIKE_THIS}"):
+                    row = json.loads(line)
+                yield f"line {i}", row
 
 
-def read_dataset(name: str) -> list[str]:
-    """The texts of the train split of a dataset on the Hub: NAME[:SUBSET]."""
+def text_of(row) -> str:
+    """The text of a row; an error of NO_TEXT: it has none."""
+    return row["text"].encode().decode()  # rejects lone surrogates
+
+
+def load_rows(name: str):
+    """The train split of a dataset on the Hub, NAME[:SUBSET]: its rows, which stay on disk."""
     from datasets import load_dataset
 
     errors = (ValueError, OSError, KeyError, RuntimeError)
     with explained(errors, f"--dataset {name}: {{}}"):
-        texts = list(load_dataset(*name.split(":"), split="train")["text"])
-    if not all(isinstance(text, str) for text in texts):
-        fail(f"--dataset {name}: not all is text")
-    return texts
+        return load_dataset(*name.split(":"), split="train").select_columns("text")
 
 
-def encode_once(args, model_file, folder: Path | None, texts, letters, has_tokens: bool) -> Path:
+def read_dataset(name: str, rows):
+    """Yields the texts of a dataset, each as its blocks."""
+    for i, row in enumerate(rows, 1):
+        with explained(NO_TEXT, f"--dataset {name}, row {i}: not all is text"):
+            text = text_of(row)
+        yield [text]
+
+
+def encode_once(
+    args, model_file, folder: Path | None, texts: Texts, letters, has_tokens: bool
+) -> Path:
     """The cache folder of the tokenizer and the tokens of these texts; written if it is new.
 
     Its name is a checksum of all that the tokens depend on, the code included.
@@ -1065,10 +1129,11 @@ def encode_once(args, model_file, folder: Path | None, texts, letters, has_token
     files = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
     files = [file for file in files if re.search("(py|json|txt|model)$", file.name)]
     files = [file for file in files if file.is_file()]
-    inputs = [args.tokens, args.vocab_size, folder, letters, *(file.read_bytes() for file in files)]
+    inputs = [args.tokens, args.vocab_size, folder, letters, texts.checksum]
+    inputs += [file.read_bytes() for file in files]
     digest = hashlib.sha256()
-    for each in [*map(str, inputs), *texts]:
-        data = each.encode()
+    for each in inputs:
+        data = str(each).encode()
         digest.update(f"{len(data)}:".encode())  # where one ends: "ab", "c" are not "a", "bc"
         digest.update(data)
 
@@ -1092,17 +1157,47 @@ def encode_once(args, model_file, folder: Path | None, texts, letters, has_token
 def pieces(texts):
     """Yields (piece of a text, whether the text starts with it, whether it ends with it).
 
-    Long texts are cut before a newline, so that several cores can encode them; no token crosses a
-    cut.
+    Long texts are cut, so that several cores can encode them and none need be in memory as a whole.
     """
     for text in texts:
-        # At least 16,384 characters, then to the end of a line; or what is left.
-        found = re.findall(r"(?s).{16384}.*?\S(?=\n)|.+", text) or [""]
-        for i, piece in enumerate(found):
-            yield piece, i == 0, i == len(found) - 1
+        starts = True
+        for piece, ends in cut(text):
+            yield piece, starts, ends
+            starts = False
 
 
-def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: list[str], letters=None):
+def cut(blocks):
+    """Yields (piece, whether it is the last) of a text; where the blocks end does not matter."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        start = 0
+        while end := find_cut(rest, start):
+            yield rest[start:end], False
+            start = end
+        rest = rest[start:]
+    yield rest, True
+
+
+# Where a piece may end, and how long it may be: at the end of a line, or else of a word. No token
+# crosses such a place. Vocabularies join a newline to punctuation before it and a blank to the word
+# after it, but neither to a letter or digit before it. Without such places a text is cut anywhere.
+CUTS = [(re.compile(r"[^\W_](?=\r?\n)"), 2**16), (re.compile(r"[^\W_](?= )"), 2**20)]
+
+
+def find_cut(text: str, start: int) -> int | None:
+    """Where the piece that begins at `start` ends; None: more of the text must be seen first."""
+    for pattern, longest in CUTS:
+        end = start + longest
+        found = pattern.search(text, start + 2**14, end + 1)
+        if found:
+            return found.end()
+        if len(text) <= end:
+            return None
+    return end
+
+
+def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: Texts, letters=None):
     """Writes the tokenizer of --tokens. All kinds give a text back as it was.
 
     Where there are several texts, it has a token that ends one. letters: of a meta.pkl.
@@ -1112,14 +1207,17 @@ def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: list[str], 
     elif kind == META:
         codec = char_tokenizer(letters)
     elif kind == "char":
-        codec = char_tokenizer(sorted(set().union(*texts)))
+        found = set()
+        for block in itertools.chain.from_iterable(texts):
+            found.update(block)
+        codec = char_tokenizer(sorted(found))
     elif kind == "bytes":
         codec = byte_tokenizer()
     else:
         codec = bpe_tokenizer(texts, vocab_size)
 
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if kind == "gpt2" or len(texts) > 1:
+    if kind == "gpt2" or texts.number > 1:
         codec.add_special_tokens([END])
         about |= {"bos_token": END, "eos_token": END}
     (folder / "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
@@ -1154,15 +1252,35 @@ def byte_tokenizer() -> Tokenizer:
     return byte_level(byte_vocabulary(), [], use_regex=False)
 
 
-def bpe_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE, learned from the first nine tenths of the texts, not the validation text."""
+def bpe_tokenizer(texts: Texts, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, learned from the first nine tenths of the texts, not the validation text.
+
+    The tenths are counted in characters.
+    """
     codec = byte_level(byte_vocabulary(), [], use_regex=True)
-    text = "".join(texts)[: int(0.9 * sum(map(len, texts)))]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, initial_alphabet=list(byte_vocabulary())
     )
-    codec.train_from_iterator((piece for piece, *_ in pieces([text])), trainer)
+    seen = int(0.9 * texts.characters)
+    blocks = first_characters(itertools.chain.from_iterable(texts), seen)
+    with tqdm(desc="learning bpe", unit_scale=True, disable=None, total=seen) as bar:
+
+        def learned_from():
+            for piece, _ in cut(blocks):
+                yield piece
+                bar.update(len(piece))
+
+        codec.train_from_iterator(learned_from(), trainer)
     return codec
+
+
+def first_characters(blocks, number: int):
+    """Yields this many characters, in blocks."""
+    for block in blocks:
+        yield block[:number]
+        number -= len(block)
+        if number <= 0:
+            return
 
 
 def byte_vocabulary() -> dict[str, int]:
@@ -1189,31 +1307,74 @@ def vocabulary(model_file, folder: Path) -> tuple[int, int | None]:
     return config.vocab_size, next(iter(eos), None)
 
 
-def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
+def write_tokens(part: Path, model_file, folder: Path, texts: Texts):
     """Writes tokens.bin: the tokens of all texts, each between BOS and EOS where there are such."""
     V, eos = vocabulary(model_file, folder)
     codec = model_file.tokenizer(folder).backend
     bos = begin_ids(codec)
-    anchor = encode(codec, ANCHOR)
-    todo = pieces(texts)
-    bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
+    bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=texts.characters)
     with bar, open(part / "tokens.bin", "wb") as out:
-        while batch := list(itertools.islice(todo, 1000)):
-            marked = [piece if starts else ANCHOR + piece for piece, starts, _ in batch]
-            rows = codec.encode_batch_fast(marked, add_special_tokens=False)
+        for batch, rows in encode_batches(codec, batches(pieces(texts))):
+            ids = []
             for (piece, starts, ends), row in zip(batch, rows, strict=True):
                 if starts:
-                    ids = bos + row.ids
-                else:
-                    ids = row.ids[len(anchor) :]
+                    ids += bos
+                ids += row
                 if ends and eos is not None:
-                    ids = [*ids, eos]
-                np.array(ids, token_type(V)).tofile(out)
+                    ids.append(eos)
                 bar.update(len(piece))
+            out.write(np.array(ids, token_type(V)))
 
 
-# Stands before a piece that continues a text: some tokenizers put a blank before what they encode.
-ANCHOR = "a"
+def batches(pieces):
+    """Yields lists of pieces: enough to keep all cores busy, and few enough for memory.
+
+    An encoding takes up to 150 bytes for each character, and more than that for an empty text.
+    """
+    batch, size = [], 0
+    for piece, starts, ends in pieces:
+        batch.append((piece, starts, ends))
+        size += len(piece) + 10
+        if size >= 2**20:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batches(codec, batches):
+    """Yields (batch of pieces, an iterator of their ids).
+
+    All cores encode the next batch while the caller writes the last.
+    """
+    anchors = {text: len(encode(codec, text)) for text in ANCHORS}
+
+    def encode_batch(batch):
+        marks = [anchor_of(piece, starts) for piece, starts, _ in batch]
+        marked = [mark + piece for mark, (piece, *_) in zip(marks, batch, strict=True)]
+        rows = codec.encode_batch_fast(marked, add_special_tokens=False)
+        return batch, (row.ids[anchors[mark] :] for mark, row in zip(marks, rows, strict=True))
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for batch in batches:
+            encoded, ahead = ahead, pool.submit(encode_batch, batch)
+            if encoded:
+                yield encoded.result()
+        if ahead:
+            yield ahead.result()
+
+
+# One of these stands before a piece that continues a text: some tokenizers put a blank before what
+# they encode. Nothing joins a blank to the letter before it, or a letter to the newline before it.
+ANCHORS = ("", "a", "a\n")
+
+
+def anchor_of(piece: str, starts: bool) -> str:
+    """The anchor of a piece; `starts`: whether a text starts with it."""
+    if starts:
+        return ""
+    return "a" if piece[0].isspace() else "a\n"
 
 
 def encode(codec, text: str) -> list[int]:
@@ -1263,6 +1424,19 @@ def read_tokens(file: Path, V: int) -> np.ndarray:
     if size == 0:
         return np.zeros(0, int)
     return np.memmap(file, kind, "r")
+
+
+def scan_tokens(files: list[Path], V: int) -> tuple[int, int]:
+    """(the largest token, the checksum) of .bin files, which are read in blocks: a map would keep
+    all that was touched in memory."""
+    largest, checksum = 0, 0
+    for file in files:
+        kind = stored_type(file, V)
+        with open(file, "rb") as stream:
+            while block := stream.read(2**24):
+                largest = max(largest, np.frombuffer(block, kind).max())
+                checksum = zlib.crc32(block, checksum)
+    return largest, checksum
 
 
 META = "meta.pkl"  # nanoGPT writes it beside a .bin of characters
