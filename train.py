@@ -1078,14 +1078,16 @@ LIKE_THIS = 'it must be like {"text": "..."}'
 def read_rows(file: Path):
     """Yields the rows of a JSON file: (a place such as "line 3", the parsed row).
 
-    Each line holds one. A .json may also be an array of rows or strings, which is loaded whole.
+    Each line holds one and is read alone. A .json may also be an array of rows or of strings, and
+    is then read whole.
     """
     with open_text(file) as stream:
-        start = next((line for line in stream if line.strip()), "")
+        start = stream.read(2**10).lstrip()
         stream.seek(0)
-        if file.suffix.lower() == ".json" and start.lstrip().startswith("["):
+        if file.suffix.lower() == ".json" and start.startswith("["):
+            text = stream.read()
             with explained(NO_TEXT, f"--data {file} is not a JSON array of texts: {{}}"):
-                rows = json.load(stream)
+                rows = json.loads(text)
             for i, row in enumerate(rows, 1):
                 yield f"text {i}", {"text": row} if isinstance(row, str) else row
             return
@@ -1114,7 +1116,7 @@ def load_rows(name: str):
 def read_dataset(name: str, rows):
     """Yields the texts of a dataset, each as its blocks."""
     for i, row in enumerate(rows, 1):
-        with explained(NO_TEXT, f"--dataset {name}, row {i}: not all is text"):
+        with explained(NO_TEXT, f"--dataset {name}, row {i}: {LIKE_THIS}"):
             text = text_of(row)
         yield [text]
 
@@ -1179,17 +1181,22 @@ def cut(blocks):
     yield rest, True
 
 
-# Where a piece may end, and how long it may be: at the end of a line, or else of a word. No token
-# crosses such a place. Vocabularies join a newline to punctuation before it and a blank to the word
-# after it, but neither to a letter or digit before it. Without such places a text is cut anywhere.
-CUTS = [(re.compile(r"[^\W_](?=\r?\n)"), 2**16), (re.compile(r"[^\W_](?= )"), 2**20)]
+# Where a piece may end, and how many characters are searched for such a place. No token crosses it:
+# vocabularies join a newline to punctuation before it or to white space, and a blank to the word
+# after it, but neither to a letter or digit on its other side. The last place is for text without
+# newlines and blanks, such as minified code. What has none of them is cut after 2^20 characters.
+CUTS = [
+    (re.compile(r"[^\W_](?=\r?\n)|\S\n(?=[^\W_])"), 2**16),  # a line
+    (re.compile(r"[^\W_](?= )"), 2**18),  # a word
+    (re.compile(r"[^\W_](?=[^\w\s'’])"), 2**20),  # a word before punctuation, apostrophes excepted
+]
 
 
 def find_cut(text: str, start: int) -> int | None:
     """Where the piece that begins at `start` ends; None: more of the text must be seen first."""
-    for pattern, longest in CUTS:
+    for place, longest in CUTS:
         end = start + longest
-        found = pattern.search(text, start + 2**14, end + 1)
+        found = place.search(text, start + 2**14, end)
         if found:
             return found.end()
         if len(text) <= end:
@@ -1502,7 +1509,10 @@ def epoch_starts(length: int, block: int, seed: int, epoch: int):
     rng = np.random.default_rng((seed, epoch))
     rows = max(1, (length - 1) // block - 1)  # one fewer than would fit: room for a random offset
     offset = rng.integers(length - rows * block)
-    return offset + block * rng.permutation(rows)
+    starts = rng.permutation(rows)
+    starts *= block  # in place: a large text has many rows
+    starts += offset
+    return starts
 
 
 def validation_batches(args, rows: Batch, mesh) -> Batch:
