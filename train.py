@@ -41,6 +41,7 @@ import time
 import timeit
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -49,6 +50,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -82,6 +84,9 @@ def main() -> int:
     with explained((OSError, model_file.InputError), "{}"):
         folder = find_weights(args, model_file)
         data = prepare_data(args, model_file, folder)
+        if args.show_data:
+            show_data(model_file, data)
+            return 0
         model, adapters, mesh = make_model(args, model_file, folder, data, devices)
 
     run = set_up(args, model_file, data, model, adapters, mesh)
@@ -448,9 +453,7 @@ def end_trace(run: Run) -> None:
 def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     """Makes the optimizer, compiles the steps, and opens the checkpoints, or resumes from one."""
     check_batch(args, mesh)
-    prompt = []
-    if args.prompt:
-        prompt = model_file.tokenizer(data.tokenizer_folder).encode(args.prompt)[: args.block // 2]
+    prompt = encode_prompt(args, model_file, data) if args.prompt else []
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if adapters else nnx.Param, ...)
     flops_per_token, peak_flops = describe(args, model_file, model, params, data, mesh)
 
@@ -498,6 +501,15 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     return run
 
 
+def encode_prompt(args, model_file, data: "Data") -> list[int]:
+    """The tokens of --prompt: the beginning of a text, or the first message of a conversation."""
+    tokenizer = model_file.tokenizer(data.tokenizer_folder)
+    if data.template is None:
+        return tokenizer.encode(args.prompt)[: args.block // 2]
+    message = {"role": "user", "content": args.prompt}
+    return encode(tokenizer.backend, data.template.write([message], "--prompt", prompt=True))
+
+
 def check_batch(args, mesh):
     """Stops where --batch does not split over devices and --accumulate."""
     groups = groups_of(mesh)
@@ -512,8 +524,7 @@ def check_batch(args, mesh):
 def settings_of(args, data: "Data") -> dict:
     """What must be the same when a run is resumed: see SETTINGS."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    checksum = zlib.crc32(data.val.tokens, zlib.crc32(data.train.tokens))
-    settings["data"] = f"with checksum {checksum}"  # as `check_settings` prints it after --data
+    settings["data"] = f"with checksum {data.checksum}"  # as `check_settings` prints it
     return settings
 
 
@@ -546,7 +557,8 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     print(
         f"model  {args.model}.py, {trained:,} parameters trained, in {args.dtype} "
         f"on {len(devices)} x {devices[0].device_kind}\n"
-        f"text   {data.describe()}; vocabulary size {config.vocab_size:,}\n"
+        f"text   {data.train.describe()} to train on, {data.val.describe()} to validate on; "
+        f"vocabulary size {config.vocab_size:,}\n"
         f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: {N:,} weights N, "
         f"attention width A {A}, {keys:,} keys K in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
         flush=True,
@@ -925,17 +937,14 @@ END = "<|endoftext|>"
 
 @dataclass
 class Data:
-    """The tokens of a run, and the folder of their tokenizer."""
+    """What a run learns from, and the folder of its tokenizer."""
 
-    train: "Text"
-    val: "Text"
+    train: "Text | Examples"
+    val: "Text | Examples"
     tokenizer_folder: Path
+    checksum: int  # of all tokens, for --resume
+    template: "ChatTemplate | None" = None  # of conversations
     val_batches: "Batch" = None  # of `validation_batches`
-
-    def describe(self) -> str:
-        """How much there is."""
-        train, val = len(self.train.tokens), len(self.val.tokens)
-        return f"{train:,} tokens to train on, {val:,} to validate on"
 
 
 def prepare_data(args, model_file, folder: Path | None) -> Data:
@@ -951,32 +960,52 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     if encoded and (encoded != files or len(files) > 2 or args.dataset):
         fail("--data: a .bin stands alone, or before the one to validate on")
 
-    texts = []
-    if not encoded:
-        if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
-            say(f"reading {len(files)} files")
-        for file in files:
-            texts += read_texts(file)
-    if args.dataset:
-        texts += read_dataset(args.dataset)
-
+    source = open_source([] if encoded else files, args.dataset)
+    check_source(args, source)
     letters = read_meta(encoded[0]) if args.tokens == META else None
-    cached = encode_once(args, model_file, folder, texts, letters, has_tokens=bool(encoded))
-    V, _ = vocabulary(model_file, folder or cached)
-    splits = [read_tokens(file, V) for file in encoded or [cached / "tokens.bin"]]
+    cached = encode_once(args, model_file, folder, source, letters, has_tokens=bool(encoded))
+    encoded = encoded or [cached / "tokens.bin"]
+    tokenizer_folder = folder or cached
+    V, _ = vocabulary(model_file, tokenizer_folder)
+    largest, checksum = scan_tokens(encoded, V)
+    if largest >= V:
+        fail(f"the text has token {largest}, the model has {V}: encode it for this model")
+
+    if isinstance(source, Texts):
+        train, val = read_text(encoded, V, args.block)
+        return Data(train, val, tokenizer_folder, checksum)
+
+    train, val = read_examples(cached, V, args)
+    checksum = zlib.crc32(train.learned, checksum)
+    template = ChatTemplate(tokenizer_folder)
+    if template.is_plain and source.without_roles:
+        template = None  # the conversations are texts in two parts
+    return Data(train, val, tokenizer_folder, checksum, template)
+
+
+def open_source(files: list[Path], dataset: str | None) -> "Texts | Conversations":
+    """The texts or the conversations of --data and --dataset: the first row says which."""
+    rows = load_rows(dataset) if dataset else None
+    first = next(iter(rows), None) if dataset else None
+    if files and files[0].suffix.lower() in JSON:
+        _, first = next(read_rows(files[0]), (None, None))
+    if is_conversation(first):
+        return Conversations(files, dataset, rows)
+    return Texts(files, dataset, rows)
+
+
+def read_text(files: list[Path], V: int, block: int) -> tuple:
+    """(the text to train on, the one to validate on): of two files of tokens, or parts of one."""
+    splits = [read_tokens(file, V) for file in files]
     if len(splits) == 1:
         splits = split_validation(splits[0])
     train, val = splits
-
-    if min(len(train), len(val)) <= args.block:
+    if min(len(train), len(val)) <= block:
         fail(
-            f"--block {args.block} is longer than the text: {len(train)} tokens to train on, "
+            f"--block {block} needs more text: there are {len(train)} tokens to train on, "
             f"{len(val)} to validate on; shorten it, or give more"
         )
-    largest = max(train.max(), val.max())
-    if largest >= V:
-        fail(f"the text has token {largest}, the model has {V}: encode it for this model")
-    return Data(Text(train, args.block), Text(val, args.block), folder or cached)
+    return Text(train, block), Text(val, block)
 
 
 def find_files(names: list[str]) -> list[Path]:
@@ -1006,68 +1035,144 @@ def python_source() -> list[Path]:
     return [file for file in files if not others.search(str(file.relative_to(library.parent)))]
 
 
-def read_texts(file: Path) -> list[str]:
-    """The texts of a file: all of it is one, or it is JSON that holds several.
+class Texts:
+    """The texts of --data and --dataset. They may be larger than memory: each pass reads them anew.
+
+    Iterating yields one text after another, each as an iterable of blocks: strings, a million
+    characters long or a whole row, that make up the text. There are up to three passes: to count
+    and to check them, to learn a tokenizer, and to encode them.
+    """
+
+    def __init__(self, files: list[Path], dataset: str | None = None, rows=None):
+        """rows: of the dataset."""
+        if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
+            say(f"reading {len(files)} files")
+        self.files = files
+        self.dataset = dataset
+        self.rows = rows
+
+        # The first pass: what later ones must know before they begin.
+        self.number = 0  # of texts
+        self.characters = 0
+        checksums = hashlib.sha256()
+        for text in self:
+            checksum = hashlib.sha256()
+            for block in text:
+                checksum.update(block.encode())
+                self.characters += len(block)
+            checksums.update(checksum.digest())  # of each text: "ab", "c" are not "a", "bc"
+            self.number += 1
+        self.checksum = checksums.hexdigest()
+
+    def __iter__(self):
+        for file in self.files:
+            yield from read_texts(file)
+        if self.dataset:
+            yield from read_dataset(self.dataset, self.rows)
+
+
+def read_texts(file: Path):
+    """Yields the texts of a file, each as its blocks: all of it is one, or it is JSON with several.
 
     A .jsonl or .ndjson has {"text": ...} in each line, a .json an array of them, or such lines.
     """
+    if file.suffix.lower() not in JSON:
+        yield read_blocks(file)
+        return
+
+    for place, row in read_rows(file):
+        with explained(NO_TEXT, f"--data {file}, {place}: {LIKE_THIS}"):
+            text = text_of(row)
+        yield [text]
+
+
+def read_blocks(file: Path):
+    """Yields the characters of a text file, a million at a time."""
+    with open_text(file) as stream:
+        while block := stream.read(2**20):
+            yield block
+
+
+@contextlib.contextmanager
+def open_text(file: Path):
+    """Opens a file of UTF-8 text; one that cannot be read, or is none, is named.
+
+    Some files begin with a byte order mark, which is no part of the text. A line ends with \\n, and
+    the \\r of an \\r\\n is left in its place.
+    """
     unreadable = explained(OSError, f"--data {file}: {{}}: name files that can be read")
-    no_text = explained(
-        UnicodeDecodeError, f"--data {file} is not UTF-8 text: {{}}: convert it first"
-    )
-    with unreadable, no_text:
-        # As bytes: reading text would turn \r\n into \n. Some files begin with a byte order mark.
-        text = file.read_bytes().decode("utf-8-sig")
-    kind = file.suffix.lower()
-    if kind not in (".json", ".jsonl", ".ndjson"):
-        return [text]
+    no_text = explained(UnicodeDecodeError, f"--data {file} is not UTF-8 text: convert it first")
+    with unreadable, no_text, open(file, encoding="utf-8-sig", newline="\n") as stream:
+        yield stream
 
-    errors = (ValueError, KeyError, TypeError, AttributeError)
-    if kind == ".json" and text.lstrip().startswith("["):
-        with explained(errors, f"--data {file} is not a JSON array of texts: {{}}"):
-            rows = [{"text": row} if isinstance(row, str) else row for row in json.loads(text)]
-        places = [f"text {i}" for i in range(1, len(rows) + 1)]
-    else:
-        rows, places = [], []
-        for i, line in enumerate(text.split("\n"), 1):
+
+JSON = (".json", ".jsonl", ".ndjson")
+NO_TEXT = (ValueError, KeyError, TypeError, AttributeError)  # what rows without a text raise
+LIKE_THIS = 'it must be like {"text": "..."}'
+
+
+def read_rows(file: Path):
+    """Yields the rows of a JSON file: (a place such as "line 3", the parsed row).
+
+    Each line holds one and is read alone. A .json may also be an array of rows or of strings, and
+    is then read whole.
+    """
+    with open_text(file) as stream:
+        start = stream.read(2**10).lstrip()
+        stream.seek(0)
+        if file.suffix.lower() == ".json" and start.startswith("["):
+            text = stream.read()
+            with explained(NO_TEXT, f"--data {file} is not a JSON array of texts: {{}}"):
+                rows = json.loads(text)
+            for i, row in enumerate(rows, 1):
+                yield f"text {i}", {"text": row} if isinstance(row, str) else row
+            return
+
+        for i, line in enumerate(stream, 1):
             if line.strip():
-                places.append(f"line {i}")
-                with explained(
-                    errors, f'--data {file}, line {i}: it must be like {{"text": "..."}}'
-                ):
-                    rows.append(json.loads(line))
-
-    texts = []
-    for row, place in zip(rows, places, strict=True):
-        with explained(errors, f'--data {file}, {place}: it must be like {{"text": "..."}}'):
-            texts.append(row["text"].encode().decode())  # rejects lone surrogates
-    return texts
+                with explained(NO_TEXT, f"--data {file}, line {i}: {LIKE_THIS}"):
+                    row = json.loads(line)
+                yield f"line {i}", row
 
 
-def read_dataset(name: str) -> list[str]:
-    """The texts of the train split of a dataset on the Hub: NAME[:SUBSET]."""
+def text_of(row) -> str:
+    """The text of a row; an error of NO_TEXT: it has none."""
+    return row["text"].encode().decode()  # rejects lone surrogates
+
+
+def load_rows(name: str):
+    """The train split of a dataset on the Hub, NAME[:SUBSET]: its rows, which stay on disk."""
     from datasets import load_dataset
 
     errors = (ValueError, OSError, KeyError, RuntimeError)
     with explained(errors, f"--dataset {name}: {{}}"):
-        texts = list(load_dataset(*name.split(":"), split="train")["text"])
-    if not all(isinstance(text, str) for text in texts):
-        fail(f"--dataset {name}: not all is text")
-    return texts
+        rows = load_dataset(*name.split(":"), split="train")
+        if "text" in rows.column_names:
+            rows = rows.select_columns("text")
+        return rows
 
 
-def encode_once(args, model_file, folder: Path | None, texts, letters, has_tokens: bool) -> Path:
-    """The cache folder of the tokenizer and the tokens of these texts; written if it is new.
+def read_dataset(name: str, rows):
+    """Yields the texts of a dataset, each as its blocks."""
+    for i, row in enumerate(rows, 1):
+        with explained(NO_TEXT, f"--dataset {name}, row {i}: {LIKE_THIS}"):
+            text = text_of(row)
+        yield [text]
+
+
+def encode_once(args, model_file, folder: Path | None, source, letters, has_tokens: bool) -> Path:
+    """The cache folder of the tokenizer and the tokens of a source; written if it is new.
 
     Its name is a checksum of all that the tokens depend on, the code included.
     """
     files = [Path(__file__), Path(model_file.__file__), *(folder.iterdir() if folder else ())]
-    files = [file for file in files if re.search("(py|json|txt|model)$", file.name)]
+    files = [file for file in files if re.search("(py|json|txt|model|jinja)$", file.name)]
     files = [file for file in files if file.is_file()]
-    inputs = [args.tokens, args.vocab_size, folder, letters, *(file.read_bytes() for file in files)]
+    inputs = [args.tokens, args.vocab_size, args.loss, folder, letters, source.checksum]
+    inputs += [file.read_bytes() for file in files]
     digest = hashlib.sha256()
-    for each in [*map(str, inputs), *texts]:
-        data = each.encode()
+    for each in inputs:
+        data = str(each).encode()
         digest.update(f"{len(data)}:".encode())  # where one ends: "ab", "c" are not "a", "bc"
         digest.update(data)
 
@@ -1080,9 +1185,11 @@ def encode_once(args, model_file, folder: Path | None, texts, letters, has_token
         # Under another name until it is complete: all of it is there, or nothing.
         with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as part:
             if folder is None:
-                write_tokenizer(Path(part), args.tokens, args.vocab_size, texts, letters)
-            if not has_tokens:
-                write_tokens(Path(part), model_file, folder or Path(part), texts)
+                write_tokenizer(Path(part), args.tokens, args.vocab_size, source, letters)
+            if isinstance(source, Conversations):
+                write_examples(Path(part), model_file, folder or Path(part), source, args.loss)
+            elif not has_tokens:
+                write_tokens(Path(part), model_file, folder or Path(part), source)
             if not cached.exists():  # another run may have been faster
                 Path(part).rename(cached)
     return cached
@@ -1091,18 +1198,54 @@ def encode_once(args, model_file, folder: Path | None, texts, letters, has_token
 def pieces(texts):
     """Yields (piece of a text, whether the text starts with it, whether it ends with it).
 
-    Long texts are cut before a newline, so that several cores can encode them; no token crosses a
-    cut.
+    Long texts are cut, so that several cores can encode them and none need be in memory as a whole.
     """
     for text in texts:
-        # At least 16,384 characters, then to the end of a line; or what is left.
-        found = re.findall(r"(?s).{16384}.*?\S(?=\n)|.+", text) or [""]
-        for i, piece in enumerate(found):
-            yield piece, i == 0, i == len(found) - 1
+        starts = True
+        for piece, ends in cut(text):
+            yield piece, starts, ends
+            starts = False
 
 
-def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: list[str], letters=None):
-    """Writes the tokenizer of --tokens. All kinds give a text back as it was.
+def cut(blocks):
+    """Yields (piece, whether it is the last) of a text; where the blocks end does not matter."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        start = 0
+        while end := find_cut(rest, start):
+            yield rest[start:end], False
+            start = end
+        rest = rest[start:]
+    yield rest, True
+
+
+# Where a piece may end, and how many characters are searched for such a place. No token crosses it:
+# vocabularies join a newline to punctuation before it or to white space, and a blank to the word
+# after it, but neither to a letter or digit on its other side. The last place is for text without
+# newlines and blanks, such as minified code. What has none of them is cut after 2^20 characters.
+CUTS = [
+    (re.compile(r"[^\W_](?=\r?\n)|\S\n(?=[^\W_])"), 2**16),  # a line
+    (re.compile(r"[^\W_](?= )"), 2**18),  # a word
+    (re.compile(r"[^\W_](?=[^\w\s'’])"), 2**20),  # a word before punctuation, apostrophes excepted
+]
+
+
+def find_cut(text: str, start: int) -> int | None:
+    """Where the piece that begins at `start` ends; None: more of the text must be seen first."""
+    for place, longest in CUTS:
+        end = start + longest
+        found = place.search(text, start + 2**14, end)
+        if found:
+            return found.end()
+        if len(text) <= end:
+            return None
+    return end
+
+
+def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts, letters=None):
+    """Writes the tokenizer of --tokens, learned from texts or conversations. All kinds give a text
+    back as it was.
 
     Where there are several texts, it has a token that ends one. letters: of a meta.pkl.
     """
@@ -1111,18 +1254,23 @@ def write_tokenizer(folder: Path, kind: str, vocab_size: int, texts: list[str], 
     elif kind == META:
         codec = char_tokenizer(letters)
     elif kind == "char":
-        codec = char_tokenizer(sorted(set().union(*texts)))
+        found = set()
+        for block in itertools.chain.from_iterable(texts):
+            found.update(block)
+        codec = char_tokenizer(sorted(found))
     elif kind == "bytes":
         codec = byte_tokenizer()
     else:
         codec = bpe_tokenizer(texts, vocab_size)
 
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if kind == "gpt2" or len(texts) > 1:
+    if kind == "gpt2" or texts.number > 1:
         codec.add_special_tokens([END])
         about |= {"bos_token": END, "eos_token": END}
     (folder / "tokenizer.json").write_text(codec.to_str(pretty=True), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    if isinstance(texts, Conversations) and not texts.without_roles:
+        (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
 
 
 def gpt2_tokenizer() -> Tokenizer:
@@ -1153,15 +1301,35 @@ def byte_tokenizer() -> Tokenizer:
     return byte_level(byte_vocabulary(), [], use_regex=False)
 
 
-def bpe_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE, learned from the first nine tenths of the texts, not the validation text."""
+def bpe_tokenizer(texts: Texts, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, learned from the first nine tenths of the texts, not the validation text.
+
+    The tenths are counted in characters.
+    """
     codec = byte_level(byte_vocabulary(), [], use_regex=True)
-    text = "".join(texts)[: int(0.9 * sum(map(len, texts)))]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, initial_alphabet=list(byte_vocabulary())
     )
-    codec.train_from_iterator((piece for piece, *_ in pieces([text])), trainer)
+    seen = int(0.9 * texts.characters)
+    blocks = first_characters(itertools.chain.from_iterable(texts), seen)
+    with tqdm(desc="learning bpe", unit_scale=True, disable=None, total=seen) as bar:
+
+        def learned_from():
+            for piece, _ in cut(blocks):
+                yield piece
+                bar.update(len(piece))
+
+        codec.train_from_iterator(learned_from(), trainer)
     return codec
+
+
+def first_characters(blocks, number: int):
+    """Yields this many characters, in blocks."""
+    for block in blocks:
+        yield block[:number]
+        number -= len(block)
+        if number <= 0:
+            return
 
 
 def byte_vocabulary() -> dict[str, int]:
@@ -1188,31 +1356,74 @@ def vocabulary(model_file, folder: Path) -> tuple[int, int | None]:
     return config.vocab_size, next(iter(eos), None)
 
 
-def write_tokens(part: Path, model_file, folder: Path, texts: list[str]):
+def write_tokens(part: Path, model_file, folder: Path, texts: Texts):
     """Writes tokens.bin: the tokens of all texts, each between BOS and EOS where there are such."""
     V, eos = vocabulary(model_file, folder)
     codec = model_file.tokenizer(folder).backend
     bos = begin_ids(codec)
-    anchor = encode(codec, ANCHOR)
-    todo = pieces(texts)
-    bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=sum(map(len, texts)))
+    bar = tqdm(desc="tokens", unit_scale=True, disable=None, total=texts.characters)
     with bar, open(part / "tokens.bin", "wb") as out:
-        while batch := list(itertools.islice(todo, 1000)):
-            marked = [piece if starts else ANCHOR + piece for piece, starts, _ in batch]
-            rows = codec.encode_batch_fast(marked, add_special_tokens=False)
+        for batch, rows in encode_batches(codec, batches(pieces(texts))):
+            ids = []
             for (piece, starts, ends), row in zip(batch, rows, strict=True):
                 if starts:
-                    ids = bos + row.ids
-                else:
-                    ids = row.ids[len(anchor) :]
+                    ids += bos
+                ids += row
                 if ends and eos is not None:
-                    ids = [*ids, eos]
-                np.array(ids, token_type(V)).tofile(out)
+                    ids.append(eos)
                 bar.update(len(piece))
+            out.write(np.array(ids, token_type(V)))
 
 
-# Stands before a piece that continues a text: some tokenizers put a blank before what they encode.
-ANCHOR = "a"
+def batches(pieces):
+    """Yields lists of pieces: enough to keep all cores busy, and few enough for memory.
+
+    An encoding takes up to 150 bytes for each character, and more than that for an empty text.
+    """
+    batch, size = [], 0
+    for piece, starts, ends in pieces:
+        batch.append((piece, starts, ends))
+        size += len(piece) + 10
+        if size >= 2**20:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batches(codec, batches):
+    """Yields (batch of pieces, an iterator of their ids).
+
+    All cores encode the next batch while the caller writes the last.
+    """
+    anchors = {text: len(encode(codec, text)) for text in ANCHORS}
+
+    def encode_batch(batch):
+        marks = [anchor_of(piece, starts) for piece, starts, _ in batch]
+        marked = [mark + piece for mark, (piece, *_) in zip(marks, batch, strict=True)]
+        rows = codec.encode_batch_fast(marked, add_special_tokens=False)
+        return batch, (row.ids[anchors[mark] :] for mark, row in zip(marks, rows, strict=True))
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for batch in batches:
+            encoded, ahead = ahead, pool.submit(encode_batch, batch)
+            if encoded:
+                yield encoded.result()
+        if ahead:
+            yield ahead.result()
+
+
+# One of these stands before a piece that continues a text: some tokenizers put a blank before what
+# they encode. Nothing joins a blank to the letter before it, or a letter to the newline before it.
+ANCHORS = ("", "a", "a\n")
+
+
+def anchor_of(piece: str, starts: bool) -> str:
+    """The anchor of a piece; `starts`: whether a text starts with it."""
+    if starts:
+        return ""
+    return "a" if piece[0].isspace() else "a\n"
 
 
 def encode(codec, text: str) -> list[int]:
@@ -1262,6 +1473,19 @@ def read_tokens(file: Path, V: int) -> np.ndarray:
     if size == 0:
         return np.zeros(0, int)
     return np.memmap(file, kind, "r")
+
+
+def scan_tokens(files: list[Path], V: int) -> tuple[int, int]:
+    """(the largest token, the checksum) of .bin files, which are read in blocks: a map would keep
+    all that was touched in memory."""
+    largest, checksum = 0, 0
+    for file in files:
+        kind = stored_type(file, V)
+        with open(file, "rb") as stream:
+            while block := stream.read(2**24):
+                largest = max(largest, np.frombuffer(block, kind).max())
+                checksum = zlib.crc32(block, checksum)
+    return largest, checksum
 
 
 META = "meta.pkl"  # nanoGPT writes it beside a .bin of characters
@@ -1315,8 +1539,10 @@ def is_conversation(row) -> bool:
     return isinstance(row, dict) and ("messages" in row or "prompt" in row)
 
 
-def read_conversation(row: dict, place: str) -> Conversation:
+def read_conversation(row, place: str) -> Conversation:
     """A row with messages, or with a prompt and its completion: texts or lists of messages."""
+    if not is_conversation(row):
+        fail(f'{place}: it must be like {{"messages": [...]}}, as the first row is')
     texts = None
     if "messages" in row:
         messages = row["messages"]
@@ -1345,6 +1571,53 @@ def read_conversation(row: dict, place: str) -> Conversation:
     if row.get("tools"):
         fail(f"{place}: tools are not supported; leave such rows out")
     return Conversation(messages, first, place, texts)
+
+
+class Conversations:
+    """The conversations of --data and --dataset; like Texts, each pass reads them anew.
+
+    Iterating yields them as plain texts, from which a tokenizer may be learned.
+    """
+
+    def __init__(self, files: list[Path], dataset: str | None, rows):
+        self.files = files
+        self.dataset = dataset
+        self.rows = rows
+
+        # The first pass: what later ones must know before they begin.
+        self.number = 0
+        self.characters = 0
+        self.without_roles = True  # prompt and completion are texts in all of them
+        checksum = hashlib.sha256()
+        for example in self.examples():
+            checksum.update(json.dumps(example[:2]).encode())
+            self.characters += len(plain_text(example))
+            self.number += 1
+            if example.texts is None:
+                self.without_roles = False
+        self.checksum = checksum.hexdigest()
+
+    def examples(self):
+        """Yields each as a `Conversation`."""
+        for file in self.files:
+            if file.suffix.lower() not in JSON:
+                fail(f"--data {file} is a text, and {self.files[0]} holds conversations")
+            for place, row in read_rows(file):
+                yield read_conversation(row, f"--data {file}, {place}")
+        if self.dataset:
+            for i, row in enumerate(self.rows, 1):
+                yield read_conversation(row, f"--dataset {self.dataset}, row {i}")
+
+    def __iter__(self):
+        for example in self.examples():
+            yield [plain_text(example)]
+
+
+def plain_text(example: Conversation) -> str:
+    """A conversation as a text, without special tokens."""
+    if example.texts:
+        return "".join(example.texts)
+    return jinja2.Template(PLAIN_TEMPLATE).render(messages=example.messages)
 
 
 class ChatTemplate:
@@ -1457,18 +1730,16 @@ def learned_tokens(offsets, answers) -> np.ndarray:
     return learned
 
 
-def write_examples(part: Path, model_file, folder: Path, examples, loss: str):
-    """Writes the files that `read_examples` reads.
-
-    examples: of `read_conversation`. loss: "assistant" or "all", as --loss.
-    """
+def write_examples(part: Path, model_file, folder: Path, source: Conversations, loss: str):
+    """Writes the files that `read_examples` reads. loss: what --loss says."""
     V, _ = vocabulary(model_file, folder)
     template = ChatTemplate(folder)
     codec = model_file.tokenizer(folder).backend
     bos = begin_ids(codec) if template.is_plain else []  # other templates write it
     table = []  # for each example: its number of tokens, and which of them is the first learned
 
-    bar = tqdm(desc="conversations", unit_scale=True, disable=None)
+    examples = source.examples()
+    bar = tqdm(desc="conversations", unit_scale=True, disable=None, total=source.number)
     with (
         bar,
         open(part / "tokens.bin", "wb") as tokens_file,
@@ -1493,6 +1764,46 @@ def write_examples(part: Path, model_file, folder: Path, examples, loss: str):
     np.save(part / "examples.npy", np.array(table, int).reshape(-1, 2))
 
 
+def read_examples(folder: Path, V: int, args) -> tuple:
+    """(examples to train on, examples to validate on) of the files that `write_examples` wrote."""
+    tokens = read_tokens(folder / "tokens.bin", V)
+    learned = np.memmap(folder / "learned.bin", bool, "r")
+    lengths, first = np.load(folder / "examples.npy").T
+    starts = np.cumsum(lengths) - lengths
+
+    # What is longer than a row and its last target is cut.
+    used = np.minimum(lengths, args.block + 1)
+    kept = np.flatnonzero(first < used)
+    if len(kept) < len(used) or (used < lengths).any():
+        print(
+            f"of {len(used):,} conversations, {np.sum(used < lengths):,} are longer than --block "
+            f"{args.block} and cut; {len(used) - len(kept):,} have nothing to learn before the cut "
+            "and are left out"
+        )
+    if len(kept) < 2:
+        fail(f"--block {args.block} leaves {len(kept)} conversations: raise it, or give more")
+
+    # The last tenth is for validation, and 2^20 tokens at most.
+    starts, used = starts[kept], used[kept]
+    from_here_on = np.cumsum(used[::-1])[::-1]
+    cut = max(int(0.9 * len(kept)), np.argmax(from_here_on <= 2**20))
+    packed = args.pack != "no"
+    return (
+        Examples(tokens, learned, starts[:cut], used[:cut], args.block, packed),
+        Examples(tokens, learned, starts[cut:], used[cut:], args.block, packed),
+    )
+
+
+def show_data(model_file, data: Data):
+    """Prints the first example or row, and which of its tokens are learned."""
+    ids, learned = data.train.first()
+    print(f"first in the data: {len(ids)} tokens, of which {learned.sum()} are learned")
+    codec = model_file.tokenizer(data.tokenizer_folder).backend
+    for is_learned, run in itertools.groupby(zip(learned, ids, strict=True), lambda pair: pair[0]):
+        text = codec.decode([int(token) for _, token in run], skip_special_tokens=False)
+        print(f"{'learned' if is_learned else 'not learned':12} {text!r}")
+
+
 # ----------------------------------------- Rows of tokens -----------------------------------------
 
 
@@ -1508,6 +1819,15 @@ class Text:
     def __init__(self, tokens: np.ndarray, block: int):
         self.tokens = tokens
         self.block = block
+
+    def describe(self) -> str:
+        """How much it is."""
+        return f"{len(self.tokens):,} tokens"
+
+    def first(self) -> tuple:
+        """The first T tokens, and which of them are learned."""
+        ids = self.tokens[: self.block]
+        return ids, np.arange(len(ids)) > 0
 
     def rows(self, numbers, seed: int) -> Batch:
         """The rows [..., T] with these numbers [...], counted from the start of a run.
@@ -1542,7 +1862,10 @@ def epoch_starts(length: int, block: int, seed: int, epoch: int):
     rng = np.random.default_rng((seed, epoch))
     rows = max(1, (length - 1) // block - 1)  # one fewer than would fit: room for a random offset
     offset = rng.integers(length - rows * block)
-    return offset + block * rng.permutation(rows)
+    starts = rng.permutation(rows)
+    starts *= block  # in place: a large text has many rows
+    starts += offset
+    return starts
 
 
 class Examples:
@@ -1558,6 +1881,17 @@ class Examples:
         self.block = block
         places = lengths - 1  # in a row; the last token is a target alone
         self.packing = pack(places, block) if packed else [[i] for i in range(len(places))]
+
+    def describe(self) -> str:
+        """How much it is."""
+        rows = len(self.packing)
+        full = np.sum(self.lengths - 1) / (rows * self.block)
+        return f"{len(self.lengths):,} conversations ({rows:,} rows, {full:.0%} full)"
+
+    def first(self) -> tuple:
+        """The tokens of the first example, and which of them are learned."""
+        span = slice(self.starts[0], self.starts[0] + self.lengths[0])
+        return self.tokens[span], self.learned[span]
 
     def rows(self, numbers, seed: int) -> Batch:
         """The rows [..., T] with these numbers [...], counted from the start of a run.
@@ -1826,7 +2160,7 @@ def write_adapters(folder: Path, args, model, adapters: dict):
 
 # What must be the same when a run is resumed.
 SETTINGS = (
-    *("dataset", "tokens", "vocab_size"),
+    *("dataset", "tokens", "vocab_size", "loss", "pack"),
     *("model", "weights", "layers", "heads", "width", "block", "dropout", "experts"),
     *("lora", "lora_targets", "steps", "batch", "optimizer", "lr", "schedule", "min_lr", "warmup"),
     *("weight_decay", "beta1", "beta2", "clip", "ema", "seed", "dtype"),
@@ -1930,6 +2264,8 @@ def write_model(run: Run, model):
         for file in run.data.tokenizer_folder.iterdir():
             if tokenizer.fullmatch(file.name) and file.is_file():
                 shutil.copyfile(file, Path(part, file.name))
+        if run.data.template is not None and run.data.template.is_plain:
+            write_plain_template(Path(part), run)
 
         if run.adapters and not args.merge:
             write_adapters(Path(part), args, model, run.adapters)
@@ -1943,6 +2279,16 @@ def write_model(run: Run, model):
         for file in Path(part).iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
             file.replace(args.out / file.name)
+
+
+def write_plain_template(folder: Path, run: Run):
+    """Writes the chat template that the checkpoint lacked, for `sample.py --chat`."""
+    (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+    if run.data.template.templates.eos_token is None:
+        # No token ends a turn, so the end of a line does.
+        codec = run.model_file.tokenizer(run.data.tokenizer_folder).backend
+        stop = {"eos_token_id": encode(codec, "\n")[-1]}
+        (folder / "generation_config.json").write_text(json.dumps(stop) + "\n")
 
 
 def exit_on_write_error(path: Path):
@@ -2297,7 +2643,8 @@ def add_text_flags(parser):
         nargs="+",
         default=[],
         metavar="FILE",
-        help="text, .jsonl, nanoGPT's .bin or shakespeare (default: Python's source)",
+        help="text, texts or conversations in .jsonl, nanoGPT's .bin, or shakespeare "
+        "(default: Python's source)",
     )
     text.add_argument(
         "--dataset",
@@ -2315,6 +2662,21 @@ def add_text_flags(parser):
         default=1024,
         metavar="N",
         help="vocabulary size of bpe, the 256 bytes included (default: %(default)s)",
+    )
+    text.add_argument(
+        "--loss",
+        choices=["assistant", "all"],
+        help="tokens of conversations to learn: of the assistant alone (the default), or all",
+    )
+    text.add_argument(
+        "--pack",
+        choices=["yes", "no"],
+        help="whether conversations share rows, without seeing each other (default: yes)",
+    )
+    text.add_argument(
+        "--show-data",
+        action="store_true",
+        help="show the first example and which of its tokens are learned; do not train",
     )
 
 
@@ -2519,6 +2881,14 @@ def choose_tokenizer(args):
         fail(f"--tokens {args.tokens}: --weights bring their own tokenizer; leave --tokens out")
     if args.tokens not in kinds:
         fail(f"--tokens {args.tokens}: it must be {' or '.join(kinds)} here")
+
+
+def check_source(args, source):
+    if isinstance(source, Conversations):
+        return
+    for flag in ("loss", "pack"):
+        if getattr(args, flag) is not None:
+            fail(f"--{flag} is for conversations, and this is text: leave it out")
 
 
 def check_numbers(args):

@@ -324,7 +324,8 @@ def test_a_long_text_has_the_ids_that_it_has_in_one_piece(tmp_path):
     llama.save(llama.Model(llama.Config.small(**SIZES, vocab_size=32000), rngs=nnx.Rngs(0)), folder)
     shutil.copy(LLAMA2, folder / "tokenizer.model")
     text = "".join(f"Line {n} of a long text.\n" * 3 for n in range(2000))
-    train.write_tokens(tmp_path, llama, folder, [text, "short"])
+    write_jsonl("a.jsonl", json.dumps({"text": text}), '{"text": "short"}')
+    train.write_tokens(tmp_path, llama, folder, train.Texts([Path("a.jsonl")]))
     found = np.fromfile("tokens.bin", np.uint16).tolist()
     codec = llama.tokenizer(folder)
     assert found == [*codec.encode(text), 2, *codec.encode("short"), 2]
@@ -670,7 +671,12 @@ def offer_dataset(monkeypatch):
             asked.append((*names, split))
             if isinstance(found, Exception):
                 raise found
-            return found
+            return SimpleNamespace(select_columns=partial(select_columns, found))
+
+        def select_columns(columns, name):
+            if name not in columns:
+                raise ValueError(f"Column name {name} not in the dataset")
+            return [{name: value} for value in columns[name]]
 
         monkeypatch.setattr(train, "find_spec", lambda name: True)
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))

@@ -474,7 +474,8 @@ def test_tokens_give_the_text_back_as_it_was(kind, monkeypatch, tmp_path):
     if kind == "gpt2" and not TIKTOKEN.exists():
         pytest.skip("needs GPT-2's vocabulary")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
-    train.write_tokenizer(tmp_path, kind, 300, [TEXT])
+    (tmp_path / "text.txt").write_text(TEXT)
+    train.write_tokenizer(tmp_path, kind, 300, train.Texts([tmp_path / "text.txt"]))
     codec = gpt2.tokenizer(tmp_path)
     assert codec.decode(codec.encode(TEXT)) == TEXT
     if kind == "gpt2":
@@ -497,7 +498,7 @@ def test_without_data_there_is_the_standard_library():
     assert not {"test", "tests", "site-packages"} & {
         part for file in files.values() for part in file.parts[len(Path(os.__file__).parts) - 1 :]
     }
-    assert len(files) > 200 and "class ArgumentParser" in train.read_texts(files["argparse.py"])[0]
+    assert len(files) > 200 and "class ArgumentParser" in files["argparse.py"].read_text()
 
 
 # ----------------------------------------------------------------------------------------- the runs
@@ -879,7 +880,7 @@ def test_shakespeare_is_learned_to_nanogpts_loss(flags, tmp_path):
 @pytest.mark.parametrize("model", train.MODELS)
 def test_the_tiny_checkpoint_has_the_loss_of_its_model_card(model):
     folder, module = ROOT / "tiny" / model, importlib.import_module(model)
-    [text] = train.read_texts(SHAKESPEARE)
+    text = SHAKESPEARE.read_text()
     ids = module.tokenizer(folder).encode(text[int(0.9 * len(text)) :])
     graphdef, params = nnx.split(module.load(folder, dtype=jnp.float32))
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
