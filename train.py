@@ -1368,8 +1368,8 @@ def find_weights(args, model_file) -> Path | None:
     model_file.read_config(folder)
     if args.lora and not args.merge and model_file.is_adapter(folder):
         fail(
-            f"--weights {args.weights} is an adapter, and one on top of it would have no checkpoint "
-            "as its base: add --merge, which writes a whole checkpoint"
+            f"--weights {args.weights} is an adapter, and the base of another one must be a whole "
+            "checkpoint: add --merge, which writes one"
         )
     return folder
 
@@ -1506,7 +1506,10 @@ def find_targets(model_file, model, layers: dict, targets: str) -> dict:
                 matched.add(path)
         if not matched:
             known = ", ".join(sorted({path[-1] for path in names}))
-            fail(f"--lora-targets {part} is no matrix of {model_file.__name__}.py: {known}")
+            fail(
+                f"--lora-targets {part} matches no matrix of {model_file.__name__}.py; "
+                f"there are {known}"
+            )
         found |= matched
     return {path: name for path, name in names.items() if path in found}
 
