@@ -1663,7 +1663,10 @@ def write_model(run: Run, model):
     args = run.args
     tokenizer = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json")
     with exit_on_write_error(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
-        for file in run.data.tokenizer_folder.iterdir():
+        # An adapter with a tokenizer of its own may still have the stop ids of its base.
+        folder = run.data.tokenizer_folder
+        stop_ids = run.model_file.base_of(folder, weights=False) / "generation_config.json"
+        for file in [stop_ids, *folder.iterdir()]:
             if tokenizer.fullmatch(file.name) and file.is_file():
                 shutil.copyfile(file, Path(part, file.name))
 

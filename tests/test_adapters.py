@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from argparse import Namespace
 
 import numpy as np
 import peft
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import gpt2
 import sample
+import train
 
 
 def matrices_of(hf) -> list[str]:
@@ -113,6 +115,7 @@ def test_an_adapter_by_peft_gives_the_logits_of_peft(family, plain, tmp_path, na
     assert_as_by_peft(plain, folder)
 
 
+@pytest.mark.core_gpt2_only
 @pytest.mark.parametrize("config", ["plain", "square head"])  # tied, and not
 def test_an_adapter_of_the_head_leaves_the_token_table_as_it_is(
     family, make_case, tmp_path, config
@@ -491,3 +494,23 @@ def test_bench_measures_an_adapter_and_shows_a_merged_copy_to_others(adapter, tm
     stdout = run("bench.py", "--task", "decode,validate", *options, cwd=tmp_path)
     assert "| decode" in stdout
     assert re.search(r"greedy tokens +\| same until .*\| 8 +\|", stdout)
+
+
+def test_the_stop_ids_of_the_base_stay_with_what_is_trained_from_its_adapter(
+    base, adapter, tmp_path
+):
+    """Even if the adapter has a tokenizer of its own."""
+    chat_base = tmp_path / "base"
+    shutil.copytree(base, chat_base)
+    (chat_base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    edit_adapter(adapter, base_model_name_or_path=str(chat_base))
+    shutil.copy(base / "tokenizer.json", adapter)
+
+    args = Namespace(out=tmp_path / "out", merge=False, save_dtype="float32")
+    args.out.mkdir()
+    data = Namespace(tokenizer_folder=gpt2.tokenizer_folder(adapter))
+    assert data.tokenizer_folder == adapter
+    run = Namespace(args=args, data=data, model_file=gpt2, adapters={})
+    train.write_model(run, gpt2.load(adapter))
+    assert gpt2.read_stop_ids(args.out, gpt2.read_config(args.out)) == [7, 8]
+    assert_same_model(gpt2.load(args.out), gpt2.load(adapter))
