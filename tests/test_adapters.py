@@ -256,6 +256,15 @@ def test_adapter_model_bin_is_read_as_safetensors_are(adapter, merged):
     assert_same_model(gpt2.load(adapter), gpt2.load(merged))
 
 
+def test_a_token_table_that_the_adapter_brings_whole_takes_the_place_of_the_base(base, adapter):
+    file = adapter / "adapter_model.safetensors"
+    table = load_file(base / "model.safetensors")["transformer.wte.weight"] + 1
+    save_file(load_file(file) | {"base_model.model.transformer.wte.weight": table}, file)
+    model = gpt2.load(adapter)
+    np.testing.assert_array_equal(model.wte.embedding[...], table)
+    assert model.config.tie_word_embeddings
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_rounded_once_after_the_sum(adapter, tmp_path, dtype):
     """Of W and of B A alone, each rounded, the sum would often differ in its last bit."""
@@ -319,11 +328,15 @@ def test_a_relative_base_is_looked_up_from_here_then_beside_the_adapter(
     assert_same_model(gpt2.load(adapter), gpt2.load(merged))
 
 
-def test_tokenizer_and_stop_ids_are_the_adapters_or_else_those_of_the_base(base, adapter):
+def test_tokenizer_and_stop_ids_are_the_adapters_or_else_those_of_the_base(base, adapter, tmp_path):
+    chat_base = tmp_path / "base"
+    shutil.copytree(base, chat_base)
+    (chat_base / "generation_config.json").write_text(json.dumps({"eos_token_id": [8]}))
+    edit_adapter(adapter, base_model_name_or_path=str(chat_base))
     config = gpt2.read_config(adapter)
     assert config == gpt2.read_config(base)
     assert gpt2.tokenizer(adapter).encode("a b") == gpt2.tokenizer(base).encode("a b")
-    assert gpt2.read_stop_ids(adapter, config) == []
+    assert gpt2.read_stop_ids(adapter, config) == [8]
 
     own = byte_tokenizer()
     own.add_tokens(["a b"])
