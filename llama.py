@@ -1369,8 +1369,9 @@ def is_adapter(folder: Path) -> bool:
 def base_of(folder: Path, weights=True) -> Path:
     """The folder of the checkpoint that an adapter belongs to; a checkpoint's own folder.
 
-    weights: whether they are needed, too, if the base is on the Hub. InputError: there is no base,
-    or the adapter cannot be merged.
+    A relative path is looked up from the working directory; one that is no Hub id, such as ../base,
+    also from where the adapter's folder is. weights: whether they are needed, too, if the base is
+    on the Hub. InputError: there is no base, or the adapter cannot be merged.
     """
     if not is_adapter(folder):
         return folder
@@ -1422,6 +1423,8 @@ def read_adapter_config(folder: Path) -> dict:
             )
     if not isinstance(values.get("base_model_name_or_path"), str):
         raise InputError(f"{file} has no base_model_name_or_path, the checkpoint to adapt")
+    if not isinstance(values.get("revision"), str | None):
+        raise InputError(f"{file}: revision is {values['revision']!r:.60}, not the name of one")
     return values
 
 

@@ -400,6 +400,7 @@ def test_what_is_more_than_lora_is_refused_by_name_before_anything_is_read(adapt
         ({"base_model_name_or_path": None}, ["has no base_model_name_or_path"]),
         ({"base_model_name_or_path": 3}, ["has no base_model_name_or_path"]),
         ({"base_model_name_or_path": "/gone/model"}, ["its base is missing", "/gone/model"]),
+        ({"revision": [5]}, ["revision is [5]"]),
         ({"r": 0}, ["rank 0", NAMES[0]]),
         ({"r": None}, ["rank None"]),
         ({"r": 3}, ["do not fit rank 3"]),
