@@ -822,7 +822,7 @@ def find_subjects(args, dtype, task: str) -> list:
         needed = bytes_each * costs(module, config, 1, 1, dtype).size
         meshes = make_meshes(args.parallel, args.devices, config.num_attention_heads, needed)
         subjects = [Ours(args, dtype, mesh) for mesh in meshes]
-    return subjects + [PEERS[name](args, dtype, folder_of(args, dtype)) for name in args.vs]
+    return subjects + [PEERS[name](args, dtype, merged_folder(args, dtype)) for name in args.vs]
 
 
 def time_subjects(args, task: str, subjects, limits: Limits, B: int, T: int) -> tuple[dict, dict]:
@@ -978,13 +978,13 @@ def run_apart(*program) -> str:
 
 def measure_loading(args, dtype) -> None:
     """Seconds from a folder to the first token, without imports or compilation; and the memory."""
-    folder = folder_of(args)
-    found = {"ours": []}
+    folders = {"ours": folder_of(args)}
     if "transformers" in args.vs:
-        found["transformers"] = []
+        folders["transformers"] = merged_folder(args)
+    found = {name: [] for name in folders}
     for _ in range(args.runs + 1):
         for name, runs in found.items():
-            options = [*sys.argv[1:], "--weights", folder, "--once", name]
+            options = [*sys.argv[1:], "--weights", folders[name], "--once", name]
             seconds, memory = run_apart(__file__, *options).split()
             runs.append((float(seconds), float(memory)))
 
@@ -1023,15 +1023,16 @@ print(tokenizer.decode(new[0]))
 
 def measure_start(args, dtype) -> None:
     """Seconds of a whole process that writes 32 tokens, its programs compiled before."""
-    folder = str(folder_of(args))
     prompt = "ROMEO:"
-    ours = [HERE / "sample.py", "--model", args.model, "--weights", folder, "--prompt", prompt]
+    ours = [HERE / "sample.py", "--model", args.model, "--weights", folder_of(args)]
+    ours += ["--prompt", prompt]
     ours += ["--max-new-tokens", 32, "--temperature", 0, "--dtype", dtype]
     ours += ["--compile-cache", args.scratch]
     if args.device:
         ours += ["--device", args.device]
     calls = {"ours": partial(run_apart, *ours)}
     if "transformers" in args.vs:
+        folder = str(merged_folder(args))
         device = torch_device()
         theirs = STARTING.format(folder=folder, prompt=prompt, dtype=dtype, device=device)
         calls["transformers"] = partial(run_apart, "-c", theirs)
@@ -1051,7 +1052,7 @@ def both_models(args, dtype) -> tuple:
         from datasets import load_dataset
 
         text = "\n\n".join(load_dataset(*args.dataset.split(":"), split="test")["text"])
-    theirs = Transformers(args, dtype, folder_of(args))
+    theirs = Transformers(args, dtype, merged_folder(args))
     return ours, theirs, ours.module.tokenizer(folder_of(args)), text
 
 
@@ -1063,7 +1064,7 @@ def validate(args, dtype) -> None:
     ids = tokenizer.encode(text)
 
     # AutoTokenizer may rebuild a tokenizer.json by the rules of a class, and give other ids.
-    folder = folder_of(args)
+    folder = ours.module.tokenizer_folder(folder_of(args))
     their_class = AutoTokenizer
     if (folder / "tokenizer.json").exists():
         their_class = PreTrainedTokenizerFast
@@ -1299,6 +1300,20 @@ def folder_of(args, dtype="float32") -> Path:
     return folder
 
 
+def merged_folder(args, dtype="float32") -> Path:
+    """The folder of `folder_of`; for an adapter, one with the merged model that is written now."""
+    module = importlib.import_module(args.model)
+    folder = folder_of(args, dtype)
+    if not module.is_adapter(folder):
+        return folder
+
+    merged = Path(args.scratch, "merged")
+    if not merged.exists():
+        model = module.load(folder, dtype="float32")
+        module.save(model, merged, module.tokenizer(folder))
+    return merged
+
+
 def find_config(args):
     """The config of --weights, or of --preset where the weights are random."""
     module = importlib.import_module(args.model)
@@ -1350,7 +1365,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
     with explained(any_file.InputError, "{}"):
-        folder = any_file.fetch(weights, revision, weights=False)
+        folder = any_file.base_of(any_file.fetch(weights, revision, weights=False), weights=False)
         kind = any_file.read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str):
         fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
@@ -1361,7 +1376,8 @@ def model_of(weights: str, revision: str | None = None) -> str:
 
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
-    kind = str(model_file.read_json(folder / "config.json").get("model_type"))
+    base = model_file.base_of(folder, weights=False)
+    kind = str(model_file.read_json(base / "config.json").get("model_type"))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")

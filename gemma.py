@@ -37,7 +37,7 @@ import re
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -874,6 +874,7 @@ def round_up(n, multiple: int) -> int:
 
 DOWNLOADS = [  # files to download besides the weights
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer*",
     "vocab.json",
@@ -896,6 +897,8 @@ class Preset(NamedTuple):
 def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None):
     """The model in a folder or under a Hub id. Weights are read one tensor at a time.
 
+    A folder with an adapter of LoRA is loaded as its base, with the adapter merged.
+
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
     float32 to train. mesh: a jax.sharding.Mesh, whose axes are Auto (those of jax.make_mesh are
     Explicit); each tensor goes straight to its devices, as SHARDING says. A head that differs from
@@ -906,9 +909,12 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     folder = fetch(source, revision)
     config = read_config(folder)
-    stored = stored_tensors(folder)
+    stored = stored_tensors(base_of(folder))
+    adapters = {}
+    if is_adapter(folder):
+        stored, adapters = read_adapters(folder, stored)
     if config.tie_word_embeddings:
-        config, stored = find_head(config, stored)
+        config, stored = find_head(config, stored, adapters)
     graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     check_names(folder, state, stored)
 
@@ -925,6 +931,8 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
             raise InputError(
                 f"{folder}: {name} is {tensor.dtype}: quantized weights are not supported"
             )
+        if name in adapters:
+            tensor = adapters[name](tensor)  # in float32
         tensor = tensor.astype(param.dtype, copy=False)
 
         where = None
@@ -985,21 +993,24 @@ def name_in_checkpoint(path: str) -> tuple:
     return None, False
 
 
-def find_head(config: Config, stored: dict) -> tuple[Config, dict]:
+def find_head(config: Config, stored: dict, adapters: dict) -> tuple[Config, dict]:
     """The config and the stored tensors of a tied model, corrected by what the file holds.
 
     Some files hold the token table under the name of the head. Others, such as merged adapters,
-    hold a head that differs from the table: that model is not tied.
+    hold a head that differs from the table: that model is not tied. Nor is one whose head alone has
+    an adapter.
     """
     table, _ = name_in_checkpoint(VOCABULARY[0])
     head, _ = name_in_checkpoint("lm_head.kernel")
-    if head not in stored:
-        return config, stored
-    if table not in stored:
-        return config, {**stored, table: stored[head]}
-    if np.array_equal(stored[head](), stored[table]()):
-        return config, stored
-    return replace(config, tie_word_embeddings=False), stored
+    if head in stored and table not in stored:
+        stored = {**stored, table: stored[head]}
+
+    differs = head in stored and not np.array_equal(stored[head](), stored[table]())
+    if head in adapters and head not in stored:
+        stored = {**stored, head: stored[table]}
+    if differs or head in adapters:
+        config = replace(config, tie_word_embeddings=False)
+    return config, stored
 
 
 def check_names(folder: Path, state, stored: dict) -> None:
@@ -1016,6 +1027,7 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     """The folder of a checkpoint: `name` itself if it is one, else the Hub's cache.
 
     Downloads what the cache lacks: of the weights, only the first format in FORMATS that there is.
+    Of an adapter, it is the folder of the adapter; see `base_of`.
     InputError: there is no such folder, and the Hub does not deliver it.
     """
     if os.path.isdir(name):
@@ -1027,8 +1039,8 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
-        formats = FORMATS if weights else []
-        for whole in formats:
+        formats = ADAPTER_FORMATS if is_adapter(folder) else FORMATS
+        for whole in formats if weights else []:
             pattern = whole.replace(".", "*.") + "*"  # model*.safetensors*: shards and index, too
             snapshot_download(name, revision=revision, allow_patterns=pattern)
             if any(folder.glob(pattern)):
@@ -1074,9 +1086,7 @@ def check_file(file: Path) -> None:
         raise InputError(f"{file} is a link to a file that is gone: download it again")
     if not file.exists():
         why = "no checkpoint, or an incomplete one"
-        if (file.parent / "adapter_config.json").exists():
-            why = "it holds a LoRA adapter; merge that into its checkpoint (train.py --merge does)"
-        elif (file.parent / "checkpoints").is_dir():
+        if (file.parent / "checkpoints").is_dir():
             why = "it holds a training run that is not finished (train.py --resume)"
         raise InputError(f"{file.parent} has no {file.name}: {why}")
 
@@ -1104,6 +1114,7 @@ def read_json(file: Path) -> dict:
 
 def read_config(folder: Path) -> Config:
     """The Config of the checkpoint in a folder. InputError: it has none that this file reads."""
+    folder = base_of(folder, weights=False)
     file = folder / "config.json"
     values = read_json(file)
     try:
@@ -1118,6 +1129,8 @@ def read_stop_ids(folder: Path, config: Config) -> list[int]:
     """The token ids that end a text: from generation_config.json, or else from config.json."""
     ids = config.eos_token_id
     file = folder / "generation_config.json"
+    if not os.path.lexists(file):
+        file = base_of(folder, weights=False) / "generation_config.json"
     if os.path.lexists(file):
         ids = read_json(file).get("eos_token_id", ids)
 
@@ -1134,20 +1147,32 @@ def read_stop_ids(folder: Path, config: Config) -> list[int]:
 def stored_tensors(folder: Path) -> dict:
     """The tensors of a checkpoint: name -> a function that reads one as a numpy array.
 
+    InputError: there are none, or they are damaged.
+    """
+    return {usual_name(name): read for name, read in read_tensors(folder, FORMATS).items()}
+
+
+def usual_name(name: str) -> str:
+    """The name that CHECKPOINT has for a tensor, from the name in a file."""
+    for pattern, new in RENAMED:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def read_tensors(folder: Path, formats: dict) -> dict:
+    """The tensors in a folder, by the first of the formats that there is.
+
     They are in one file, or in shards that an index lists. InputError: in neither, or damaged.
     """
-    for whole, tensors_in in FORMATS.items():
+    for whole, tensors_in in formats.items():
         files = weight_files(folder, whole)
         stored = {}
         for file in files:
             check_file(file)
-            for name, read in tensors_in(file).items():
-                for pattern, new in RENAMED:
-                    name = re.sub(pattern, new, name)
-                stored[name] = read
+            stored |= tensors_in(file)
         if files:
             return stored
-    raise InputError(f"{folder} has no weights: no {' or '.join(FORMATS)}")
+    raise InputError(f"{folder} has no weights: no {' or '.join(formats)}")
 
 
 def weight_files(folder: Path, whole: str) -> list[Path]:
@@ -1411,6 +1436,197 @@ class Weights(dict):
         """The pickle sets an attribute, _metadata, which is not needed."""
 
 
+# --------------------- Adapters of LoRA: the same in every model file -----------------------------
+#
+# LoRA leaves a matrix W [out, in] as it is, and trains two narrow ones beside it: A [r, in] and
+# B [out, r], of rank r. The layer computes W x + s B A x, and the scale s is lora_alpha / r; with
+# use_rslora it is lora_alpha / sqrt(r). Hu et al. 2021; Kalajdzievski 2023. Here they are merged:
+# W + s B A is a matrix like any other.
+#
+# PEFT writes a folder: A and B of each adapted matrix are in adapter_model.safetensors, and
+# adapter_config.json names the checkpoint that W is in, the base.
+
+ADAPTER_FORMATS = {
+    "adapter_model.safetensors": safetensors_in,
+    "adapter_model.bin": torch_tensors_in,
+}
+OFF = [None, False, [], {}]
+MERGEABLE = {  # values in adapter_config.json; the first is what an absent key means
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    # PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ begin by changing W.
+    "init_lora_weights": [True, False, None, "gaussian", "eva", "orthogonal", "mica"],
+    # Other parameters than A and B are trained,
+    "modules_to_save": OFF,
+    "trainable_token_indices": OFF,
+    "target_parameters": OFF,
+    "lora_bias": OFF,
+    # or A and B are not used as above.
+    "use_dora": OFF,
+    "use_qalora": OFF,
+    "use_bdlora": OFF,
+    "alora_invocation_tokens": OFF,
+    "arrow_config": OFF,
+    "kasa_config": OFF,
+    "monteclora_config": OFF,
+    "layer_replication": OFF,
+}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a checkpoint."""
+    return os.path.lexists(folder / "adapter_config.json")
+
+
+def base_of(folder: Path, weights=True) -> Path:
+    """The folder of the checkpoint that an adapter belongs to; a checkpoint's own folder.
+
+    A relative path is looked up from the working directory; one that is no Hub id, such as ../base,
+    also from where the adapter's folder is. weights: whether they are needed, too, if the base is
+    on the Hub. InputError: there is no base, or the adapter cannot be merged.
+    """
+    if not is_adapter(folder):
+        return folder
+
+    values = read_adapter_config(folder)
+    name = values["base_model_name_or_path"]
+    beside = folder.absolute().parent / name
+    is_path = name.startswith(".") or name.count("/") > 1  # no Hub id looks so
+    if os.path.isdir(name):
+        base = Path(name)
+    elif is_path and beside.is_dir():
+        base = beside
+    else:
+        try:
+            base = fetch_once(name, values.get("revision"), weights)
+        except InputError as error:
+            raise InputError(f"{folder} is an adapter, and its base is missing: {error}") from None
+
+    if is_adapter(base):
+        raise InputError(
+            f"{folder} is an adapter of {base}, which is an adapter, too: merge that one first, "
+            "with `load` and `save`"
+        )
+    return base
+
+
+fetch_once = lru_cache(fetch)  # the Hub is not asked again each time that a base is looked up
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a folder is: an adapter may have one, or its base has."""
+    own = any(os.path.lexists(folder / name) for name in TOKENIZER_FILES)
+    return folder if own else base_of(folder, weights=False)
+
+
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "tokenizer.model"]
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """The contents of adapter_config.json. InputError: such an adapter cannot be merged."""
+    file = folder / "adapter_config.json"
+    values = read_json(file)
+    for key, supported in MERGEABLE.items():
+        value = values.get(key, supported[0])
+        if value not in supported:
+            raise InputError(
+                f"{file}: {key} is {value!r:.60}, which is not supported: "
+                "merge the adapter with PEFT (merge_and_unload), and load the result"
+            )
+    if not isinstance(values.get("base_model_name_or_path"), str):
+        raise InputError(f"{file} has no base_model_name_or_path, the checkpoint to adapt")
+    if not isinstance(values.get("revision"), str | None):
+        raise InputError(f"{file}: revision is {values['revision']!r:.60}, not the name of one")
+    return values
+
+
+def read_adapters(folder: Path, stored: dict) -> tuple[dict, dict]:
+    """The tensors of the base, and what is to be merged: (stored, adapters).
+
+    adapters: the name of a tensor in the checkpoint -> a function that takes the kernel [in, out]
+    and returns the merged one. stored: as given, but for tensors that the adapter brings whole:
+    where the head has an adapter, PEFT writes the token table and the head beside it. InputError:
+    damaged files, or tensors that do not belong to the base.
+    """
+    values = read_adapter_config(folder)
+    factors = {}  # name of a matrix, as PEFT has it -> {"A": its reader, "B": its reader}
+    whole = {}
+    for name, read in read_tensors(folder, ADAPTER_FORMATS).items():
+        name = name.removeprefix("base_model.model.")
+        factor = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", name)
+        if factor:
+            factors.setdefault(factor[1], {})[factor[2]] = read
+        else:
+            whole[usual_name(name.replace(".base_layer.", "."))] = read
+
+    adapters = {}
+    for name, pair in factors.items():
+        if len(pair) < 2:
+            raise InputError(f"{folder} has only lora_{min(pair)} of {name}: download it again")
+        rank, scale = rank_and_scale(folder, values, name)
+        adapters[usual_name(f"{name}.weight")] = partial(
+            merge, f"{folder}: {name}", pair["A"], pair["B"], rank, scale
+        )
+
+    head, _ = name_in_checkpoint("lm_head.kernel")  # a file of a tied model lacks it
+    unknown = (adapters.keys() | whole.keys()) - stored.keys() - {head}
+    if unknown:
+        raise InputError(
+            f"{folder} has {len(unknown)} tensors for which its base {base_of(folder)} has no "
+            f"place, such as {min(unknown)}"
+        )
+    if not adapters:
+        raise InputError(f"{folder} has no adapters: no tensor is a lora_A or lora_B")
+    return {**stored, **whole}, adapters
+
+
+def rank_and_scale(folder: Path, values: dict, name: str) -> tuple[int, float]:
+    """The rank r of an adapter, and the scale s. InputError: adapter_config.json lacks them."""
+    file = folder / "adapter_config.json"
+    rank = value_for(name, values, "r", "rank_pattern", file)
+    alpha = value_for(name, values, "lora_alpha", "alpha_pattern", file)
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise InputError(
+            f"{file} gives {name} rank {rank!r:.60} and lora_alpha {alpha!r:.60}: "
+            "the rank must be 1 or more, and lora_alpha a number"
+        )
+    if values.get("use_rslora"):
+        return rank, alpha / math.sqrt(rank)
+    return rank, alpha / rank
+
+
+def value_for(name: str, values: dict, key: str, patterns_key: str, file: Path):
+    """What adapter_config.json says for one matrix: the first pattern that matches its name wins.
+
+    A pattern is a regular expression for the last parts of the name, or for all of it.
+    """
+    patterns = values.get(patterns_key) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{file}: {patterns_key} is {patterns!r:.60}, not a JSON object")
+    for pattern, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise InputError(
+                f"{file}: {patterns_key} has {pattern!r}, not a regular expression: {error}"
+            ) from None
+        if matches:
+            return value
+    return values.get(key)
+
+
+def merge(what: str, read_A, read_B, rank: int, scale: float, kernel):
+    """kernel [in, out] -> the kernel with its adapter, in float32. InputError: they do not fit."""
+    A = read_A().astype(np.float32)
+    B = read_B().astype(np.float32)
+    if kernel.ndim != 2 or A.shape != (rank, kernel.shape[0]) or B.shape != (kernel.shape[1], rank):
+        raise InputError(
+            f"{what} has lora_A {A.shape} and lora_B {B.shape}, which do not fit rank {rank} "
+            f"and a matrix {kernel.shape[::-1]}"
+        )
+    return kernel.astype(np.float32) + np.float32(scale) * (A.T @ B.T)
+
+
 # ----------------------------- Tokenizer: the same in every model file ----------------------------
 
 
@@ -1421,7 +1637,7 @@ def tokenizer(name, revision: str | None = None):
     special token becomes its id, and `decode` leaves those ids out. InputError: no tokenizer, or
     damaged files.
     """
-    folder = fetch(name, revision, weights=False)
+    folder = tokenizer_folder(fetch(name, revision, weights=False))
     if os.path.lexists(folder / "tokenizer.json"):
         codec = read_new_tokenizer(folder / "tokenizer.json")
     else:

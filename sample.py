@@ -60,7 +60,8 @@ def main():
         tokenizer = model_file.tokenizer(folder)
         stop_ids = model_file.read_stop_ids(folder, config) + special_ids(tokenizer, args.stop)
         if args.chat:
-            tokenizer = ChatTokenizer(tokenizer.backend, folder, args.system)
+            chat_folder = model_file.tokenizer_folder(folder)
+            tokenizer = ChatTokenizer(tokenizer.backend, chat_folder, args.system)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
 
         if prompts is None:
@@ -166,10 +167,14 @@ def find_cached(model_file, name: str, revision: str | None) -> Path | None:
             name, allow_patterns=model_file.DOWNLOADS, local_files_only=True, revision=revision
         )
         folder = Path(folder)
-        model_file.stored_tensors(folder)
+        is_adapter = model_file.is_adapter(folder)
+        formats = model_file.ADAPTER_FORMATS if is_adapter else model_file.FORMATS
+        model_file.read_tensors(folder, formats)
     except (errors.HFValidationError, errors.LocalEntryNotFoundError, model_file.InputError):
         return None  # never downloaded, or a download was cut short
 
+    if is_adapter:
+        return folder  # its base may have the config and the tokenizer
     has_config = (folder / "config.json").exists()
     has_tokenizer = any((folder / file).exists() for file in TOKENIZERS)
     return folder if has_config and has_tokenizer else None
@@ -198,7 +203,8 @@ def wanted_patterns(model_file, names) -> list[str]:
     Many repositories have their weights in several formats. Only the first one that the model file
     can read is downloaded.
     """
-    for whole in model_file.FORMATS:
+    is_adapter = "adapter_config.json" in names
+    for whole in model_file.ADAPTER_FORMATS if is_adapter else model_file.FORMATS:
         pattern = whole.replace(".", "*.") + "*"  # also shards and their index
         if fnmatch.filter(names, pattern):
             return [*model_file.DOWNLOADS, pattern]
@@ -221,7 +227,8 @@ def load_model(model_file, folder, config, devices: list, prompts: list[str] | N
     parallel = args.parallel
     if parallel in ("no", "auto"):
         rows = 1 if prompts is None else len(prompts) * args.num_samples
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        base = model_file.base_of(folder)
+        size = sum(file.stat().st_size for file in base.iterdir() if file.is_file())
         parallel = choose_parallel(devices, heads, size, rows)
     mesh = make_mesh(parallel, devices, heads)
     jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # Mixtral routes by it
@@ -831,7 +838,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
     with explained(any_file.InputError, "{}"):
-        folder = any_file.fetch(weights, revision, weights=False)
+        folder = any_file.base_of(any_file.fetch(weights, revision, weights=False), weights=False)
         kind = any_file.read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str):
         fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
@@ -842,7 +849,8 @@ def model_of(weights: str, revision: str | None = None) -> str:
 
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
-    kind = str(model_file.read_json(folder / "config.json").get("model_type"))
+    base = model_file.base_of(folder, weights=False)
+    kind = str(model_file.read_json(base / "config.json").get("model_type"))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")

@@ -83,7 +83,8 @@ def main() -> int:
 
     with explained((OSError, model_file.InputError), "{}"):
         folder = find_weights(args, model_file)
-        data = prepare_data(args, model_file, folder)
+        tokens_from = model_file.tokenizer_folder(folder) if folder else None
+        data = prepare_data(args, model_file, tokens_from)
         if args.show_data:
             show_data(model_file, data)
             return 0
@@ -223,8 +224,7 @@ def finish(run: Run) -> int:
         f"it took {duration(time.monotonic() - run.began)}; {run.args.out} holds the model, "
         "metrics.jsonl and curves.png"
     )
-    if not run.adapters or run.args.merge:
-        print(f"to see what it writes: python sample.py --weights {run.args.out}")
+    print(f"to see what it writes: python sample.py --weights {run.args.out}")
     return 0
 
 
@@ -1347,7 +1347,7 @@ def byte_level(vocabulary: dict[str, int], merges: list, use_regex: bool) -> Tok
 
 def vocabulary(model_file, folder: Path) -> tuple[int, int | None]:
     """(vocabulary size, EOS id) of a checkpoint, or of a tokenizer of ours."""
-    if not (folder / "config.json").exists():
+    if not (model_file.base_of(folder, weights=False) / "config.json").exists():
         codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
         return codec.get_vocab_size(), codec.token_to_id(END)
 
@@ -1992,6 +1992,11 @@ def find_weights(args, model_file) -> Path | None:
     folder = model_file.fetch(args.weights)
     check_family(model_file, folder)
     model_file.read_config(folder)
+    if args.lora and not args.merge and model_file.is_adapter(folder):
+        fail(
+            f"--weights {args.weights} is an adapter, and the base of another one must be a whole "
+            "checkpoint: add --merge, which writes one"
+        )
     return folder
 
 
@@ -2079,24 +2084,16 @@ def init_sharded(model_file, config, init_model, mesh):
 
 
 def add_adapters(model_file, model, args) -> dict:
-    """Adds A B of rank --lora to each matrix whose path --lora-targets matches.
+    """Adds A B of rank --lora to each matrix that --lora-targets names.
 
     A is random and B zero, so that the model begins as it was: Hu et al. 2021. The model file is
     not changed: the layers of the model are. Returns {path: the matrix's name in a checkpoint}.
     """
-    names = {path: name for path, _, name, _ in model_file.named_parameters(nnx.state(model))}
+    layers = linear_layers(model)
+    adapters = find_targets(model_file, model, layers, args.lora_targets)
     rngs = nnx.Rngs(random_key(args.seed))
-    adapters = {}
-    for path, (holder, name, layer) in linear_layers(model).items():
-        dotted = ".".join(map(str, path))
-        # Their kernels are read directly, bypassing an adapter.
-        as_array = name in ("lm_head", "w1", "w2", "w3")
-        with explained(re.error, "--lora-targets is not a regular expression: {}"):
-            wanted = re.fullmatch(args.lora_targets, dotted)
-        if not wanted or as_array:
-            continue
-
-        adapters[path] = names[f"{dotted}.kernel"].removesuffix(".weight")
+    for path in adapters:
+        holder, name, layer = layers[path]
         adapter = nnx.LoRA(
             layer.in_features,
             args.lora,
@@ -2106,10 +2103,41 @@ def add_adapters(model_file, model, args) -> dict:
             rngs=rngs,
         )
         setattr(holder, name, adapter)
-
-    if not adapters:
-        fail(f"--lora-targets {args.lora_targets} is the path of no matrix in {args.model}.py")
     return adapters
+
+
+def find_targets(model_file, model, layers: dict, targets: str) -> dict:
+    """The matrices that --lora-targets names -> {path: the matrix's name in a checkpoint}.
+
+    targets: names, separated by commas, each of them the last parts of a name in the checkpoint, as
+    in PEFT's target_modules; or a regular expression that matches the whole path of a matrix.
+    """
+    stored = {path: name for path, _, name, _ in model_file.named_parameters(nnx.state(model))}
+    names = {}
+    for path in layers:
+        # Their kernels are read directly, bypassing an adapter.
+        if path[-1] not in ("lm_head", "w1", "w2", "w3"):
+            kernel = ".".join(map(str, [*path, "kernel"]))
+            names[path] = stored[kernel].removesuffix(".weight")
+
+    found = set()
+    parts = targets.split(",") if re.fullmatch(r"[\w.]+(,[\w.]+)*", targets) else [targets]
+    for part in parts:
+        with explained(re.error, "--lora-targets is not a regular expression: {}"):
+            pattern = re.compile(part)
+        matched = set()
+        for path, name in names.items():
+            by_path = pattern.fullmatch(".".join(map(str, path)))
+            if by_path or f".{name}".endswith(f".{part}"):
+                matched.add(path)
+        if not matched:
+            known = ", ".join(sorted({path[-1] for path in names}))
+            fail(
+                f"--lora-targets {part} matches no matrix of {model_file.__name__}.py; "
+                f"there are {known}"
+            )
+        found |= matched
+    return {path: name for path, name in names.items() if path in found}
 
 
 def linear_layers(model) -> dict:
@@ -2261,7 +2289,10 @@ def write_model(run: Run, model):
     args = run.args
     tokenizer = re.compile(r".*token.*json|.*jinja|vocab.json|merges.txt|.*\.model|gen.*json")
     with exit_on_write_error(args.out), tempfile.TemporaryDirectory(dir=args.out) as part:
-        for file in run.data.tokenizer_folder.iterdir():
+        # An adapter with a tokenizer of its own may still have the stop ids of its base.
+        folder = run.data.tokenizer_folder
+        stop_ids = run.model_file.base_of(folder, weights=False) / "generation_config.json"
+        for file in [stop_ids, *folder.iterdir()]:
             if tokenizer.fullmatch(file.name) and file.is_file():
                 shutil.copyfile(file, Path(part, file.name))
         if run.data.template is not None and run.data.template.is_plain:
@@ -2524,7 +2555,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
     with explained(any_file.InputError, "{}"):
-        folder = any_file.fetch(weights, revision, weights=False)
+        folder = any_file.base_of(any_file.fetch(weights, revision, weights=False), weights=False)
         kind = any_file.read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str):
         fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
@@ -2535,7 +2566,8 @@ def model_of(weights: str, revision: str | None = None) -> str:
 
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
-    kind = str(model_file.read_json(folder / "config.json").get("model_type"))
+    base = model_file.base_of(folder, weights=False)
+    kind = str(model_file.read_json(base / "config.json").get("model_type"))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
@@ -2703,8 +2735,9 @@ def add_model_flags(parser):
     model.add_argument(
         "--lora-targets",
         default=r".*\.(c_attn|c_proj|c_fc|\w+_proj|fc[12])",
-        metavar="REGEX",
-        help="paths of the matrices with adapters (default: %(default)s)",
+        metavar="NAMES",
+        help="matrices with adapters: q_proj,v_proj or a regular expression of their paths "
+        "(default: %(default)s)",
     )
     model.add_argument(
         "--merge",

@@ -1,12 +1,15 @@
 """`python sample.py --model gpt2`, and opt, against a Hub on the loopback address: no internet."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 import torch
 import transformers
@@ -222,3 +225,54 @@ def test_a_revision_can_be_asked_for(files, sample):
         result = sample(hub.endpoint, "--revision", "main", "--max-new-tokens", "5")
     assert result.returncode == 0, result.stderr
     assert any(path.endswith("/revision/main") for _, path, _ in hub.requests)
+
+
+def write_adapter(folder, base):
+    """A random adapter of one matrix."""
+    folder.mkdir()
+    name = "base_model.model.transformer.h.0.attn.c_proj"
+    tensors = {}
+    for letter, shape in [("A", (2, 64)), ("B", (64, 2))]:
+        factor = np.random.default_rng(0).normal(size=shape)
+        tensors[f"{name}.lora_{letter}.weight"] = factor.astype(np.float32)
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"revision": "main"}))
+    return folder
+
+
+def test_an_adapter_on_the_hub_brings_only_its_own_files(files, sample, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (base / name).write_bytes(files[name])
+    folder = write_adapter(tmp_path / "adapter", base)
+    wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
+    repo = "someone/adapter"
+    options = ["--weights", repo, "--temperature", "0", "--max-new-tokens", "9"]
+    with Hub(repo, wanted | {"optimizer.pt": b"not wanted"}) as hub:
+        first = sample(hub.endpoint, *options)
+    assert first.returncode == 0, first.stderr
+    assert f"downloading {repo}" in first.stderr and hub.downloaded() == set(wanted)
+    second = sample(hub.endpoint, *options)  # nothing listens there any more
+    assert (second.returncode, second.stdout) == (0, first.stdout), second.stderr
+    assert "downloading" not in second.stderr
+    plain = sample(hub.endpoint, "--weights", str(base), *options[2:])
+    assert plain.stdout != first.stdout
+
+
+def test_the_base_of_an_adapter_comes_from_the_hub_in_its_revision(files, sample, tmp_path):
+    folder = str(write_adapter(tmp_path / "adapter", REPO))
+    options = ["--weights", folder, "--temperature", "0", "--max-new-tokens", "9"]
+    with Hub(REPO, files) as hub:
+        first = sample(hub.endpoint, *options)
+    assert first.returncode == 0, first.stderr
+    assert hub.downloaded() == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert any(path.endswith("/revision/main") for _, path, _ in hub.requests)
+    second = sample(hub.endpoint, *options)  # nothing listens there any more
+    assert (second.returncode, second.stdout) == (0, first.stdout), second.stderr
+
+    folder = str(write_adapter(tmp_path / "other", "no/such-model"))
+    with Hub(REPO, files) as hub:
+        error = one_line(sample(hub.endpoint, "--weights", folder))
+    assert f"{folder} is an adapter, and its base is missing" in error and "no/such-model" in error

@@ -111,13 +111,13 @@ def adapter_config(folder):
 
 
 def first_loss(stdout):
-    return re.search(r"validation loss before step 1: (\d+\.\d{4})\n", stdout)[1]
+    return float(re.search(r"validation loss before step 1: (\d+\.\d{4})\n", stdout)[1])
 
 
 # --------------------------------------------------------------------------------- what is written
 
 
-def test_peft_makes_the_same_logits_of_the_adapter_as_we_of_the_merged_checkpoint(tuned):
+def test_peft_makes_the_same_logits_of_the_adapter_as_we_of_it_and_of_the_merged_checkpoint(tuned):
     tokens = np.random.default_rng(0).integers(512, size=(3, 24))
     theirs = AutoModelForCausalLM.from_pretrained(tuned.base, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -126,10 +126,11 @@ def test_peft_makes_the_same_logits_of_the_adapter_as_we_of_the_merged_checkpoin
             warnings.simplefilter("error", UserWarning)
             theirs = peft.PeftModel.from_pretrained(theirs, tuned.adapter).eval()
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    ours = importlib.import_module(tuned.name).load(tuned.merged, dtype=jnp.float32)(tokens)
-    # Float32, logits up to 17, and x W + (x A) B in place of x (W + A B): at most 1.6e-5 was seen,
-    # eight units of the last digit, and four times that is allowed.
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=6e-5)
+    for folder in (tuned.merged, tuned.adapter):
+        ours = importlib.import_module(tuned.name).load(folder, dtype=jnp.float32)(tokens)
+        # Float32, logits up to 17, and x W + (x A) B in place of x (W + A B): at most 1.6e-5 was
+        # seen, eight units of the last digit, and four times that is allowed.
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=6e-5)
     assert np.abs(expected - plain).max() > 1  # 7 and more was seen
 
 
@@ -144,6 +145,26 @@ def test_every_b_is_trained_and_the_scale_is_one(tuned):
         for letter in "AB"
     }
     assert all(tensor.any() for tensor in stored.values())
+
+
+def test_the_last_line_is_a_command_that_reads_what_was_written(tuned):
+    assert tuned.stdout.endswith(f"python sample.py --weights {tuned.adapter}\n")
+
+
+@pytest.mark.parametrize("tuned", ["gpt2"], indirect=True)
+def test_training_goes_on_from_an_adapter_as_from_the_merged_checkpoint(tuned, run, tmp_path):
+    """All weights, or a new adapter that is merged: the first losses are the same."""
+    flags = {
+        "all": ["--weights", tuned.adapter, "--lora", 0],
+        "new": ["--weights", tuned.adapter, "--merge", "--lora-targets", "c_attn"],
+        "of merged": ["--weights", tuned.merged, "--lora", 0],
+    }
+    losses = {
+        name: first_loss(run(*options, "--steps", 1, "--out", tmp_path / name))
+        for name, options in flags.items()
+    }
+    assert losses["all"] == losses["new"] == losses["of merged"] != first_loss(tuned.stdout)
+    assert (tmp_path / "new/config.json").exists()
 
 
 def test_merging_changes_the_targets_and_not_a_bit_of_any_other_tensor(tuned):
@@ -229,14 +250,41 @@ def test_adapters_that_learned_nothing_leave_the_model_as_it_was_when_merged():
 
 
 @pytest.mark.parametrize(
+    "model, targets, expected",
+    [
+        ("gpt2", "c_attn", r"transformer\.h\.\d\.attn\.c_attn"),
+        ("gpt2", "mlp.c_proj,c_attn", r"transformer\.h\.\d\.(mlp\.c_proj|attn\.c_attn)"),
+        ("gpt2", "h.1.attn.c_proj", r"transformer\.h\.1\.attn\.c_proj"),
+        ("gpt2", "transformer.h.1.attn.c_proj", r"transformer\.h\.1\.attn\.c_proj"),
+        ("gpt2", r".*1\.mlp.*", r"transformer\.h\.1\.mlp\.(c_fc|c_proj)"),
+        ("opt", "q_proj,fc1", r"model\.decoder\.layers\.\d\.(self_attn\.q_proj|fc1)"),
+        ("opt", "layers.0.fc1", r"model\.decoder\.layers\.0\.fc1"),
+        ("llama", "q_proj,v_proj", r"model\.layers\.\d\.self_attn\.(q_proj|v_proj)"),
+    ],
+)
+def test_targets_are_names_as_in_peft_or_a_regular_expression(model, targets, expected):
+    """A name is the last parts of the name in the checkpoint: c_proj is no name of fc_proj."""
+    model_file = importlib.import_module(model)
+    config = model_file.Config.small(layers=2, heads=2, width=8, context=8)
+    made = model_file.Model(config, rngs=nnx.Rngs(0))
+    names = train.find_targets(model_file, made, train.linear_layers(made), targets).values()
+    every = [n.removesuffix(".weight") for *_, n, _ in model_file.named_parameters(nnx.state(made))]
+    assert set(names) == {name for name in every if re.fullmatch(expected, name)} != set()
+
+
+@pytest.mark.parametrize(
     "flags, message",
     [
         ("--lora 4", "name them with --weights"),
         ("--weights tiny --merge", "--merge is for --lora"),
         ("--weights tiny --lora -1", "--lora must be 0 or more"),
         (
-            "--weights tiny --lora 4 --lora-targets c_attn",
-            "c_attn is the path of no matrix in gpt2.py",
+            "--weights tiny --lora 4 --lora-targets c_attn,attn.c_porj",
+            "attn.c_porj matches no matrix of gpt2.py; there are c_attn, c_fc, c_proj",
+        ),
+        (
+            "--weights tiny --lora 4 --lora-targets .*norm",
+            ".*norm matches no matrix of gpt2.py; there are c_attn, c_fc, c_proj",
         ),
         ("--weights tiny --lora 4 --lora-targets (", "--lora-targets is not a regular expression"),
     ],
@@ -270,6 +318,22 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(
     assert (stop.value.code, out) == (2, "")
     assert err.startswith("train.py: ") and err.count("\n") == 1
     assert message in err and not Path("out").exists()
+
+
+def test_an_adapter_on_top_of_an_adapter_must_be_merged(tmp_path, monkeypatch, capsys):
+    """PEFT and `load` look for the base in a whole checkpoint."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(ROOT / "tiny/gpt2")}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    flags = ["--weights", str(adapter), "--lora", "4", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *flags])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    jax.config.update("jax_default_device", None)  # which main set
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert f"{adapter} is an adapter" in err and "add --merge" in err
 
 
 @pytest.mark.wide
