@@ -959,6 +959,11 @@ def read_json(file: Path) -> dict:
     return values
 
 
+def read_json_if_any(file: Path) -> dict:
+    """The object in a JSON file, or an empty one where there is no such file."""
+    return read_json(file) if os.path.lexists(file) else {}
+
+
 def read_config(folder: Path) -> Config:
     """The Config of the checkpoint in a folder. InputError: it has none that this file reads."""
     file = folder / "config.json"
@@ -1305,26 +1310,81 @@ def read_new_tokenizer(file: Path):
 
     codec.no_truncation()  # some files ask to cut or to pad every text
     codec.no_padding()
-    for token, is_special in added_tokens(file.parent).items():
-        if codec.token_to_id(token) is None:
-            codec.add_tokens([AddedToken(token, normalized=False, special=is_special)])
+    known = {token.content for token in codec.get_added_tokens_decoder().values()}
+    codec.add_tokens(added_tokens(file.parent, known))
     return codec
 
 
-def added_tokens(folder: Path) -> dict[str, bool]:
-    """Tokens that were added later, by their ids: text -> whether it is special.
+def added_tokens(folder: Path, known: set[str]) -> list:
+    """The tokens that files beside a tokenizer.json add to it, in the order of their ids.
 
-    Some tokenizer.json lack them.
+    First those that are described with their ids, then the special tokens that are only named, but
+    for the `known` ones. tokenizer_config.json has both, or older files do: added_tokens.json and
+    special_tokens_map.json. All this is as in transformers. InputError: damaged files.
     """
-    ids = {}
-    if os.path.lexists(folder / "added_tokens.json"):
-        ids = read_json(folder / "added_tokens.json")
-    described = {}
-    if os.path.lexists(folder / "tokenizer_config.json"):
-        described = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    ids = ids | {token["content"]: int(id) for id, token in described.items()}
-    special = {token["content"] for token in described.values() if token.get("special")}
-    return {token: token in special for token in sorted(ids, key=ids.get)}
+    settings = read_json_if_any(folder / "tokenizer_config.json")
+    older_ids = {}
+    if "added_tokens_decoder" not in settings:
+        settings = settings | read_json_if_any(folder / "special_tokens_map.json")
+        older_ids = read_json_if_any(folder / "added_tokens.json")
+
+    try:
+        named, listed = special_tokens(settings)
+        described = settings.get("added_tokens_decoder") or {}
+        for text, id in older_ids.items():
+            described[id] = {"content": text, "special": text in listed}
+
+        tokens = {}
+        for id in sorted(described, key=int):
+            token = added_token(described[id])
+            token.special = token.special or token.content in named
+            tokens[token.content] = token
+        for text, token in (named | listed).items():
+            if text not in known:
+                tokens.setdefault(text, token)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder} describes an added token wrongly: {error}") from None
+    return list(tokens.values())
+
+
+ROLES = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+
+
+def special_tokens(settings: dict) -> tuple[dict, dict]:
+    """The special tokens in tokenizer_config.json: those with a role, such as EOS, and the others.
+
+    Each is a dict: text -> AddedToken.
+    """
+    more_roles = [key for key in settings if key.endswith("_token") and key not in ROLES]
+    values = [settings.get(role) for role in ROLES + more_roles]
+    values = [value for value in values if isinstance(value, (str, dict))]  # not add_bos_token
+    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(others, dict):  # role -> token
+        values += others.values()
+        others = []
+
+    named = {}
+    for value in values:
+        token = added_token(value)
+        token.special = True
+        named[token.content] = token
+    listed = {}
+    for value in others:
+        token = added_token(value)
+        listed[token.content] = token
+    return named, listed
+
+
+def added_token(value):
+    """An AddedToken of the package tokenizers, from a description in JSON or a special text."""
+    from tokenizers import AddedToken
+
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    if not isinstance(value.get("content"), str):
+        raise TypeError(f"{value} has no content")
+    options = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(**{name: value[name] for name in options if name in value})
 
 
 def read_old_tokenizer(folder: Path):
