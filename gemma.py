@@ -130,7 +130,7 @@ class Config:
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not a Gemma, or an unsupported one."""
-        return config_from_hf(values)
+        return translate(values)
 
     def to_hf(self) -> dict:
         """The contents of a config.json that transformers and `from_hf` read."""
@@ -404,10 +404,12 @@ class Model(nnx.Module):
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
         Without a cache, a row may pack several documents one after another: each begins where the
         positions begin again at 0, and its tokens attend to no other.
-        cache: needs T empty slots, which the caller checks; by default a new one is filled.
+        cache: needs T empty slots; by default a new one is filled.
         rngs: not used; other models need it to train with dropout.
+        InputError: see `check_inputs`. Under jit values are not known, and the caller checks them.
         """
         tokens = as_array(tokens)  # lists will do
+        check_inputs(self.config, tokens, positions, cache)
         B, T = tokens.shape
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
@@ -839,10 +841,55 @@ def as_array(tokens):
     """Tokens or positions as an array [B, T]. InputError: they are something else."""
     rows = tokens
     if not hasattr(rows, "ndim"):
-        rows = np.array([as_integers(row) for row in rows])
+        rows = [as_integers(row) for row in rows]
+        if len({len(row) for row in rows}) > 1:
+            raise InputError(
+                "rows of tokens are of different lengths: `batch_prompts` makes a batch of them"
+            )
+        rows = np.array(rows)
     if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise InputError(f"{rows.dtype}{list(rows.shape)} is not an array of integers [B, T]")
     return rows
+
+
+def check_inputs(config, tokens, positions, cache) -> None:
+    """InputError where the arguments of `Model.hidden` do not fit the model or each other.
+
+    JAX would go on with other ids and slots. Under jit only shapes are checked.
+    """
+    B, T = tokens.shape
+    V = config.vocab_size
+    context = config.max_position_embeddings
+
+    if has_outside(tokens, 0, V):
+        raise InputError(f"there are token ids outside the vocabulary of {V}")
+
+    if positions is not None:
+        positions = as_array(positions)
+        if positions.shape != (B, T):
+            raise InputError(f"positions are {list(positions.shape)}, and tokens {[B, T]}")
+        if has_outside(positions, -1, context):
+            raise InputError(f"positions must be below the context length of {context}, or -1")
+
+    if cache is not None:
+        rows, slots = cache.positions.shape
+        if rows != B:
+            raise InputError(f"the cache is for {rows} rows, and there are {B} rows of tokens")
+        if has_outside(cache.filled, 0, slots - T + 1):
+            raise InputError(
+                f"{cache.filled} of the {slots} slots of the cache are filled: there is no room "
+                f"for {T} tokens"
+            )
+        if positions is None and has_outside(cache.positions, -1, context - T):
+            raise InputError(f"{T} more tokens do not fit the context length of {context}")
+
+
+def has_outside(values, low, high) -> bool:
+    """Whether a value is below `low`, or not below `high`; False under jit, where none is known."""
+    if isinstance(values, jax.core.Tracer):
+        return False
+    values = np.asarray(values)
+    return bool((values < low).any() or (values >= high).any())
 
 
 def as_key(key):
@@ -904,6 +951,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    check_dtypes(dtype, param_dtype or dtype)
     folder = fetch(source, revision)
     config = read_config(folder)
     stored = stored_tensors(folder)
@@ -934,10 +982,22 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     return nnx.merge(graphdef, state)
 
 
+def check_dtypes(*dtypes) -> None:
+    """InputError where one of the dtypes is not of floating-point numbers."""
+    for dtype in dtypes:
+        try:
+            is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:  # no dtype at all
+            is_float = False
+        if not is_float:
+            raise InputError(f"dtype {dtype!r}: it must be float32, bfloat16 or float16")
+
+
 def save(model, folder, tokenizer=None) -> None:
     """Writes config.json and model.safetensors, which transformers and `load` read.
 
     With what `tokenizer` returned it writes tokenizer.json, too: sample.py then reads the folder.
+    OSError: the folder cannot be made, such as FileExistsError where `folder` is a file.
     """
     tensors = {}
     for path, param, name, transposed in named_parameters(nnx.state(model)):
@@ -1018,6 +1078,8 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     Downloads what the cache lacks: of the weights, only the first format in FORMATS that there is.
     InputError: there is no such folder, and the Hub does not deliver it.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise InputError(f"{name!r:.60} is neither a folder nor an id on the Hub")
     if os.path.isdir(name):
         return Path(name)
     if os.path.isfile(name):
@@ -1109,14 +1171,23 @@ def read_json_if_any(file: Path) -> dict:
 
 def read_config(folder: Path) -> Config:
     """The Config of the checkpoint in a folder. InputError: it has none that this file reads."""
-    file = folder / "config.json"
-    values = read_json(file)
+    values = read_json(folder / "config.json")
     try:
         return Config.from_hf(values)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{file} has a value of a type that it cannot have: {error}") from error
+
+
+def translate(values: dict) -> Config:
+    """The Config for the contents of a config.json. InputError: it has values that cannot be."""
+    try:
+        return config_from_hf(values)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"config.json has a value of a type that it cannot have: {error}"
+        ) from error
 
 
 def read_stop_ids(folder: Path, config: Config) -> list[int]:
