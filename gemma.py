@@ -16,7 +16,7 @@ Shape letters:  B batch   T query length: the tokens of this call   S cache leng
 
 How to read this file: Config, Architecture and KV cache are the model; a reader may stop there.
 Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
-model file. `Linear` is defined in the last section, Faster forms; until there, read nnx.Linear.
+model file. `Linear` is defined near the end, under Faster forms; until there, read nnx.Linear.
 "InputError: ..." in a docstring says when one is raised.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
@@ -59,7 +59,11 @@ SLIDING = "sliding_attention"
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes and switches of one Gemma, under the names that its config.json has for them."""
+    """The sizes and switches of one Gemma, under the names that its config.json has for them.
+
+    The defaults are those of a Gemma 3 whatever the model_type: a Gemma 1 or 2 must name its own
+    theta and soft-caps, as PRESETS do. `from_hf` fills them in.
+    """
 
     model_type: str = "gemma3_text"  # or gemma, gemma2
     vocab_size: int = 262208  # V
@@ -516,7 +520,7 @@ def init_cache(config: Config, batch: int, length: int, dtype, use_ring=True) ->
     use_ring: a SLIDING layer holds no more tokens than its window, in a ring buffer.
     """
     layers = []
-    for kind in config.layer_types[: config.num_hidden_layers]:
+    for kind in config.layer_types:
         layer_length = length
         if kind == SLIDING and use_ring:
             layer_length = min(length, config.sliding_window)
@@ -540,7 +544,7 @@ def update_layer(layer_cache, k, v, k_positions, start):
     old_v = layer_cache[1]
     ring_size = old_k.shape[1]
 
-    # No window, or one as long as the cache: every slot has a place of its own.
+    # No window, or one at least as long as the cache: every slot has a place of its own.
     if ring_size == S:
         k = write_slots(old_k, k, start)
         v = write_slots(old_v, v, start)
@@ -1835,9 +1839,11 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # `save` drops what pads the vocabulary
-RENAMED = [  # of multimodal models
-    (r"^(language_model\.|model\.)+(?=lm_head\.)", ""),
-    (r"^(language_model\.|model\.)*(?!lm_head\.)", "model."),
+# (pattern, replacement) pairs, applied in turn to each name in a file before CHECKPOINT's names are
+# looked up: a row for tensors that other files name otherwise.
+RENAMED = [
+    (r"^(language_model\.|model\.)+(?=lm_head\.)", ""),  # multimodal models have other prefixes,
+    (r"^(language_model\.|model\.)*(?!lm_head\.)", "model."),  # and bare models have none
 ]
 # Ignored where a file has them: the token table again as the head, and what is for pictures.
 IGNORED = r"lm_head\.weight|model\.(vision_tower|multi_modal_projector)\..+"

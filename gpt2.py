@@ -15,7 +15,7 @@ Shape letters:  B batch   T query length: the tokens of this call   S cache leng
 
 How to read this file: Config, Architecture and KV cache are the model; a reader may stop there.
 Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
-model file. `Linear` is defined in the last section, Faster forms; until there, read nnx.Linear.
+model file. `Linear` is defined near the end, under Faster forms; until there, read nnx.Linear.
 "InputError: ..." in a docstring says when one is raised.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
@@ -1533,7 +1533,11 @@ CHECKPOINT = [
     (r"(.+)\.bias", r"transformer.\1.bias", False),
 ]
 VOCABULARY = ("wte.embedding", "lm_head.kernel")  # `save` drops what pads the vocabulary
-RENAMED = [(r"^(?!transformer\.|lm_head\.)", "transformer.")]  # bare models lack the prefix
+# (pattern, replacement) pairs, applied in turn to each name in a file before CHECKPOINT's names are
+# looked up: a row for tensors that other files name otherwise.
+RENAMED = [
+    (r"^(?!transformer\.|lm_head\.)", "transformer."),  # bare models lack the prefix
+]
 # Ignored where a file has them: causal masks of old files, and the token table again as the head.
 IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
 FORMATS = {  # files of weights, and what reads them: the first one present is used

@@ -15,7 +15,7 @@ Shape letters:  B batch   T query length: the tokens of this call   S cache leng
 
 How to read this file: Config, Architecture and KV cache are the model; a reader may stop there.
 Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
-model file. `Linear` is defined in the last section, Faster forms; until there, read nnx.Linear.
+model file. `Linear` is defined near the end, under Faster forms; until there, read nnx.Linear.
 "InputError: ..." in a docstring says when one is raised.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
@@ -219,8 +219,8 @@ def rope_frequencies(config: Config, positions):
         inv_freq = inv_freq / factor
     if kind == "llama3":
         inv_freq = scale_low_frequencies(inv_freq, scaling)
-    # Scaled in float64 and rounded once. gemma.py and mistral.py compute in float32 from the start:
-    # a difference in the last bits, not of the models.
+    # Scaled in float64 and rounded once, but for dynamic, whose theta is float32. gemma.py and
+    # mistral.py compute in float32 from the start: a difference in the last bits, not of the models.
     return inv_freq.astype(np.float32)
 
 
@@ -1670,7 +1670,9 @@ def config_from_hf(values: dict) -> Config:
         original = values.get("original_max_position_embeddings", original)
         rope["original_max_position_embeddings"] = original
 
-    # With these two, a sequence may be `factor` times as long as in training.
+    # With these two, a sequence may be `factor` times as long as in training. transformers takes
+    # max_position_embeddings for the trained length, and says not to raise it. Some files have the
+    # scaled length there all the same, which nothing tells apart: then longer texts are let through.
     if kind in ("linear", "dynamic"):
         rope["trained"] = trained
         known["max_position_embeddings"] = int(rope["factor"] * trained)
@@ -1698,7 +1700,11 @@ CHECKPOINT = [
     (r"(.+)\.bias", r"model.\1.bias", False),
 ]
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # `save` drops what pads the vocabulary
-RENAMED = [(r"^(?!model\.|lm_head\.)", "model.")]  # bare models lack the prefix
+# (pattern, replacement) pairs, applied in turn to each name in a file before CHECKPOINT's names are
+# looked up: a row for tensors that other files name otherwise.
+RENAMED = [
+    (r"^(?!model\.|lm_head\.)", "model."),  # bare models lack the prefix
+]
 # Ignored where a file has them: the token table again as the head, and RoPE's frequencies.
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"
 FORMATS = {  # files of weights, and what reads them: the first one present is used

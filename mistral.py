@@ -1,9 +1,9 @@
 """Mistral and Mixtral in one file: read it from top to bottom, run it, copy it.
 
-Mistral 7B is Llama with grouped-query attention at every size and, in its first version, a sliding
-window: a token attends only to the last 4,096, and the KV cache is a ring buffer. Mixtral replaces
-the MLP by a mixture of eight experts. For each token a router picks two of them, so that a model of
-47 billion parameters computes as one of 13 billion does.
+Mistral 7B is a Llama with grouped-query attention, which Llama 2 has only in its larger sizes. Its
+first version has a sliding window: a token attends only to the last 4,096, and the KV cache is a
+ring buffer. Mixtral replaces the MLP by a mixture of eight experts. For each token a router picks
+two of them, so that a model of 47 billion parameters computes as one of 13 billion does.
 
 Papers: Jiang et al. 2023, "Mistral 7B"; Jiang et al. 2024, "Mixtral of Experts". Reference:
 modeling_mistral.py and modeling_mixtral.py of Hugging Face transformers.
@@ -15,7 +15,7 @@ Shape letters:  B batch   T query length: the tokens of this call   S cache leng
 
 How to read this file: Config, Architecture and KV cache are the model; a reader may stop there.
 Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
-model file. `Linear` is defined in the last section, Faster forms; until there, read nnx.Linear.
+model file. `Linear` is defined near the end, under Faster forms; until there, read nnx.Linear.
 "InputError: ..." in a docstring says when one is raised.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
@@ -239,7 +239,8 @@ class Attention(nnx.Module):
     def __call__(self, x, positions, k_positions, layer_cache, start, first=0):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        layer_cache: (k, v) of this layer; those of x are written from slot `start` on.
+        layer_cache: (k, v, ...) of this layer; those of x are written from slot `start` on. Attention
+        reads the first two and returns (k, v).
         positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
         first: 0, or [B, T], the position at which the document of each token begins.
         """
@@ -307,7 +308,9 @@ class Experts(nnx.Module):
         probabilities over real tokens.
         """
         if is_sparse(self):
-            return run_chosen(self, x, real)  # the same results; skips experts whose weight is 0
+            # Every published Mixtral goes this way: the same results, but experts are skipped where
+            # their weight is 0. Below is its plain form.
+            return run_chosen(self, x, real)
 
         rows = x.reshape(-1, x.shape[-1])  # [N, D]
         real = real.reshape(-1, 1)  # [N, 1]
@@ -492,7 +495,8 @@ def balance_loss(cache):
     """The load-balancing loss of a Mixtral, from the cache that `hidden` returns.
 
     It is lowest where all experts are chosen equally often: E times the sum over experts of the
-    fraction of tokens that chose it times its mean probability. Fedus et al. 2021, equation (4).
+    fraction of tokens that chose it times its mean probability. As in the reference, both are
+    averages over all layers; Fedus et al. 2021, equations (4) to (6), have a loss for each layer.
     """
     router_stats = [layer[2] for layer in cache.layers]
     counts, probs = jnp.stack(router_stats).sum(axis=0)  # [E] each: sums over tokens and layers
@@ -564,7 +568,7 @@ def update_layer(layer_cache, k, v, k_positions, start):
     old_v = layer_cache[1]
     ring_size = old_k.shape[1]
 
-    # No window, or one as long as the cache: every slot has a place of its own.
+    # No window, or one at least as long as the cache: every slot has a place of its own.
     if ring_size == S:
         k = write_slots(old_k, k, start)
         v = write_slots(old_v, v, start)
@@ -1751,7 +1755,11 @@ CHECKPOINT = [
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # `save` drops what pads the vocabulary
-RENAMED = [(r"^(?!model\.|lm_head\.)", "model.")]  # bare models lack the prefix
+# (pattern, replacement) pairs, applied in turn to each name in a file before CHECKPOINT's names are
+# looked up: a row for tensors that other files name otherwise.
+RENAMED = [
+    (r"^(?!model\.|lm_head\.)", "model."),  # bare models lack the prefix
+]
 # Ignored where a file has them: the token table again as the head, and RoPE's frequencies.
 IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"
 FORMATS = {  # files of weights, and what reads them: the first one present is used
