@@ -928,18 +928,30 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     if os.path.isfile(name):
         raise InputError(f"{name} is a file: name the folder of the checkpoint")
 
-    from huggingface_hub import errors, snapshot_download  # respects HF_HOME and HF_TOKEN
+    from huggingface_hub import HfApi, errors, snapshot_download  # respects HF_HOME and HF_TOKEN
+
+    failures = (errors.HTTPError, errors.HFValidationError, OSError)
+    # One question with a time limit, which snapshot_download has not: if it fails, the cache alone
+    # is looked at.
+    problem = None
+    try:
+        HfApi().model_info(name, revision=revision, timeout=3)
+    except failures as error:
+        problem = error
+    snapshot = partial(
+        snapshot_download, name, revision=revision, local_files_only=problem is not None
+    )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+        folder = Path(snapshot(allow_patterns=DOWNLOADS))
         formats = FORMATS if weights else []
         for whole in formats:
             pattern = whole.replace(".", "*.") + "*"  # model*.safetensors*: shards and index, too
-            snapshot_download(name, revision=revision, allow_patterns=pattern)
+            snapshot(allow_patterns=pattern)
             if any(folder.glob(pattern)):
                 break
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-        raise InputError(why_no_download(error, name, revision)) from error
+    except failures as error:
+        raise InputError(why_no_download(problem or error, name, revision)) from error
     return folder
 
 
