@@ -1369,7 +1369,7 @@ def tokenizer(name, revision: str | None = None):
 
 def read_new_tokenizer(file: Path):
     """The tokenizer in a tokenizer.json, as an object of the package tokenizers."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     check_file(file)
     try:
@@ -1705,6 +1705,8 @@ def main():
         help="a folder in Hugging Face's format, or an id on the Hub (default: %(default)s)",
     )
     args = parser.parse_args()
+    if sys.stdout is None:
+        parser.exit(2, f"{parser.prog}: standard output is closed\n")
 
     # Where the terminal is not of UTF-8, Python reads its bytes as surrogates.
     text = args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -1720,7 +1722,13 @@ def main():
         parser.exit(2, f"{parser.prog}: {error}\n")
 
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
-    print(codec.decode(prompt + new))
+    try:
+        print(codec.decode(prompt + new), flush=True)
+    except BrokenPipeError:  # nobody reads on, as under `| head`
+        os._exit(141)
+    except OSError as error:  # the disk is full
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        os._exit(2)
 
 
 if __name__ == "__main__":

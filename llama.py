@@ -219,8 +219,8 @@ def rope_frequencies(config: Config, positions):
         inv_freq = inv_freq / factor
     if kind == "llama3":
         inv_freq = scale_low_frequencies(inv_freq, scaling)
-    # Scaled in float64 and rounded once, but for dynamic, whose theta is float32. gemma.py and
-    # mistral.py compute in float32 from the start: a difference in the last bits, not of the models.
+    # Scaled in float64 and rounded once; dynamic has a theta in float32. gemma.py and mistral.py
+    # compute in float32 from the start: a difference in the last bits, not of the models.
     return inv_freq.astype(np.float32)
 
 
@@ -1414,7 +1414,7 @@ def tokenizer(name, revision: str | None = None):
 
 def read_new_tokenizer(file: Path):
     """The tokenizer in a tokenizer.json, as an object of the package tokenizers."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     check_file(file)
     try:
@@ -1682,9 +1682,9 @@ def config_from_hf(values: dict) -> Config:
         original = values.get("original_max_position_embeddings", original)
         rope["original_max_position_embeddings"] = original
 
-    # With these two, a sequence may be `factor` times as long as in training. transformers takes
-    # max_position_embeddings for the trained length, and says not to raise it. Some files have the
-    # scaled length there all the same, which nothing tells apart: then longer texts are let through.
+    # With these two, a sequence may be `factor` times as long as in training. For transformers,
+    # max_position_embeddings is the trained length. Some files have the scaled one there all the
+    # same, and nothing tells them apart: such a model is not kept from longer texts.
     if kind in ("linear", "dynamic"):
         rope["trained"] = trained
         known["max_position_embeddings"] = int(rope["factor"] * trained)
@@ -1871,6 +1871,8 @@ def main():
         help="a folder in Hugging Face's format, or an id on the Hub (default: %(default)s)",
     )
     args = parser.parse_args()
+    if sys.stdout is None:
+        parser.exit(2, f"{parser.prog}: standard output is closed\n")
 
     # Where the terminal is not of UTF-8, Python reads its bytes as surrogates.
     text = args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -1886,7 +1888,13 @@ def main():
         parser.exit(2, f"{parser.prog}: {error}\n")
 
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
-    print(codec.decode(prompt + new))
+    try:
+        print(codec.decode(prompt + new), flush=True)
+    except BrokenPipeError:  # nobody reads on, as under `| head`
+        os._exit(141)
+    except OSError as error:  # the disk is full
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        os._exit(2)
 
 
 if __name__ == "__main__":

@@ -239,8 +239,8 @@ class Attention(nnx.Module):
     def __call__(self, x, positions, k_positions, layer_cache, start, first=0):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache).
 
-        layer_cache: (k, v, ...) of this layer; those of x are written from slot `start` on. Attention
-        reads the first two and returns (k, v).
+        layer_cache: begins with k and v of this layer; those of x are written from slot `start` on.
+        The updated one is (k, v) alone.
         positions [B, T] of x in the row; k_positions [B, S] of the whole cache, x included.
         first: 0, or [B, T], the position at which the document of each token begins.
         """
@@ -1554,7 +1554,7 @@ def tokenizer(name, revision: str | None = None):
 
 def read_new_tokenizer(file: Path):
     """The tokenizer in a tokenizer.json, as an object of the package tokenizers."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     check_file(file)
     try:
@@ -2036,6 +2036,8 @@ def main():
         help="a folder in Hugging Face's format, or an id on the Hub (default: %(default)s)",
     )
     args = parser.parse_args()
+    if sys.stdout is None:
+        parser.exit(2, f"{parser.prog}: standard output is closed\n")
 
     # Where the terminal is not of UTF-8, Python reads its bytes as surrogates.
     text = args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -2051,7 +2053,13 @@ def main():
         parser.exit(2, f"{parser.prog}: {error}\n")
 
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
-    print(codec.decode(prompt + new))
+    try:
+        print(codec.decode(prompt + new), flush=True)
+    except BrokenPipeError:  # nobody reads on, as under `| head`
+        os._exit(141)
+    except OSError as error:  # the disk is full
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        os._exit(2)
 
 
 if __name__ == "__main__":
