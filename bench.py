@@ -14,6 +14,7 @@ How to read this file: `main` starts the tasks, `run_task` is one of them, `task
 
 import argparse
 import contextlib
+import errno
 import importlib
 import itertools
 import json
@@ -48,6 +49,8 @@ INTERRUPTED = 130  # the exit code after Ctrl-C
 def main() -> int:
     """Runs each task in a process of its own, and prints the figures; returns the exit code."""
     args = parse_command_line()
+    if sys.stdout is None:
+        fail("standard output is closed")
     if args.scratch:
         run_task(args)
         return 0
@@ -1361,6 +1364,28 @@ def explained(errors, message: str):
         fail(message.replace("{}", str(error)))
 
 
+def run_program(main) -> NoReturn:
+    """Runs `main` and exits with the code that it returns. What is no bug has no traceback."""
+    try:
+        try:
+            code = main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr, flush=True)
+        code = 130
+    except BrokenPipeError:  # nobody reads on, as under `| head`
+        code = 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{Path(__file__).name}: {error}: make room", file=sys.stderr, flush=True)
+        code = 2
+    os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
+
+
 def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
@@ -1613,6 +1638,8 @@ def check_choices(args):
             fail(f"{flag} must be of {', '.join(choices)}")
     if not re.fullmatch(PARALLEL, args.parallel):
         fail("--parallel must be pmap, or like data, tensor:2 or data:2,tensor:4")
+    if args.preset and args.weights not in (None, "random") and not args.suite:
+        fail("--preset is for random weights: leave --weights out")
     if args.vs and args.parallel != "no":
         fail("--vs compares on one device: leave --parallel out")
     if args.ragged and args.task != ["decode"]:
@@ -1680,16 +1707,30 @@ def check_weights(args):
     if args.preset not in presets and not Path(args.preset, "config.json").exists():
         known = ", ".join(presets)
         fail(f"--preset must be of {known}, or a folder with a config.json")
+    plans_preset = args.task == ["plan"] and args.weights in presets
+    if args.weights not in ("tiny", "random") and not plans_preset and not args.scratch:
+        check_checkpoint(args)  # once, and not by each task
     if args.weights == "random":
         needs_text = {"validate", "eval", "compare", "start"} & set(args.task)
         if needs_text or "ctranslate2" in args.vs:
             fail("random weights have no tokenizer: name --weights")
     if args.text:
         file = Path(args.text)
-        if not file.is_file() or file.stat().st_size < 10:
-            fail(f"--text {file}: there is no such file, or next to nothing in it")
-    if args.out and args.out.is_file():
-        fail(f"--out {args.out} is a file: name a folder")
+        with explained(OSError, "--text cannot be read: {}"):  # such as a name that is too long
+            if not file.is_file() or file.stat().st_size < 10:
+                fail(f"--text {file}: there is no such file, or next to nothing in it")
+    with explained(OSError, "--out cannot be used: {}"):
+        if args.out and args.out.is_file():
+            fail(f"--out {args.out} is a file: name a folder")
+
+
+def check_checkpoint(args):
+    """Exits where --weights are no checkpoint of the model file."""
+    module = importlib.import_module(args.model)
+    with explained(module.InputError, "{}"):
+        folder = module.fetch(args.weights, weights=False)
+        check_family(module, folder)
+        module.read_config(folder)
 
 
 def check_training_flags(args):
@@ -1714,6 +1755,4 @@ def check_packages(args):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    os._exit(INTERRUPTED)
+    run_program(main)

@@ -15,7 +15,7 @@ Shape letters:  B batch   T query length: the tokens of this call   S cache leng
 
 How to read this file: Config, Architecture and KV cache are the model; a reader may stop there.
 Generation, checkpoints and sharding follow. A heading says so where a section is the same in every
-model file. `Linear` is defined in the last section, Faster forms; until there, read nnx.Linear.
+model file. `Linear` is defined near the end, under Faster forms; until there, read nnx.Linear.
 "InputError: ..." in a docstring says when one is raised.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
@@ -96,7 +96,7 @@ class Config:
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
         """From the contents of a config.json. InputError: not an OPT, or an unsupported one."""
-        return config_from_hf(values)
+        return translate(values)
 
     def to_hf(self) -> dict:
         """The contents of a config.json that transformers and `from_hf` read."""
@@ -319,10 +319,12 @@ class Model(nnx.Module):
         positions [B, T]: -1 for padding. By default they follow the positions in the cache.
         Without a cache, a row may pack several documents one after another: each begins where the
         positions begin again at 0, and its tokens attend to no other.
-        cache: needs T empty slots, which the caller checks; by default a new one is filled.
+        cache: needs T empty slots; by default a new one is filled.
         rngs: an nnx.Rngs, to train with dropout.
+        InputError: see `check_inputs`. Under jit values are not known, and the caller checks them.
         """
         tokens = as_array(tokens)  # lists will do
+        check_inputs(self.config, tokens, positions, cache)
         B, T = tokens.shape
         run_block = how_to_run(self, with_cache=cache is not None)  # normally Block.__call__
 
@@ -696,10 +698,55 @@ def as_array(tokens):
     """Tokens or positions as an array [B, T]. InputError: they are something else."""
     rows = tokens
     if not hasattr(rows, "ndim"):
-        rows = np.array([as_integers(row) for row in rows])
+        rows = [as_integers(row) for row in rows]
+        if len({len(row) for row in rows}) > 1:
+            raise InputError(
+                "rows of tokens are of different lengths: `batch_prompts` makes a batch of them"
+            )
+        rows = np.array(rows)
     if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise InputError(f"{rows.dtype}{list(rows.shape)} is not an array of integers [B, T]")
     return rows
+
+
+def check_inputs(config, tokens, positions, cache) -> None:
+    """InputError where the arguments of `Model.hidden` do not fit the model or each other.
+
+    JAX would go on with other ids and slots. Under jit only shapes are checked.
+    """
+    B, T = tokens.shape
+    V = config.vocab_size
+    context = config.max_position_embeddings
+
+    if has_outside(tokens, 0, V):
+        raise InputError(f"there are token ids outside the vocabulary of {V}")
+
+    if positions is not None:
+        positions = as_array(positions)
+        if positions.shape != (B, T):
+            raise InputError(f"positions are {list(positions.shape)}, and tokens {[B, T]}")
+        if has_outside(positions, -1, context):
+            raise InputError(f"positions must be below the context length of {context}, or -1")
+
+    if cache is not None:
+        rows, slots = cache.positions.shape
+        if rows != B:
+            raise InputError(f"the cache is for {rows} rows, and there are {B} rows of tokens")
+        if has_outside(cache.filled, 0, slots - T + 1):
+            raise InputError(
+                f"{cache.filled} of the {slots} slots of the cache are filled: there is no room "
+                f"for {T} tokens"
+            )
+        if positions is None and has_outside(cache.positions, -1, context - T):
+            raise InputError(f"{T} more tokens do not fit the context length of {context}")
+
+
+def has_outside(values, low, high) -> bool:
+    """Whether a value is below `low`, or not below `high`; False under jit, where none is known."""
+    if isinstance(values, jax.core.Tracer):
+        return False
+    values = np.asarray(values)
+    return bool((values < low).any() or (values >= high).any())
 
 
 def as_key(key):
@@ -764,6 +811,7 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    check_dtypes(dtype, param_dtype or dtype)
     folder = fetch(source, revision)
     config = read_config(folder)
     stored = stored_tensors(base_of(folder))
@@ -799,10 +847,22 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     return nnx.merge(graphdef, state)
 
 
+def check_dtypes(*dtypes) -> None:
+    """InputError where one of the dtypes is not of floating-point numbers."""
+    for dtype in dtypes:
+        try:
+            is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:  # no dtype at all
+            is_float = False
+        if not is_float:
+            raise InputError(f"dtype {dtype!r}: it must be float32, bfloat16 or float16")
+
+
 def save(model, folder, tokenizer=None) -> None:
     """Writes config.json and model.safetensors, which transformers and `load` read.
 
     With what `tokenizer` returned it writes tokenizer.json, too: sample.py then reads the folder.
+    OSError: the folder cannot be made, such as FileExistsError where `folder` is a file.
     """
     tensors = {}
     for path, param, name, transposed in named_parameters(nnx.state(model)):
@@ -887,23 +947,37 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     Of an adapter, it is the folder of the adapter; see `base_of`.
     InputError: there is no such folder, and the Hub does not deliver it.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise InputError(f"{name!r:.60} is neither a folder nor an id on the Hub")
     if os.path.isdir(name):
         return Path(name)
     if os.path.isfile(name):
         raise InputError(f"{name} is a file: name the folder of the checkpoint")
 
-    from huggingface_hub import errors, snapshot_download  # respects HF_HOME and HF_TOKEN
+    from huggingface_hub import HfApi, errors, snapshot_download  # respects HF_HOME and HF_TOKEN
+
+    failures = (errors.HTTPError, errors.HFValidationError, OSError)
+    # One question with a time limit, which snapshot_download has not: if it fails, the cache alone
+    # is looked at.
+    problem = None
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except failures as error:
+        problem = error
+    snapshot = partial(
+        snapshot_download, name, revision=revision, local_files_only=problem is not None
+    )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS))
+        folder = Path(snapshot(allow_patterns=DOWNLOADS))
         formats = ADAPTER_FORMATS if is_adapter(folder) else FORMATS
         for whole in formats if weights else []:
             pattern = whole.replace(".", "*.") + "*"  # model*.safetensors*: shards and index, too
-            snapshot_download(name, revision=revision, allow_patterns=pattern)
+            snapshot(allow_patterns=pattern)
             if any(folder.glob(pattern)):
                 break
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-        raise InputError(why_no_download(error, name, revision)) from error
+    except failures as error:
+        raise InputError(why_no_download(problem or error, name, revision)) from error
     return folder
 
 
@@ -969,17 +1043,31 @@ def read_json(file: Path) -> dict:
     return values
 
 
+def read_json_if_any(file: Path) -> dict:
+    """The object in a JSON file, or an empty one where there is no such file."""
+    return read_json(file) if os.path.lexists(file) else {}
+
+
 def read_config(folder: Path) -> Config:
     """The Config of the checkpoint in a folder. InputError: it has none that this file reads."""
     folder = base_of(folder, weights=False)
-    file = folder / "config.json"
-    values = read_json(file)
+    values = read_json(folder / "config.json")
     try:
         return Config.from_hf(values)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{file} has a value of a type that it cannot have: {error}") from error
+
+
+def translate(values: dict) -> Config:
+    """The Config for the contents of a config.json. InputError: it has values that cannot be."""
+    try:
+        return config_from_hf(values)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"config.json has a value of a type that it cannot have: {error}"
+        ) from error
 
 
 def read_stop_ids(folder: Path, config: Config) -> list[int]:
@@ -1511,7 +1599,7 @@ def tokenizer(name, revision: str | None = None):
 
 def read_new_tokenizer(file: Path):
     """The tokenizer in a tokenizer.json, as an object of the package tokenizers."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     check_file(file)
     try:
@@ -1521,26 +1609,81 @@ def read_new_tokenizer(file: Path):
 
     codec.no_truncation()  # some files ask to cut or to pad every text
     codec.no_padding()
-    for token, is_special in added_tokens(file.parent).items():
-        if codec.token_to_id(token) is None:
-            codec.add_tokens([AddedToken(token, normalized=False, special=is_special)])
+    known = {token.content for token in codec.get_added_tokens_decoder().values()}
+    codec.add_tokens(added_tokens(file.parent, known))
     return codec
 
 
-def added_tokens(folder: Path) -> dict[str, bool]:
-    """Tokens that were added later, by their ids: text -> whether it is special.
+def added_tokens(folder: Path, known: set[str]) -> list:
+    """The tokens that files beside a tokenizer.json add to it, in the order of their ids.
 
-    Some tokenizer.json lack them.
+    First those that are described with their ids, then the special tokens that are only named, but
+    for the `known` ones. tokenizer_config.json has both, or older files do: added_tokens.json and
+    special_tokens_map.json. All this is as in transformers. InputError: damaged files.
     """
-    ids = {}
-    if os.path.lexists(folder / "added_tokens.json"):
-        ids = read_json(folder / "added_tokens.json")
-    described = {}
-    if os.path.lexists(folder / "tokenizer_config.json"):
-        described = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    ids = ids | {token["content"]: int(id) for id, token in described.items()}
-    special = {token["content"] for token in described.values() if token.get("special")}
-    return {token: token in special for token in sorted(ids, key=ids.get)}
+    settings = read_json_if_any(folder / "tokenizer_config.json")
+    older_ids = {}
+    if "added_tokens_decoder" not in settings:
+        settings = settings | read_json_if_any(folder / "special_tokens_map.json")
+        older_ids = read_json_if_any(folder / "added_tokens.json")
+
+    try:
+        named, listed = special_tokens(settings)
+        described = settings.get("added_tokens_decoder") or {}
+        for text, id in older_ids.items():
+            described[id] = {"content": text, "special": text in listed}
+
+        tokens = {}
+        for id in sorted(described, key=int):
+            token = added_token(described[id])
+            token.special = token.special or token.content in named
+            tokens[token.content] = token
+        for text, token in (named | listed).items():
+            if text not in known:
+                tokens.setdefault(text, token)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder} describes an added token wrongly: {error}") from None
+    return list(tokens.values())
+
+
+ROLES = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+
+
+def special_tokens(settings: dict) -> tuple[dict, dict]:
+    """The special tokens in tokenizer_config.json: those with a role, such as EOS, and the others.
+
+    Each is a dict: text -> AddedToken.
+    """
+    more_roles = [key for key in settings if key.endswith("_token") and key not in ROLES]
+    values = [settings.get(role) for role in ROLES + more_roles]
+    values = [value for value in values if isinstance(value, (str, dict))]  # not add_bos_token
+    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(others, dict):  # role -> token
+        values += others.values()
+        others = []
+
+    named = {}
+    for value in values:
+        token = added_token(value)
+        token.special = True
+        named[token.content] = token
+    listed = {}
+    for value in others:
+        token = added_token(value)
+        listed[token.content] = token
+    return named, listed
+
+
+def added_token(value):
+    """An AddedToken of the package tokenizers, from a description in JSON or a special text."""
+    from tokenizers import AddedToken
+
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    if not isinstance(value.get("content"), str):
+        raise TypeError(f"{value} has no content")
+    options = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(**{name: value[name] for name in options if name in value})
 
 
 def read_old_tokenizer(folder: Path):
@@ -1639,7 +1782,11 @@ CHECKPOINT = [
     (r"(.+)\.bias", r"model.decoder.\1.bias", False),
 ]
 VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # `save` drops what pads the vocabulary
-RENAMED = [(r"^(?!model\.|lm_head\.)", "model.")]  # bare models lack the prefix
+# (pattern, replacement) pairs, applied in turn to each name in a file before CHECKPOINT's names are
+# looked up: a row for tensors that other files name otherwise.
+RENAMED = [
+    (r"^(?!model\.|lm_head\.)", "model."),  # bare models lack the prefix
+]
 IGNORED = r"lm_head\.weight"  # ignored where a file has it: the token table again as the head
 
 
@@ -1822,6 +1969,8 @@ def main():
         help="a folder in Hugging Face's format, or an id on the Hub (default: %(default)s)",
     )
     args = parser.parse_args()
+    if sys.stdout is None:
+        parser.exit(2, f"{parser.prog}: standard output is closed\n")
 
     # Where the terminal is not of UTF-8, Python reads its bytes as surrogates.
     text = args.text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -1837,7 +1986,13 @@ def main():
         parser.exit(2, f"{parser.prog}: {error}\n")
 
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
-    print(codec.decode(prompt + new))
+    try:
+        print(codec.decode(prompt + new), flush=True)
+    except BrokenPipeError:  # nobody reads on, as under `| head`
+        os._exit(141)
+    except OSError as error:  # the disk is full
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        os._exit(2)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ The text goes to standard output while it is generated; all else goes to standar
 import argparse
 import codecs
 import contextlib
+import errno
 import fnmatch
 import importlib
 import json
@@ -19,7 +20,6 @@ import math
 import os
 import re
 import select
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -652,6 +652,10 @@ class ChatTokenizer:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers import AutoTokenizer  # half a second, which only chats have to wait
 
+        for file in folder.glob("chat_template*"):
+            if not file.exists():
+                fail(f"{file} is a link to a file that is gone: download it again")
+
         # transformers is here for its template alone; the ids are those of every other text.
         unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
         with explained(unreadable, f"the chat template of {folder} cannot be read: {{}}"):
@@ -832,6 +836,28 @@ def explained(errors, message: str):
         yield
     except errors as error:
         fail(message.replace("{}", str(error)))
+
+
+def run_program(main) -> NoReturn:
+    """Runs `main` and exits with the code that it returns. What is no bug has no traceback."""
+    try:
+        try:
+            code = main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr, flush=True)
+        code = 130
+    except BrokenPipeError:  # nobody reads on, as under `| head`
+        code = 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{Path(__file__).name}: {error}: make room", file=sys.stderr, flush=True)
+        code = 2
+    os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
 
 
 def model_of(weights: str, revision: str | None = None) -> str:
@@ -1133,8 +1159,9 @@ def check_sampling_flags(args):
 def check_machine_flags(args):
     if not re.fullmatch(PARALLEL, args.parallel):
         fail("--parallel must be pmap, or like data, tensor:2 or data:2,tensor:4")
-    if args.profile is not None and not is_writable(args.profile):
-        fail("--profile must be a writable folder")
+    with explained(OSError, "--profile cannot be read: {}"):
+        if args.profile is not None and not is_writable(args.profile):
+            fail("--profile must be a writable folder")
 
 
 def is_writable(folder: Path) -> bool:
@@ -1146,10 +1173,4 @@ def is_writable(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other tools end under `| head`
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: the usual clean-up can crash under a computation that still runs
+    run_program(main)

@@ -22,6 +22,7 @@ stay: `load` and `sharding` of the model files take it.
 
 import argparse
 import contextlib
+import errno
 import glob
 import hashlib
 import importlib
@@ -1018,7 +1019,10 @@ def find_files(names: list[str]) -> list[Path]:
         found = [Path(file) for file in sorted(glob.glob(name, recursive=True)) or [name]]
         found = [file for file in found if file.is_file()]
         if not found and name == "shakespeare":
-            with explained((OSError, ValueError), f"--data {name}: {{}}; name a file of yours"):
+            cannot = (
+                f"it cannot be downloaded to {CACHE}: try again online, or name a file of yours"
+            )
+            with explained((OSError, ValueError), f"--data {name}: {cannot}"):
                 file = pooch.retrieve(SHAKESPEARE, SHAKESPEARE_HASH, "tinyshakespeare.txt", CACHE)
                 found = [Path(file)]
         if not found:
@@ -2551,6 +2555,28 @@ def explained(errors, message: str):
         fail(message.replace("{}", str(error)))
 
 
+def run_program(main) -> NoReturn:
+    """Runs `main` and exits with the code that it returns. What is no bug has no traceback."""
+    try:
+        try:
+            code = main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr, flush=True)
+        code = 130
+    except BrokenPipeError:  # nobody reads on, as under `| head`
+        code = 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{Path(__file__).name}: {error}: make room", file=sys.stderr, flush=True)
+        code = 2
+    os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
+
+
 def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
@@ -2723,14 +2749,12 @@ def add_model_flags(parser):
         "--weights",
         help="folder or Hub id to go on from (default: from scratch, sized by the flags below)",
     )
-    add_number(model, "--layers", 4, "number of blocks")
-    add_number(model, "--heads", 4, "attention heads of a block")
-    add_number(
-        model, "--width", 128, "model width: the length of the vectors in the residual stream"
-    )
+    add_size(model, "--layers", "number of blocks")
+    add_size(model, "--heads", "attention heads of a block")
+    add_size(model, "--width", "model width: the length of the vectors in the residual stream")
     add_number(model, "--block", 64, "sequence length; from scratch, the model's context length")
     add_number(model, "--dropout", 0.0, "dropout rate (gpt2, opt)")
-    add_number(model, "--experts", 0, "experts of a block, two for each token (mistral); 0: none")
+    add_size(model, "--experts", "experts of a block, two for each token (mistral); 0: none")
     add_number(model, "--lora", 0, "rank of LoRA, which trains adapters and no weights; 0: off")
     model.add_argument(
         "--lora-targets",
@@ -2871,6 +2895,15 @@ def add_number(group, flag: str, default: int | float, about: str):
     )
 
 
+SIZES = {"layers": 4, "heads": 4, "width": 128, "experts": 0}  # of a model from scratch
+
+
+def add_size(group, flag: str, about: str):
+    """A flag with a size in SIZES; None where it is not given."""
+    default = SIZES[flag.removeprefix("--")]
+    group.add_argument(flag, type=int, metavar="N", help=f"{about} (default: {default})")
+
+
 def fill_defaults(args):
     """The defaults that depend on other flags."""
     if args.model is None:
@@ -2896,7 +2929,17 @@ def fill_defaults(args):
         args.min_lr = args.lr / 10
     if args.warmup is None:
         args.warmup = args.steps // 20
+    choose_sizes(args)
     choose_tokenizer(args)
+
+
+def choose_sizes(args):
+    """The sizes of a model from scratch."""
+    for name, default in SIZES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.weights:
+            fail(f"--{name}: --weights have sizes of their own; leave it out")
 
 
 def choose_tokenizer(args):
@@ -2986,8 +3029,9 @@ def check_machine_flags(args):
 
 def check_output_flags(args):
     out = args.out
-    if out.exists() and not out.is_dir():
-        fail(f"--out {out} is a file: name a folder")
+    with explained(OSError, "--out cannot be used: {}"):  # such as a name that is too long
+        if out.exists() and not out.is_dir():
+            fail(f"--out {out} is a file: name a folder")
     stored = any(path.name.isdigit() for path in out.glob("checkpoints/*"))
     if args.resume is not None and not stored:
         fail(f"{out} has no checkpoints: leave --resume out to begin")
@@ -2996,6 +3040,4 @@ def check_output_flags(args):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    os._exit(130)  # at once: what is being written is dropped
+    run_program(main)

@@ -33,8 +33,8 @@ COPIES = [
     (
         PROGRAMS,
         [
-            *("KINDS", "MODELS", "AXIS", "PARALLEL", "fail", "explained", "model_of"),
-            *("check_family", "pick_devices", "memory_of", "make_mesh"),
+            *("KINDS", "MODELS", "AXIS", "PARALLEL", "fail", "explained"),
+            *("run_program", "model_of", "check_family", "pick_devices", "memory_of", "make_mesh"),
         ],
     ),
 ]

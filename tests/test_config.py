@@ -75,6 +75,20 @@ def test_rope_scaling_wins_over_rope_parameters():
     assert rope["factor"] == reference.rope_parameters["factor"] == 2.0
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_scaled_rope_multiplies_the_context_length(kind):
+    """transformers takes max_position_embeddings for the length before scaling, as vLLM does.
+
+    Vicuna 16k has 4096 and a factor of 4. Dynamic frequencies of transformers show it: they change
+    beyond max_position_embeddings.
+    """
+    scaling = {"rope_type": kind, "factor": 4.0}
+    config = llama.Config.from_hf({"max_position_embeddings": 4096, "rope_scaling": scaling})
+    assert config.max_position_embeddings == 16384
+    assert config.to_hf()["max_position_embeddings"] == 4096
+    assert llama.Config.from_hf(config.to_hf()) == config
+
+
 @pytest.mark.parametrize(
     ("values", "original"),
     [

@@ -188,6 +188,107 @@ def test_tokens_of_another_shape_or_type_are_refused(family, tiny_model, tokens)
         tiny_model(tokens)
 
 
+V, CONTEXT = 40, 64  # of `small`
+IMPOSSIBLE = {  # arguments of model(...) -> what the error says
+    "an id too many": (lambda: ([[5, V]],), "token ids outside the vocabulary of 40"),
+    "a negative id": (lambda: ([[-1, 5]],), "token ids outside the vocabulary of 40"),
+    "rows of different lengths": (lambda: ([[5, 6], [7]],), "of different lengths"),
+    "no row": (lambda: ([],), "is not an array of integers"),
+    "an id that is huge": (lambda: ([[2**70]],), "is not an array of integers"),
+    "too many tokens": (lambda: ([[5] * (CONTEXT + 1)],), "65 tokens do not fit"),
+    "a position too many": (lambda: ([[5]], [[CONTEXT]]), "below the context length of 64"),
+    "a negative position": (lambda: ([[5]], [[-2]]), "below the context length of 64"),
+    "too few positions": (
+        lambda: ([[5], [6]], [[0]]),
+        r"positions are \[1, 1\], and tokens \[2, 1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+@pytest.mark.core_gpt2_only
+def test_tokens_and_positions_that_cannot_be_are_refused(family, case):
+    """JAX alone would take other ids and slots, and give numbers."""
+    model = family.module.Model(small(family.module), rngs=nnx.Rngs(0))
+    arguments, says = IMPOSSIBLE[case]
+    with pytest.raises(family.module.InputError, match=says):
+        model(*arguments())
+
+
+@pytest.mark.core_gpt2_only
+def test_a_cache_without_room_is_refused(family):
+    module = family.module
+    model = module.Model(small(module), rngs=nnx.Rngs(0))
+
+    cache = module.init_cache(model.config, 1, 4, jnp.float32)
+    _, cache = model([[5, 6, 7]], cache=cache)
+    with pytest.raises(module.InputError, match="3 of the 4 slots of the cache are filled"):
+        model([[8, 9]], cache=cache)
+    with pytest.raises(module.InputError, match="the cache is for 1 rows, and there are 2"):
+        model([[8], [9]], cache=cache)
+    logits, cache = model([[8]], cache=cache)  # the last slot
+    expected = model([[5, 6, 7, 8]])[:, -1:]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)  # logits of about 1 in float32
+
+    cache = module.init_cache(model.config, 1, CONTEXT + 8, jnp.float32)
+    _, cache = model([[5] * CONTEXT], cache=cache)
+    with pytest.raises(module.InputError, match="1 more tokens do not fit the context length"):
+        model([[5]], cache=cache)
+
+
+def test_under_jit_only_shapes_are_checked(tiny_model):
+    """A compiled program has no values to look at, and holds no checks."""
+    graphdef, state = nnx.split(tiny_model)
+    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+    np.testing.assert_allclose(forward(state, jnp.array([[5, 6]])), tiny_model([[5, 6]]), atol=1e-5)
+    assert forward(state, jnp.array([[5, V]])).shape == (1, 2, V)
+
+
+# --------------------------------------------------------------------------------- load and from_hf
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"source": None}, "None is neither a folder nor an id on the Hub"),
+        ({"source": 5}, "5 is neither a folder nor an id on the Hub"),
+        ({"source": ROOT / "tiny" / "gpt2", "dtype": "int8"}, "dtype 'int8': it must be float32"),
+        ({"source": ROOT / "tiny" / "gpt2", "dtype": "fp16"}, "dtype 'fp16': it must be float32"),
+        ({"source": ROOT / "tiny" / "gpt2", "param_dtype": int}, "it must be float32"),
+    ],
+)
+def test_what_load_cannot_take_is_refused_in_words(arguments, says):
+    with pytest.raises(gpt2.InputError, match=says):
+        gpt2.load(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("module", "values"),
+    [
+        (gpt2, None),
+        (gpt2, ["gpt2"]),
+        (gpt2, {"n_layer": "x"}),
+        (opt, {"ffn_dim": [1]}),
+        (opt, {"hidden_size": "768"}),
+        (llama, {"rope_scaling": "linear"}),
+        (llama, {"rope_scaling": {"rope_type": "linear", "factor": "4.0"}}),
+        (llama, {"num_attention_heads": None}),
+        (gemma, {"layer_types": 5}),
+        (gemma, {"model_type": "gemma3", "text_config": 5}),
+        (gemma, {"num_hidden_layers": "x"}),
+        (mistral, {"rope_parameters": 7}),
+        (mistral, {"sliding_window": "4096"}),
+    ],
+    ids=str,
+)
+def test_from_hf_refuses_values_of_other_types(module, values):
+    """As a library it is called with what users have at hand, not only by read_config."""
+    if values and isinstance(values, dict):
+        values = {**small(module).to_hf(), **values}
+    with pytest.raises(module.InputError):
+        module.Config.from_hf(values)
+
+
 # -------------------------------------------------------------------------------------------- save
 
 
@@ -201,6 +302,13 @@ def test_save_with_a_tokenizer_writes_a_folder_that_sample_py_reads(family, tmp_
         options = ["--weights", tmp_path, "--prompt", "A", "--max-new-tokens", 5]
         result = run(ROOT / "sample.py", *options)
         assert result.returncode == 0, result.stderr
+
+
+def test_save_onto_a_file_is_the_error_of_python(tiny_model, tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(FileExistsError):
+        gpt2.save(tiny_model, tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------ command line

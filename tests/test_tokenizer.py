@@ -150,25 +150,125 @@ def test_opt_begins_as_its_tokenizer_json_says(adds, tmp_path):
     assert opt.tokenizer(tmp_path).encode("Hello world") == [*begin, 31414, 232]
 
 
-def test_tokens_that_a_tokenizer_json_lacks_are_taken_from_the_files_beside_it(tmp_path):
+def described(content, **options):
+    """A token as tokenizer_config.json describes it."""
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    return {"content": content, "special": False, **plain, **options}
+
+
+START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
+BESIDE = {  # what the files beside a tokenizer.json may say about tokens that it lacks
+    "described": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                "513": described(THINK),
+                "512": described(START, special=True, lstrip=True, rstrip=True),
+            }
+        },
+        "added_tokens.json": {THINK: 513, START: 512},
+        "special_tokens_map.json": {"pad_token": "<never read>"},
+    },
+    "described, and named as special": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {"512": described(START), "513": described(END)},
+            "eos_token": END,
+            "additional_special_tokens": [START],
+        }
+    },
+    "named by a role": {
+        "tokenizer_config.json": {
+            "eos_token": END,
+            "pad_token": {"__type": "AddedToken", **described("<pad>")},
+            "bos_token": START,
+            "unk_token": None,
+            "add_bos_token": True,
+            "image_token": THINK,
+        }
+    },
+    "in a list": {"tokenizer_config.json": {"additional_special_tokens": [START, END]}},
+    "in a list of descriptions": {
+        "tokenizer_config.json": {
+            "additional_special_tokens": [{"__type": "AddedToken", **described(START)}, END]
+        }
+    },
+    "in a newer list": {"tokenizer_config.json": {"extra_special_tokens": [START, END]}},
+    "in a dict": {"tokenizer_config.json": {"extra_special_tokens": {"image_token": START}}},
+    "words of the vocabulary": {"tokenizer_config.json": {"pad_token": "lo", "eos_token": "!"}},
+    "in special_tokens_map.json": {
+        "tokenizer_config.json": {"eos_token": "<never used>"},
+        "special_tokens_map.json": {
+            "additional_special_tokens": [START],
+            "pad_token": "<pad>",
+            "eos_token": described(END),
+        },
+    },
+    "in added_tokens.json": {
+        "tokenizer_config.json": {"additional_special_tokens": [START]},
+        "added_tokens.json": {THINK: 513, START: 512},
+    },
+    "a blank in front": {"tokenizer_config.json": {"add_prefix_space": True}},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gemma", "mistral"])
+def test_tokens_that_a_tokenizer_json_lacks_are_taken_from_the_files_beside_it(
+    name, beside, tmp_path
+):
     """As fine-tunes leave it that added tokens, and kept the old tokenizer.json."""
     for file in ("tokenizer.json", "config.json"):
-        shutil.copy(ROOT / "tiny" / "llama" / file, tmp_path)
-    token = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {
-            "512": {"content": "<|im_start|>", "special": True, **token},
-            "513": {"content": "<think>", "special": False, **token},
-        },
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<think>": 513, "<|im_start|>": 512}))
+        shutil.copy(ROOT / "tiny" / name / file, tmp_path)
+    for file, values in BESIDE[beside].items():
+        if file == "tokenizer_config.json":
+            values = {"tokenizer_class": "PreTrainedTokenizerFast", **values}
+        (tmp_path / file).write_text(json.dumps(values))
+
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    codec = importlib.import_module("llama").tokenizer(tmp_path)
-    text = "<|im_start|>Hello <think> world"
-    assert codec.encode(text) == reference.encode(text)
-    assert codec.decode(codec.encode(text)) == "Hello <think> world"
+    codec = importlib.import_module(name).tokenizer(tmp_path)
+    for text in [
+        f"{START}Hello {THINK} world{END} <pad><never read><never used>",
+        f"hello {START} all{END}!",
+        f"Two{THINK}three",
+    ]:
+        ids = reference.encode(text)
+        assert codec.encode(text) == ids, text
+        assert codec.decode(ids) == reference.decode(ids, skip_special_tokens=True), text
+
+
+def test_an_added_token_is_one_id_and_decode_leaves_it_out(tmp_path):
+    """The same, without transformers: the ids follow on the 512 of the vocabulary."""
+    shutil.copy(ROOT / "tiny" / "gpt2" / "tokenizer.json", tmp_path)
+    settings = {"additional_special_tokens": [START], "eos_token": END}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    codec = gpt2.tokenizer(tmp_path)
+    assert codec.encode(f"{START}A{END}") == [513, *codec.encode("A"), 512]
+    assert codec.decode([513, *codec.encode("A"), 512]) == "A"
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"512": 3}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"512": {}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"512": {"content": 3}}}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"512": {"content": "a", "special": 1}}},
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"last": described("a")}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [described("a")]}),
+        ("tokenizer_config.json", {"extra_special_tokens": 3}),
+        ("tokenizer_config.json", {"extra_special_tokens": [3]}),
+        ("tokenizer_config.json", {"eos_token": {"text": "</s>"}}),
+        ("added_tokens.json", {"<think>": None}),
+        ("special_tokens_map.json", {"eos_token": {"content": None}}),
+    ],
+)
+def test_a_wrongly_described_token_is_refused_in_words(file, values, tmp_path):
+    shutil.copy(ROOT / "tiny" / "gpt2" / "tokenizer.json", tmp_path)
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(gpt2.InputError, match="describes an added token wrongly"):
+        gpt2.tokenizer(tmp_path)
 
 
 def test_a_tokenizer_json_that_begins_with_a_byte_order_mark_is_read(tmp_path):
