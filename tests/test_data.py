@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,17 @@ def test_a_token_beyond_the_vocabulary_is_refused(refused):
     assert "token 256" in error and "the model has 256" in error
 
 
+def test_a_token_beyond_the_vocabulary_is_found_wherever_it_stands(refused):
+    write_checkpoint("model")
+    write_bin("good.bin", range(100))
+    for tokens in (np.zeros(10_000_000, np.uint16), np.zeros(100, np.uint16)):
+        tokens[:10] = range(10)
+        tokens[-1] = 300
+        tokens.tofile("bad.bin")
+        for files in (["bad.bin"], ["bad.bin", "good.bin"], ["good.bin", "bad.bin"]):
+            assert "token 300" in refused("--data", *files, "--weights", "model")
+
+
 @pytest.mark.parametrize("kind", [np.uint16, np.uint32, np.int32, np.int64])
 def test_ids_of_two_four_and_eight_bytes_are_told_apart(prepare, kind):
     """np.array(ids).tofile writes eight, and some scripts four; nanoGPT's own two."""
@@ -286,11 +298,19 @@ def test_lines_of_json_are_texts_whatever_the_file_is_called(prepare, name, bom)
     assert text_of(*found) == f"{FIRST}<|endoftext|>{SECOND}<|endoftext|>"
 
 
+def test_a_line_of_json_ends_with_a_newline_and_nowhere_else(prepare):
+    texts = [f"{FIRST}\u2028\x85\x0c", SECOND]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    Path("a.jsonl").write_bytes("\r\n \n".join(lines).encode())
+    found = prepare("--data", "a.jsonl", "--tokens", "bytes")
+    assert text_of(*found) == "<|endoftext|>".join([*texts, ""])
+
+
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_an_array_in_a_json_is_a_list_of_texts(prepare, with_keys):
     texts = [FIRST, SECOND]
     rows = [{"text": text} for text in texts] if with_keys else texts
-    Path("a.json").write_text(json.dumps(rows, indent=1))
+    Path("a.json").write_text("\n \n" + json.dumps(rows, indent=1))
     found = prepare("--data", "a.json", "--tokens", "bytes")
     assert text_of(*found) == f"{FIRST}<|endoftext|>{SECOND}<|endoftext|>"
 
@@ -329,6 +349,151 @@ def test_a_long_text_has_the_ids_that_it_has_in_one_piece(tmp_path):
     found = np.fromfile("tokens.bin", np.uint16).tolist()
     codec = llama.tokenizer(folder)
     assert found == [*codec.encode(text), 2, *codec.encode("short"), 2]
+
+
+def awkward_texts():
+    """name -> a text of several pieces, or of none."""
+    rng = np.random.default_rng(0)
+    words = ["the", "naïve", "日本", "don't", "1234", "🙂", "e\u0301", "x" * 99, "wait...", "no;"]
+    words = [words[i] for i in rng.integers(len(words), size=9_000)]
+    lines = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
+    return {
+        "one line": " ".join(words),
+        "lines": "\n".join(lines),
+        "lines that end with punctuation": ".\n".join(lines),
+        "lines of Windows": "\r\n".join(lines),
+        "lines that end with a blank": " \n".join(lines),
+        "blank lines and indentation": "\n\n\t  ".join(lines),
+        "line separators": "\u2028\x85 ".join(lines),
+        "two bytes each, from an odd place": "x" + "é ü" * 50_000,
+        "four bytes each, from an odd place": "x" + "🙂 é " * 40_000,
+        "no end of a line": "\n".join(lines)[:-1] + "a",
+        "short": "short",
+        "empty": "",
+    }
+
+
+def bpe(pattern, texts):
+    """A byte-level BPE whose words are those of a pattern, as Llama 3's are."""
+    codec = train.byte_level(train.byte_vocabulary(), [], use_regex=False)
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, codec.pre_tokenizer])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1000,
+        show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
+    codec.train_from_iterator(texts, trainer)
+    return codec
+
+
+GPT2_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("pattern", [GPT2_WORDS, LLAMA3_WORDS], ids=["gpt2", "llama3"])
+def test_streamed_texts_have_the_ids_that_they_have_as_a_whole(pattern, tmp_path):
+    """Llama 3 has tokens of punctuation and the newline after it, which no cut may part."""
+    texts = awkward_texts()
+    folder = write_checkpoint("model", vocab_size=1000)
+    codec = bpe(pattern, [text[:9000] for text in texts.values()])
+    codec.save(f"{folder}/tokenizer.json")
+    for i, text in enumerate(texts.values()):
+        Path(f"{i:02}.txt").write_bytes(text.encode())
+    train.write_tokens(tmp_path, gpt2, folder, train.Texts(train.find_files(["*.txt"])))
+    found = np.fromfile("tokens.bin", np.uint16)
+
+    for name, text in texts.items():
+        whole = codec.encode(text).ids
+        assert found[: len(whole)].tolist() == whole, name
+        found = found[len(whole) :]
+    assert not len(found)
+    long = [text for text in texts.values() if len(text) > 2**16]
+    assert all(len([*train.cut([text])]) > 1 for text in long) and len(long) > 8
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+@pytest.mark.parametrize("letters", ["abcdefgh", "。!", "\n", "a\n "])
+def test_a_text_without_a_place_to_cut_is_cut_somewhere_and_loses_nothing(
+    prepare, monkeypatch, kind, letters
+):
+    monkeypatch.setattr(train, "CUTS", [(pattern, 2**15) for pattern, _ in train.CUTS])
+    text = " " * 100_000 + "".join(np.random.default_rng(0).choice([*letters], size=100_000))
+    Path("a.txt").write_bytes(text.encode())
+    assert max(len(piece) for piece, _ in train.cut([text])) <= 2**15
+    assert text_of(*prepare("--data", "a.txt", "--tokens", kind, "--vocab-size", 260)) == text
+
+
+def test_where_the_blocks_of_a_text_end_does_not_matter():
+    rng = np.random.default_rng(0)
+    for text in awkward_texts().values():
+        ends = np.sort(rng.integers(len(text) + 1, size=50))
+        blocks = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+        assert [*train.cut(blocks)] == [*train.cut([text])]
+
+
+def test_a_text_is_never_in_memory_as_a_whole():
+    Path("a.txt").write_text(TEXT * 400)
+    [text] = train.Texts([Path("a.txt")])
+    blocks = [*text]
+    assert "".join(blocks) == TEXT * 400 and len(blocks) > 5
+    batches = [*train.batches(train.pieces([blocks]))]
+    sizes = [sum(len(piece) for piece, *_ in batch) for batch in batches]
+    assert sum(sizes) == len(TEXT * 400) and max(sizes) <= 2**20 + 2**16
+
+
+@pytest.mark.parametrize(
+    ("kind", "learned_from"),
+    [("bytes", []), ("char", ["a.txt", "b.jsonl"]), ("bpe", ["a.txt"])],
+)
+def test_a_file_is_read_once_for_each_pass(prepare, monkeypatch, kind, learned_from):
+    """To check it, to learn a tokenizer, to encode it; once it is encoded, only to check it.
+
+    The last tenth, of which b.jsonl is a part, is not learned from.
+    """
+    opened = []
+
+    def open_text(file, original=train.open_text):
+        opened.append(file.name)
+        return original(file)
+
+    monkeypatch.setattr(train, "open_text", open_text)
+    Path("a.txt").write_text(TEXT)
+    write_jsonl("b.jsonl", '{"text": "one"}', '{"text": "two"}')
+    prepare("--data", "a.txt", "b.jsonl", "--tokens", kind)
+    assert opened == ["a.txt", "b.jsonl", *learned_from, "a.txt", "b.jsonl"]
+    opened.clear()
+    prepare("--data", "a.txt", "b.jsonl", "--tokens", kind)
+    assert opened == ["a.txt", "b.jsonl"]
+
+
+def peak_memory(*flags) -> int:
+    """The bytes that train.py has in memory at most, for two steps."""
+    command = [sys.executable, ROOT / "train.py", *SMALL.split(), *flags]
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return used.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_large_text_takes_little_more_memory_than_a_small_one(kind):
+    size = 400_000_000
+    Path("small.txt").write_text(TEXT * 10)
+    with open("large.txt", "w") as file:
+        for _ in range(size // len(TEXT)):
+            file.write(TEXT)
+    flags = ["--tokens", kind, "--save-every", 0, "--block", 64, "--data"]
+    small = peak_memory(*flags, "small.txt", "--out", "small")
+    large = peak_memory(*flags, "large.txt", "--out", "large")
+    assert large < small + size / 2
 
 
 def test_a_tokenizer_that_ends_texts_itself_does_not_begin_the_next_with_it(tmp_path):
@@ -421,10 +586,39 @@ def test_a_tokenizer_that_cuts_texts_off_encodes_them_whole(prepare):
     assert found[: len(whole)] == whole and len(found) <= len(whole) + 1
 
 
-def test_an_error_leaves_nothing_in_the_cache(refused, cache):
+@pytest.mark.parametrize("end", [b"\xff", "é".encode()[:1]], ids=["no character", "half of one"])
+def test_an_error_leaves_nothing_in_the_cache(refused, cache, end):
     write_jsonl("bad.jsonl", json.dumps({"text": TEXT}), "{")
     refused("--data", "bad.jsonl")
+    Path("bad.txt").write_bytes(TEXT.encode() * 100 + end)
+    assert "--data bad.txt is not UTF-8 text" in refused("--data", "bad.txt")
+    Path("bad.jsonl").write_bytes(json.dumps({"text": TEXT}).encode() + b"\n" + end)
+    assert "--data bad.jsonl is not UTF-8 text" in refused("--data", "bad.jsonl")
     assert not files_in(cache)
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_in_the_cache(refused, cache):
+    Path("a.txt").write_text(TEXT * 100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # of each file
+    try:
+        error = refused("--data", "a.txt", "--tokens", "bytes")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large: make room" in error.replace("'", "")
+    assert not [*(cache / "tokens").iterdir()]
+
+
+def test_ctrl_c_leaves_nothing_in_the_cache(prepare, cache, monkeypatch):
+    def interrupted(pieces, original=train.batches):
+        yield next(original(pieces))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "batches", interrupted)
+    Path("a.txt").write_text(TEXT * 100)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("--data", "a.txt", "--tokens", "bytes")
+    assert not [*(cache / "tokens").iterdir()]
 
 
 # ------------------------------------------------------------------------------------- tokenizers
