@@ -13,11 +13,15 @@ Face's format, or a LoRA adapter in PEFT's.
 How to read this file: `main` is its table of contents, `train` is the training loop, `train_step`
 is one update of the weights. Each later section can be read alone.
 
-On one device you may delete: `join_hosts`, `meet`, `wait_for_hosts`, `report_to_first`,
-`any_host_stops` and each `process_allgather` (--multihost); `compile_steps_pmap` and each branch on
-"pmap" or `config.axis`; `gather` in `make_build_model`, and in `compile_steps` the branch on "fsdp"
-with the `remat` of `StepConfig`; `choose_parallel` and `wait_on_emulated_devices`. The mesh must
-stay: `load` and `sharding` of the model files take it.
+On one device you may delete, with the flags --multihost and --parallel:
+* `JOIN`, `join_hosts`, `meet`, `wait_for_hosts`, `report_to_first`, `any_host_stops`, each
+  `process_allgather` and each test of `process_index` (several hosts);
+* `compile_steps_pmap`, and each branch on "pmap" or `config.axis`;
+* `gather` in `make_build_model`, and in `compile_steps` the branch on "fsdp" with the `regather` of
+  `StepConfig`;
+* `wait_on_emulated_devices`, and `choose_parallel`: put "data" in place of its call.
+The mesh must stay, a mesh of one device: `place`, `groups_of`, `init_sharded` and `first_state` use
+it.
 """
 
 import argparse
@@ -241,10 +245,12 @@ def duration(seconds: float) -> str:
 class Stop:
     """Whether Ctrl-C (SIGINT) or SIGTERM has asked the run to stop.
 
-    The current step is finished (with several hosts, up to ten more), a checkpoint is saved, and
-    then the program ends. A further Ctrl-C ends it at once: the checkpoint being written is lost,
-    and earlier ones are kept. A further SIGTERM is ignored. Before and after the training, Ctrl-C
-    ends the program at once, and so does SIGTERM if no stop was asked for.
+    The question is asked after each step. So the current step is finished, or the next one if the
+    run is evaluating (with several hosts, up to ten more); a checkpoint is saved, and the program
+    ends. After the last step it goes on to write the model. A further Ctrl-C ends it at once: the
+    checkpoint being written is lost, and earlier ones are kept. A further SIGTERM is ignored.
+    Before and after the training, Ctrl-C ends the program at once, and so does SIGTERM if no stop
+    was asked for.
     """
 
     def __init__(self):
@@ -640,7 +646,7 @@ class StepConfig:
     optimizer: optax.GradientTransformation
     balance: Callable | None  # what `balance_of` returned
     ema: float  # decay of the exponential moving average (EMA) of the weights; 0: off
-    remat: Callable | None = None  # changes what the loss keeps for the backward pass
+    regather: Callable | None = None  # FSDP: makes the loss gather its weights twice
     axis: str | None = None  # the name of pmap's axis of devices
 
 
@@ -691,7 +697,8 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
         return jax.lax.psum(x, config.axis)
 
     num_targets = all_reduce(jnp.sum(batch.targets >= 0))
-    # On all devices, over which the balance loss is summed, too.
+    # The balance loss is summed over the microbatches of all devices, so it is divided by their
+    # number.
     num_microbatches = all_reduce(microbatches)
 
     def mean_loss(params, rows, key):
@@ -703,14 +710,15 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
             # It is a product of means over all tokens, so the router's statistics, which the cache
             # also carries, are summed over devices first. Every microbatch adds its share.
             if config.axis is not None:
-                cache = cache._replace(layers=jax.lax.psum(cache.layers, config.axis))
+                layers = [(k, v, jax.lax.psum(stats, config.axis)) for k, v, stats in cache.layers]
+                cache = cache._replace(layers=layers)
             balance = config.balance(cache) / num_microbatches
         metrics = {"loss": loss, "accuracy": correct.sum() / num_targets}
         return state.get("scale", 1) * (loss + balance), metrics
 
-    # FSDP: regather the weights in the backward pass.
-    if config.remat is not None:
-        mean_loss = config.remat(mean_loss)
+    # FSDP: gather the weights again in the backward pass.
+    if config.regather is not None:
+        mean_loss = config.regather(mean_loss)
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
 
     def add_microbatch(total, microbatch):
@@ -766,7 +774,7 @@ def compile_steps(config: StepConfig, mesh, state: dict):
     if "fsdp" in mesh.shape:
         # What FSDP gathers for the forward pass is dropped, and gathered again for the backward.
         policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-        config = replace(config, remat=partial(jax.checkpoint, policy=policy))
+        config = replace(config, regather=partial(jax.checkpoint, policy=policy))
     shardings = jax.tree.map(lambda x: x.sharding, state)
     train = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
     return train, jax.jit(partial(eval_step, config))
@@ -833,6 +841,8 @@ def make_optimizer(args) -> tuple:
 
     Weight decay is for matrices only. To add an optimizer, add a row to the table, a function of
     the learning rate such as `partial(optax.sgd, momentum=args.beta1)`, and its name to OPTIMIZERS.
+    SGD has no weight decay of its own: for --weight-decay, chain `optax.add_decayed_weights`
+    before it.
     """
     rate = learning_rate(args)
     decay = args.weight_decay
