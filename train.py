@@ -62,6 +62,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.multihost_utils import process_allgather
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -500,7 +501,7 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
             f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
             "raise --steps"
         )
-    run.metrics = Metrics(args.out, run.step)
+    run.metrics = Metrics(args.out, run.step, title_of(args, params))
     return run
 
 
@@ -1681,8 +1682,9 @@ class Metrics:
     writes.
     """
 
-    def __init__(self, out: Path, step: int):
+    def __init__(self, out: Path, step: int, title: str = ""):
         self.file = out / "metrics.jsonl"
+        self.title = title  # of the picture
         self.writes = jax.process_index() == 0
         self.rows = []
         self.board = None
@@ -1723,20 +1725,12 @@ class Metrics:
             self.board.close()
 
     def draw(self):
-        """Draws out/curves.png: learning rate, gradient norm, loss and accuracy."""
+        """Draws out/curves.png."""
         if not self.writes:
             return
-        figure = Figure((10, 6), layout="constrained")
-        names = ("lr", "norm", "loss", "accuracy")
-        for axes, name in zip(figure.subplots(2, 2).flat, names, strict=True):
-            for column in (name, f"val_{name}"):
-                points = [(row["step"], row[column]) for row in self.rows if column in row]
-                if points:
-                    points = points[:: len(points) // 4000 + 1]  # 4,000 at most
-                    axes.plot(*zip(*points, strict=True), label=column)
-            axes.legend()
+        figure = draw_curves(self.rows, self.title)
         with exit_on_write_error(self.file):
-            figure.savefig(self.file.with_name("curves.png"))
+            figure.savefig(self.file.with_name("curves.png"), dpi=150)
 
     def divergence(self) -> str:
         """What is wrong with the last ten steps, or "": a loss that is not finite, or that jumped.
@@ -1759,6 +1753,146 @@ class Metrics:
                 step = last[-1]["step"]
                 return f"the loss of ten steps to {step} is {new:.2f}, after {old:.2f}"
         return ""
+
+
+# Two colours that colour-blind readers tell apart: Okabe and Ito 2008.
+TRAINING, VALIDATION = "#0072B2", "#D55E00"
+
+
+def draw_curves(rows: list[dict], title: str) -> Figure:
+    """The curves of a run: the loss; below it accuracy, norm of the gradient and learning rate.
+
+    rows: of metrics.jsonl.
+    """
+    figure = Figure((9, 7), layout="constrained")
+    figure.suptitle(title, fontsize=12, wrap=True)
+    panels = figure.subplot_mosaic([["loss"] * 3, ["accuracy", "norm", "lr"]], height_ratios=[2, 1])
+    last = max((row["step"] for row in rows), default=1)
+    for name, label in [
+        ("loss", "loss (nats per token)"),
+        ("accuracy", "accuracy (% of tokens)"),
+        ("norm", "gradient norm"),
+        ("lr", "learning rate"),
+    ]:
+        most = 8 if name == "loss" else 3
+        panels[name].xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=True))
+        panels[name].xaxis.set_major_formatter("{x:,.0f}")
+        panels[name].set_xlim(0, 1.02 * last)
+        panels[name].set_xlabel("step")
+        panels[name].set_ylabel(label)
+        panels[name].grid(alpha=0.3)
+
+    loss, val_loss = column(rows, "loss"), column(rows, "val_loss")
+    plot_training(panels["loss"], *loss)
+    plot_validation(panels["loss"], *val_loss)
+    mark_lowest(panels["loss"], *val_loss)
+    panels["loss"].set_ylim(robust_range(loss, val_loss))
+    panels["loss"].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+
+    steps, accuracy = column(rows, "accuracy")
+    plot_training(panels["accuracy"], steps, 100 * accuracy)
+    steps, accuracy = column(rows, "val_accuracy")
+    plot_validation(panels["accuracy"], steps, 100 * accuracy)
+
+    plot_training(panels["norm"], *column(rows, "norm"))
+    panels["norm"].set_yscale("log")
+    panels["norm"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels["norm"].yaxis.set_major_formatter("{x:g}")
+    panels["norm"].yaxis.set_minor_formatter("")
+    panels["lr"].plot(*thinned(*column(rows, "lr")), color=TRAINING)
+    panels["lr"].set_ylim(bottom=0)
+    panels["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    return figure
+
+
+def title_of(args, params) -> str:
+    """What is trained on what, for the picture."""
+    trained = sum(param.size for param in jax.tree.leaves(params))
+    data = args.data or ([] if args.dataset else ["Python's source"])
+    names = [Path(name).name for name in data]
+    if args.dataset:
+        names.append(args.dataset)
+    if len(names) > 3:
+        names = [*names[:2], f"{len(names) - 2} more"]
+    model = f"{args.model}.py"
+    if args.weights:
+        model += f", from {'/'.join(Path(args.weights).parts[-2:])}"
+    return f"{model}: {trained:,} parameters trained on {', '.join(names)}"
+
+
+def column(rows: list[dict], name: str) -> tuple:
+    """(steps, values) of the rows that have this column."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = np.reshape(points, (-1, 2)).T
+    return steps, values
+
+
+def plot_training(axes, steps, values):
+    """The values of the steps, faint, and their running mean over a fiftieth of the steps."""
+    window = max(1, len(values) // 50)
+    axes.plot(*thinned(steps, values), color=TRAINING, alpha=0.25, linewidth=0.8)
+    label = "training" if window == 1 else f"training, mean of {window:,} steps"
+    axes.plot(*thinned(steps, running_mean(values, window)), color=TRAINING, label=label)
+
+
+def plot_validation(axes, steps, values):
+    """Points on a line."""
+    axes.plot(
+        *thinned(steps, values),
+        "o-",
+        color=VALIDATION,
+        markersize=4,
+        linewidth=1,
+        label="validation",
+    )
+
+
+def mark_lowest(axes, steps, values):
+    """A ring around the lowest validation loss, and its value in the legend."""
+    if not np.isfinite(values).any():
+        return
+    best = np.nanargmin(values)
+    label = f"lowest: {values[best]:.4f} at step {steps[best]:,.0f}"
+    ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.5}
+    axes.plot(steps[best], values[best], "o", color=VALIDATION, label=label, **ring)
+
+
+def running_mean(values, window: int):
+    """For each value the mean of the `window` nearest ones, as far as they are finite; or NaN."""
+    finite = np.isfinite(values)
+    sums = np.append(0, np.cumsum(np.where(finite, values, 0)))
+    counts = np.append(0, np.cumsum(finite))
+
+    places = np.arange(len(values))
+    first = np.maximum(places - window // 2, 0)
+    end = np.minimum(places + (window + 1) // 2, len(values))
+    count = counts[end] - counts[first]
+    return np.where(count > 0, (sums[end] - sums[first]) / np.maximum(count, 1), np.nan)
+
+
+def thinned(steps, values) -> tuple:
+    """About 2,000 points at most, the last one included: a picture shows no more."""
+    every = 1 + len(steps) // 2000
+    return steps[::-every], values[::-every]
+
+
+def robust_range(*curves) -> tuple[float, float] | None:
+    """(bottom, top) of the loss, or None: what the curves need after a twentieth of the steps.
+
+    curves: (steps, values). Before that they fall from where every token is as likely. A curve gets
+    no more room than to where its loss would count as diverged: see `Metrics.divergence`.
+    """
+    last = max((steps.max() for steps, _ in curves if len(steps) > 0), default=0)
+    bottoms, tops = [], []
+    for steps, values in curves:
+        shown = values[(steps > last / 20) & np.isfinite(values)]
+        if len(shown) > 0:
+            bottoms.append(shown.min())
+            tops.append(min(shown.max(), 1.5 * np.median(shown) + 0.5))
+    if not bottoms or min(bottoms) >= max(tops):
+        return None
+    margin = 0.05 * (max(tops) - min(bottoms))
+    return min(bottoms) - margin, max(tops) + margin
 
 
 # --------------------------------------- Devices and hosts ----------------------------------------
