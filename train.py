@@ -129,6 +129,7 @@ class Run:
     val_loss: float = math.nan  # the last estimate
     trouble: str = ""  # why the run must stop
     stopped: bool = False  # by a signal
+    out_of_patience: bool = False  # see --patience
 
     @property
     def learned(self):
@@ -142,14 +143,18 @@ class Run:
 
 
 def train(run: Run, stop: "Stop") -> None:
-    """The training loop: until --steps, a signal, or a loss that diverges."""
+    """The training loop: until --steps, a signal, --patience, or a loss that diverges."""
+    if is_over(run):
+        return
     key = random_key(run.args.seed)
     say("compiling the evaluation")
-    run.val_loss, _ = evaluate(run, run.learned, some_batches(run))
+    run.val_loss, accuracy = evaluate(run, run.learned, some_batches(run))
     print(f"validation loss before step {run.step + 1}: {run.val_loss:.4f}", flush=True)
+    if run.args.eval_first and run.step == 0:
+        run.metrics.add([{"step": 0, "val_loss": run.val_loss, "val_accuracy": accuracy}])
     say("compiling the training step")
 
-    while run.step < run.args.steps and not run.stopped:
+    while run.step < run.args.steps and not run.stopped and not run.out_of_patience:
         start_trace(run)  # with --profile
         batch = next_batch(run)
         run.state, metrics = run.train_step(run.state, run.frozen, batch, key)
@@ -170,6 +175,7 @@ def train(run: Run, stop: "Stop") -> None:
             break
         if due.evaluate or due.save:
             log_validation(run)
+            heed_patience(run, due)  # with --patience
         if due.evaluate or sys.stderr.isatty():
             print_progress(run, end="\n" if due.evaluate else "\r")
         if due.evaluate and run.prompt:
@@ -188,24 +194,31 @@ def finish(run: Run) -> int:
         run.checkpoints.wait_until_finished()
 
     if run.trouble:
-        newest = run.checkpoints.latest_step() or 0
-        print(
-            f"train.py: {run.trouble}; newest checkpoint: step {newest}; "
-            "try a lower --lr, a longer --warmup or a smaller --clip",
-            file=sys.stderr,
-        )
+        newest = run.checkpoints.latest_step()
+        advice = "begin again with a lower --lr, a longer --warmup or a smaller --clip"
+        if newest is not None:
+            advice = (
+                f"newest checkpoint: step {newest}; go on from there with --resume and a lower "
+                f"--lr or a smaller --clip, or {advice} in another --out"
+            )
+        print(f"train.py: {run.trouble}; {advice}", file=sys.stderr)
         return 1
-    if run.step < run.args.steps:
+    if run.step < run.args.steps and not run.out_of_patience:
         print(
             f"stopped after step {run.step}: the same command with --resume goes on from there",
             file=sys.stderr,
         )
         return 130
 
+    if run.out_of_patience:
+        print(
+            f"stopped after step {run.step}: {run.args.patience} estimates without a lower validation loss"
+        )
+
     # The best weights, as they are written: in --save-dtype.
     best = run.checkpoints.best_step()
     if best not in (None, run.step):
-        run.state = restore_checkpoint(run, best)
+        run.state = restore_state(run, best)
         print(f"the validation loss was lowest at step {best}: its weights are written")
     dtype = run.args.save_dtype
     params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), run.learned)
@@ -228,10 +241,15 @@ def finish(run: Run) -> int:
     return 0
 
 
-def say(doing: str) -> None:
-    """Says on standard error what takes its time; of several hosts, the first does."""
+def note(line: str) -> None:
+    """A line on standard error; of several hosts, the first writes it."""
     if jax.process_index() == 0:
-        print(f"{doing} ...", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
+
+
+def say(doing: str) -> None:
+    """Says what takes its time."""
+    note(f"{doing} ...")
 
 
 def duration(seconds: float) -> str:
@@ -268,6 +286,45 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self.asked:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+
+
+def is_over(run: Run) -> bool:
+    """Whether a resumed run has nothing left to train; its model is then written again."""
+    patience = run.args.patience
+    if run.step == run.args.steps:
+        over, more = f"all {run.step} steps are done", "steps"
+    elif patience and estimates_since_lowest(run) >= patience:
+        run.out_of_patience = True
+        over, more = f"--patience {patience} had stopped the run after step {run.step}", "patience"
+    else:
+        return False
+    note(f"{over}: the model is written again; a larger --{more} goes on")
+    return True
+
+
+def heed_patience(run: Run, due: "Due") -> None:
+    """--patience: saves after the lowest validation loss so far, or stops after enough others.
+
+    Several hosts agree, because each has the same estimates.
+    """
+    if not run.args.patience:
+        return
+    since = estimates_since_lowest(run)
+    if since == 0:
+        due.save = True
+    if since >= run.args.patience:
+        run.out_of_patience = True
+        due.evaluate = due.save = True
+
+
+def estimates_since_lowest(run: Run) -> int:
+    """How many validation losses came after the lowest one; that of step 0 does not count."""
+    steps, losses = column(run.metrics.rows, "val_loss")
+    losses = losses[steps > 0]
+    if len(losses) == 0:
+        return 0
+    lowest = np.argmin(np.where(np.isnan(losses), np.inf, losses))
+    return len(losses) - 1 - lowest
 
 
 @dataclass
@@ -493,9 +550,7 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
         clock=Clock(),
     )
     if args.resume is not None:
-        run.step = run.resumed_at = step_to_resume(run)
-        run.state = restore_checkpoint(run, run.step)
-        drop_later_checkpoints(run)
+        resume(run)
     if args.profile and args.steps - run.step < 15:
         fail(
             f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
@@ -1543,14 +1598,15 @@ def write_adapters(folder: Path, args, model, adapters: dict):
 
 # ------------------------------- Checkpoints and the finished model -------------------------------
 
-# What must be the same when a run is resumed.
+# What must be the same when a run is resumed, but for what is in CHANGEABLE.
 SETTINGS = (
     *("dataset", "tokens", "vocab_size"),
     *("model", "weights", "layers", "heads", "width", "block", "dropout", "experts"),
     *("lora", "lora_targets", "steps", "batch", "optimizer", "lr", "schedule", "min_lr", "warmup"),
     *("weight_decay", "beta1", "beta2", "clip", "ema", "seed", "dtype"),
 )
-
+# What may be changed then: a step depends on it, and neither the state nor the order of the rows.
+CHANGEABLE = ("steps", "lr", "schedule", "min_lr", "warmup", "weight_decay", "clip")
 
 NEWEST = -1  # --resume without a step
 
@@ -1605,8 +1661,31 @@ def step_to_resume(run: Run) -> int:
     return run.args.resume
 
 
-def restore_checkpoint(run: Run, step: int) -> dict:
+def resume(run: Run):
+    """Goes on from the checkpoint of --resume."""
+    step = step_to_resume(run)
+    stored = restore(run, step, settings=ocp.args.JsonRestore()).settings
+    changes = compare_settings(run, stored)
+    if step > run.args.steps:
+        fail(f"--steps {run.args.steps}: the checkpoint is of step {step}; ask for more")
+    run.state = restore_state(run, step)
+    run.step = run.resumed_at = step
+
+    if changes:
+        note(
+            f"{', '.join(changes)}: from step {step + 1} on; there the new schedule gives a "
+            f"learning rate of {run.learning_rate(step):.2e}"
+        )
+    drop_later_checkpoints(run)
+
+
+def restore_state(run: Run, step: int) -> dict:
     """The state after a step, in the shapes and on the devices of run.state."""
+    return restore(run, step, state=ocp.args.StandardRestore(run.state)).state
+
+
+def restore(run: Run, step: int, **items):
+    """The items `state` or `settings` of a checkpoint."""
     folder = run.checkpoints.directory
     before = max((s for s in run.checkpoints.all_steps() if s < step), default=None)
     instead = "begin again in another --out"
@@ -1614,31 +1693,45 @@ def restore_checkpoint(run: Run, step: int) -> dict:
         instead = f"--resume {before} goes on from the one before"
     damaged = f"{folder / str(step)} is damaged ({{}}): {instead}"
     with explained((KeyError, ValueError, OSError, TypeError), damaged):
-        items = ocp.args.Composite(settings=ocp.args.JsonRestore())
-        check_settings(run, run.checkpoints.restore(step, args=items).settings)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(run.state))
-        return run.checkpoints.restore(step, args=items).state
+        return run.checkpoints.restore(step, args=ocp.args.Composite(**items))
 
 
 def drop_later_checkpoints(run: Run):
     """After --resume STEP: what came later would be in the way of what comes now."""
     for step in run.checkpoints.all_steps():
         if step > run.step:
-            print(f"the checkpoint of step {step} is dropped", file=sys.stderr)
+            note(f"the checkpoint of step {step} is dropped")
             run.checkpoints.delete(step)
 
 
-def check_settings(run: Run, stored: dict):
-    """Refuses to resume with other settings or data than the run had."""
-    other = []
+def compare_settings(run: Run, stored: dict) -> list[str]:
+    """What the command line changes, such as "--lr 0.003 -> 0.001". Exits if it may not.
+
+    A value of CHANGEABLE may be named anew. The defaults that follow from it change with it; any
+    other default does not, as it was only left out.
+    """
+    named = set(run.args.named)
+    if "steps" in named:
+        named.add("warmup")  # a twentieth of it
+    if "lr" in named:
+        named.add("min_lr")  # a tenth of it
+
+    changes, refused = [], []
     for name, value in run.settings.items():
-        if stored.get(name) != value:
-            other.append(f"--{name.replace('_', '-')} {stored.get(name)}")
-    if other:
+        was = stored.get(name)
+        flag = f"--{name.replace('_', '-')}"
+        if was == value:
+            continue
+        if name in named:
+            changes.append(f"{flag} {was} -> {value}")
+        else:
+            refused.append(f"{flag} {was}")
+    if refused:
         fail(
-            f"the run in {run.args.out} has {', '.join(other)}: resume with that, or begin in "
+            f"the run in {run.args.out} has {', '.join(refused)}: resume with that, or begin in "
             "another --out"
         )
+    return changes
 
 
 def write_model(run: Run, model):
@@ -1879,16 +1972,19 @@ def thinned(steps, values) -> tuple:
 def robust_range(*curves) -> tuple[float, float] | None:
     """(bottom, top) of the loss, or None: what the curves need after a twentieth of the steps.
 
-    curves: (steps, values). Before that they fall from where every token is as likely. A curve gets
-    no more room than to where its loss would count as diverged: see `Metrics.divergence`.
+    curves: (steps, values). Before that they fall from where every token is as likely. Values that
+    would count as diverged get no room, see `Metrics.divergence`; another point at step 0 does.
     """
     last = max((steps.max() for steps, _ in curves if len(steps) > 0), default=0)
     bottoms, tops = [], []
     for steps, values in curves:
-        shown = values[(steps > last / 20) & np.isfinite(values)]
-        if len(shown) > 0:
-            bottoms.append(shown.min())
-            tops.append(min(shown.max(), 1.5 * np.median(shown) + 0.5))
+        late = (steps > last / 20) & np.isfinite(values)
+        if not late.any():
+            continue
+        most = 1.5 * np.median(values[late]) + 0.5
+        shown = values[(late | (steps == 0)) & (values <= most)]
+        bottoms.append(shown.min())
+        tops.append(shown.max())
     if not bottoms or min(bottoms) >= max(tops):
         return None
     margin = 0.05 * (max(tops) - min(bottoms))
@@ -2133,6 +2229,10 @@ def parse_command_line() -> argparse.Namespace:
     add_machine_flags(parser)
 
     args = parser.parse_args()
+
+    # Which of CHANGEABLE the command line names: these have a value without their defaults.
+    without = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(CHANGEABLE)))
+    args.named = [name for name in CHANGEABLE if getattr(without, name) is not None]
     fill_defaults(args)
     check_numbers(args)
     check_model_flags(args)
@@ -2249,6 +2349,13 @@ def add_training_flags(parser):
         0.0,
         "evaluate and write an exponential moving average of the weights; its decay",
     )
+    add_number(
+        training,
+        "--patience",
+        0,
+        "stop after this many estimates of the validation loss without a lower one, each lowest so "
+        "far is saved, and the best is written; 0: off",
+    )
     add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
 
 
@@ -2266,9 +2373,15 @@ def add_output_flags(parser):
         const=NEWEST,
         type=int,
         metavar="STEP",
-        help="go on from the newest checkpoint in --out, or from that of a step",
+        help="go on from the newest checkpoint in --out, or from that of a step; --steps, --lr, "
+        "--schedule, --min-lr, --warmup, --weight-decay and --clip may be other ones",
     )
     add_number(output, "--eval-every", 250, "steps between estimates of the validation loss")
+    output.add_argument(
+        "--eval-first",
+        action="store_true",
+        help="keep the estimate before the first step, too: as step 0 in metrics.jsonl and curves",
+    )
     add_number(output, "--save-every", 500, "steps between checkpoints; 0: only the final model")
     add_number(output, "--keep", 2, "how many of the last checkpoints stay, besides the best")
     output.add_argument(
@@ -2377,7 +2490,7 @@ def check_numbers(args):
     least = {
         "layers heads width block steps batch accumulate eval_every keep": 1,
         "vocab_size": 256,
-        "seed save_every lora weight_decay min_lr warmup": 0,
+        "seed save_every lora weight_decay min_lr warmup patience": 0,
     }
     for names, number in least.items():
         for name in names.split():
