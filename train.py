@@ -123,6 +123,7 @@ class Run:
     step: int = 0  # steps done
     began: float = field(default_factory=time.monotonic)
     resumed_at: int = 0  # steps that were done before, where the run was resumed
+    changes: list[str] = field(default_factory=list)  # of settings, since then
     metrics: "Metrics" = None
     waiting: list = field(default_factory=list)  # metrics of steps still in flight
     clock: "Clock" = None
@@ -212,7 +213,8 @@ def finish(run: Run) -> int:
 
     if run.out_of_patience:
         print(
-            f"stopped after step {run.step}: {run.args.patience} estimates without a lower validation loss"
+            f"stopped after step {run.step}: {run.args.patience} estimates without a lower "
+            "validation loss"
         )
 
     # The best weights, as they are written: in --save-dtype.
@@ -557,6 +559,8 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
             "raise --steps"
         )
     run.metrics = Metrics(args.out, run.step, title_of(args, params))
+    if args.log == "wandb" and jax.process_index() == 0:
+        run.metrics.wandb = open_wandb(run)
     return run
 
 
@@ -1665,15 +1669,15 @@ def resume(run: Run):
     """Goes on from the checkpoint of --resume."""
     step = step_to_resume(run)
     stored = restore(run, step, settings=ocp.args.JsonRestore()).settings
-    changes = compare_settings(run, stored)
+    run.changes = compare_settings(run, stored)
     if step > run.args.steps:
         fail(f"--steps {run.args.steps}: the checkpoint is of step {step}; ask for more")
     run.state = restore_state(run, step)
     run.step = run.resumed_at = step
 
-    if changes:
+    if run.changes:
         note(
-            f"{', '.join(changes)}: from step {step + 1} on; there the new schedule gives a "
+            f"{', '.join(run.changes)}: from step {step + 1} on; there the new schedule gives a "
             f"learning rate of {run.learning_rate(step):.2e}"
         )
     drop_later_checkpoints(run)
@@ -1769,7 +1773,7 @@ def exit_on_write_error(path: Path):
 
 
 class Metrics:
-    """The rows of out/metrics.jsonl; with TensorBoard installed, out/tensorboard gets them, too.
+    """The rows of out/metrics.jsonl. TensorBoard, where installed, and W&B get them, too.
 
     A run that is resumed from `step` drops the rows of later steps. Of several hosts, the first
     writes.
@@ -1780,7 +1784,9 @@ class Metrics:
         self.title = title  # of the picture
         self.writes = jax.process_index() == 0
         self.rows = []
+        self.dropped = False
         self.board = None
+        self.wandb = None  # what `open_wandb` returned
         if self.file.exists():
             self.read(step)
 
@@ -1800,6 +1806,8 @@ class Metrics:
                 row = json.loads(line)
                 if row["step"] <= last:
                     self.rows.append(row)
+                else:
+                    self.dropped = True
 
     def add(self, rows: list[dict]):
         """Appends rows, each of which has a step."""
@@ -1811,11 +1819,17 @@ class Metrics:
             for row in rows:
                 for name in row.keys() - {"step"}:
                     self.board.add_scalar(name, row[name], row["step"])
+        if self.wandb:
+            for row in rows:
+                values = {name: value for name, value in row.items() if name != "step"}
+                self.wandb.log(values, step=row["step"])
 
     def close(self):
-        """Writes what TensorBoard still holds."""
+        """Writes what TensorBoard and W&B still hold."""
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def draw(self):
         """Draws out/curves.png."""
@@ -1846,6 +1860,38 @@ class Metrics:
                 step = last[-1]["step"]
                 return f"the loss of ten steps to {step} is {new:.2f}, after {old:.2f}"
         return ""
+
+
+def open_wandb(run: Run):
+    """Begins a run of Weights & Biases (W&B) for --log wandb, or goes on with that of this folder.
+
+    W&B takes no step twice. So where steps are told anew and differently, a new run of it begins.
+    """
+    os.environ["WANDB_SILENT"] = "true"  # neither lines among ours nor a prompt to log in
+    wandb = importlib.import_module("wandb")
+    out = run.args.out.absolute()
+
+    # W&B's folders are named offline-run-DATE-ID, and run-DATE-ID where they were sent.
+    folders = sorted(out.glob("wandb/*run-*"), key=lambda folder: folder.name.split("run-")[1])
+    known = None
+    if folders and not (run.metrics.dropped and run.changes):
+        known = folders[-1].name.rsplit("-", 1)[1]
+
+    config = {name: str(value) for name, value in vars(run.args).items() if name != "named"}
+    config |= run.settings
+    away = "--log wandb: {} (WANDB_MODE=offline keeps the run in this folder)"
+    with explained(wandb.Error, away):
+        logged = wandb.init(
+            dir=out,
+            id=known,
+            resume="allow",
+            name=out.name,
+            config=config,
+            settings=wandb.Settings(console="off"),
+        )
+    kept = f"in {Path(logged.dir).parent}: `wandb sync` sends it"
+    note(f"W&B    {logged.url or kept}")
+    return logged
 
 
 # Two colours that colour-blind readers tell apart: Okabe and Ito 2008.
@@ -2394,6 +2440,12 @@ def add_output_flags(parser):
         "--prompt", metavar="TEXT", help="show at each estimate how the model continues this"
     )
     output.add_argument(
+        "--log",
+        choices=["wandb"],
+        help="send the metrics to Weights & Biases, too; needs the package wandb "
+        "(TensorBoard gets them where it is installed)",
+    )
+    output.add_argument(
         "--profile",
         type=Path,
         metavar="FOLDER",
@@ -2550,6 +2602,8 @@ def check_output_flags(args):
     out = args.out
     if out.exists() and not out.is_dir():
         fail(f"--out {out} is a file: name a folder")
+    if args.log == "wandb" and not find_spec("wandb"):
+        fail("--log wandb needs: pip install wandb")
     stored = any(path.name.isdigit() for path in out.glob("checkpoints/*"))
     if args.resume is not None and not stored:
         fail(f"{out} has no checkpoints: leave --resume out to begin")
