@@ -41,6 +41,7 @@ import signal
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 import timeit
 import zlib
@@ -196,21 +197,25 @@ def finish(run: Run) -> int:
 
     if run.trouble:
         newest = run.checkpoints.latest_step()
-        advice = "begin again with a lower --lr, a longer --warmup or a smaller --clip"
+        again = "begin again"
         if newest is not None:
-            advice = (
-                f"newest checkpoint: step {newest}; go on from there with --resume and a lower "
-                f"--lr or a smaller --clip, or {advice} in another --out"
+            again = (
+                f"newest checkpoint: step {newest}: go on from it by --resume, or from another by "
+                "--resume STEP,"
             )
-        print(f"train.py: {run.trouble}; {advice}", file=sys.stderr)
+        gently = "with a lower --lr, a longer --warmup or a smaller --clip"
+        note(f"train.py: {run.trouble}; {again} {gently}")
         return 1
     if run.step < run.args.steps and not run.out_of_patience:
-        print(
-            f"stopped after step {run.step}: the same command with --resume goes on from there",
-            file=sys.stderr,
-        )
+        note(f"stopped after step {run.step}: the same command with --resume goes on from there")
         return 130
 
+    write_best(run)
+    return 0
+
+
+def write_best(run: Run) -> None:
+    """Writes the finished model: the weights with the lowest validation loss, or the last."""
     if run.out_of_patience:
         print(
             f"stopped after step {run.step}: {run.args.patience} estimates without a lower "
@@ -240,13 +245,15 @@ def finish(run: Run) -> int:
     )
     if not run.adapters or run.args.merge:
         print(f"to see what it writes: python sample.py --weights {run.args.out}")
-    return 0
 
 
 def note(line: str) -> None:
     """A line on standard error; of several hosts, the first writes it."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+    if jax.process_index() != 0:
+        return
+    if sys.stderr.isatty():
+        line = line.ljust(shutil.get_terminal_size().columns - 1)  # over a progress line
+    print(line, file=sys.stderr, flush=True)
 
 
 def say(doing: str) -> None:
@@ -294,14 +301,15 @@ def is_over(run: Run) -> bool:
     """Whether a resumed run has nothing left to train; its model is then written again."""
     patience = run.args.patience
     if run.step == run.args.steps:
-        over, more = f"all {run.step} steps are done", "steps"
-    elif patience and estimates_since_lowest(run) >= patience:
+        note(f"all {run.step} steps are done: the model is written again; a larger --steps goes on")
+        return True
+    if patience and estimates_since_lowest(run) >= patience:
+        note(
+            f"--patience {patience} had stopped the run after step {run.step}: the model is "
+            "written again; a larger --patience goes on"
+        )
         run.out_of_patience = True
-        over, more = f"--patience {patience} had stopped the run after step {run.step}", "patience"
-    else:
-        return False
-    note(f"{over}: the model is written again; a larger --{more} goes on")
-    return True
+    return run.out_of_patience
 
 
 def heed_patience(run: Run, due: "Due") -> None:
@@ -498,7 +506,7 @@ def end_trace_after_five(run: Run, metrics) -> None:
     if run.args.profile and run.step == run.resumed_at + 15:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
-        print(f"five steps are traced: run `xprof {run.args.profile}`", file=sys.stderr)
+        note(f"five steps are traced: run `xprof {run.args.profile}`")
 
 
 def end_trace(run: Run) -> None:
@@ -609,14 +617,17 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     A = layers[0][0].shape[-1] * config.num_attention_heads  # attention width
     keys = sum(keys_of(config, L, args.block))
     trained = sum(param.size for param in jax.tree.leaves(params))
-    print(
+    about = [
         f"model  {args.model}.py, {trained:,} parameters trained, in {args.dtype} "
-        f"on {len(devices)} x {devices[0].device_kind}\n"
-        f"text   {data.describe()}; vocabulary size {config.vocab_size:,}\n"
+        f"on {len(devices)} x {devices[0].device_kind}",
+        f"text   {data.describe()}; vocabulary size {config.vocab_size:,}",
         f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: {N:,} weights N, "
         f"attention width A {A}, {keys:,} keys K in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
-        flush=True,
-    )
+    ]
+    if sys.stdout.isatty():
+        columns = shutil.get_terminal_size().columns
+        about = [textwrap.fill(line, columns, subsequent_indent=" " * 7) for line in about]
+    print(*about, sep="\n", flush=True)
     return per_weight * N + 12 * A * keys, peak
 
 
@@ -757,8 +768,7 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
         return jax.lax.psum(x, config.axis)
 
     num_targets = all_reduce(jnp.sum(batch.targets >= 0))
-    # The balance loss is summed over the microbatches of all devices, so it is divided by their
-    # number.
+    # Of all devices, as the balance losses of all of them are added up.
     num_microbatches = all_reduce(microbatches)
 
     def mean_loss(params, rows, key):
@@ -770,8 +780,7 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
             # It is a product of means over all tokens, so the router's statistics, which the cache
             # also carries, are summed over devices first. Every microbatch adds its share.
             if config.axis is not None:
-                layers = [(k, v, jax.lax.psum(stats, config.axis)) for k, v, stats in cache.layers]
-                cache = cache._replace(layers=layers)
+                cache = sum_router_stats(cache, config.axis)
             balance = config.balance(cache) / num_microbatches
         metrics = {"loss": loss, "accuracy": correct.sum() / num_targets}
         return state.get("scale", 1) * (loss + balance), metrics
@@ -792,6 +801,12 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
         total, _ = jax.lax.scan(add_microbatch, total, others)
     (_, metrics), gradients = all_reduce(total)
     return metrics, gradients
+
+
+def sum_router_stats(cache, axis: str):
+    """A Mixtral's cache, with the router's statistics summed over pmap's axis of devices."""
+    layers = [(k, v, jax.lax.psum(stats, axis)) for k, v, stats in cache.layers]
+    return cache._replace(layers=layers)
 
 
 def update_loss_scale(state: dict, new: dict, norm):
@@ -843,7 +858,7 @@ def compile_steps(config: StepConfig, mesh, state: dict):
 def compile_steps_pmap(config: StepConfig, mesh):
     """The same with pmap: each device runs the program on its own rows, on a copy of the state.
 
-    Devices communicate only by the `psum` and `pmean` in `mean_gradients` and `eval_step`.
+    Devices communicate only by `psum`, in `mean_gradients`, `sum_router_stats` and `eval_step`.
     """
     config = replace(config, axis="pmap")
     options = {"axis_name": "pmap", "out_axes": None, "devices": [*mesh.devices.flat]}
@@ -2270,7 +2285,9 @@ def parse_command_line() -> argparse.Namespace:
     parser.error = fail
     add_text_flags(parser)
     add_model_flags(parser)
-    add_training_flags(parser)
+    training = parser.add_argument_group("training")
+    add_training_flags(training)
+    add_learning_rate_flags(training)
     add_output_flags(parser)
     add_machine_flags(parser)
 
@@ -2349,8 +2366,7 @@ def add_model_flags(parser):
     )
 
 
-def add_training_flags(parser):
-    training = parser.add_argument_group("training")
+def add_training_flags(training):
     add_number(training, "--steps", 2000, "updates of the weights")
     add_number(training, "--batch", 12, "batch size: sequences in a step")
     add_number(
@@ -2362,6 +2378,29 @@ def add_training_flags(parser):
         default="adamw",
         help="lion wants a tenth of --lr (default: %(default)s)",
     )
+    add_number(training, "--weight-decay", 0.1, "weight decay, of matrices only")
+    add_number(training, "--beta1", 0.9, "decay of the mean of gradients")
+    add_number(
+        training, "--beta2", 0.99, "decay of the mean of squared gradients (lion: of gradients)"
+    )
+    add_number(training, "--clip", 1.0, "clip the global norm of the gradient to this")
+    add_number(
+        training,
+        "--ema",
+        0.0,
+        "evaluate and write an exponential moving average of the weights; its decay",
+    )
+    add_number(
+        training,
+        "--patience",
+        0,
+        "stop after this many estimates of the validation loss without a lower one; the lowest so "
+        "far is always saved, and is written in the end; 0: off",
+    )
+    add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
+
+
+def add_learning_rate_flags(training):
     training.add_argument(
         "--lr",
         type=float,
@@ -2383,26 +2422,6 @@ def add_training_flags(parser):
         metavar="N",
         help="steps in which it rises first (default: a twentieth of all)",
     )
-    add_number(training, "--weight-decay", 0.1, "weight decay, of matrices only")
-    add_number(training, "--beta1", 0.9, "decay of the mean of gradients")
-    add_number(
-        training, "--beta2", 0.99, "decay of the mean of squared gradients (lion: of gradients)"
-    )
-    add_number(training, "--clip", 1.0, "clip the global norm of the gradient to this")
-    add_number(
-        training,
-        "--ema",
-        0.0,
-        "evaluate and write an exponential moving average of the weights; its decay",
-    )
-    add_number(
-        training,
-        "--patience",
-        0,
-        "stop after this many estimates of the validation loss without a lower one, each lowest so "
-        "far is saved, and the best is written; 0: off",
-    )
-    add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
 
 
 def add_output_flags(parser):
@@ -2426,7 +2445,7 @@ def add_output_flags(parser):
     output.add_argument(
         "--eval-first",
         action="store_true",
-        help="keep the estimate before the first step, too: as step 0 in metrics.jsonl and curves",
+        help="record the validation loss before the first step, too, as that of step 0",
     )
     add_number(output, "--save-every", 500, "steps between checkpoints; 0: only the final model")
     add_number(output, "--keep", 2, "how many of the last checkpoints stay, besides the best")
