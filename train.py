@@ -2027,7 +2027,8 @@ def running_mean(values, window: int):
 def thinned(steps, values) -> tuple:
     """About 2,000 points at most, the last one included: a picture shows no more."""
     every = 1 + len(steps) // 2000
-    return steps[::-every], values[::-every]
+    first = (len(steps) - 1) % every
+    return steps[first::every], values[first::every]
 
 
 def robust_range(*curves) -> tuple[float, float] | None:
