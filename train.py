@@ -13,11 +13,15 @@ Face's format, or a LoRA adapter in PEFT's.
 How to read this file: `main` is its table of contents, `train` is the training loop, `train_step`
 is one update of the weights. Each later section can be read alone.
 
-On one device you may delete: `join_hosts`, `meet`, `wait_for_hosts`, `report_to_first`,
-`any_host_stops` and each `process_allgather` (--multihost); `compile_steps_pmap` and each branch on
-"pmap" or `config.axis`; `gather` in `make_build_model`, and in `compile_steps` the branch on "fsdp"
-with the `remat` of `StepConfig`; `choose_parallel` and `wait_on_emulated_devices`. The mesh must
-stay: `load` and `sharding` of the model files take it.
+On one device you may delete, with the flags --multihost and --parallel:
+* `JOIN`, `join_hosts`, `meet`, `wait_for_hosts`, `report_to_first`, `any_host_stops`, each
+  `process_allgather` and each test of `process_index` (several hosts);
+* `compile_steps_pmap`, and each branch on "pmap" or `config.axis`;
+* `gather` in `make_build_model`, and in `compile_steps` the branch on "fsdp" with the `regather` of
+  `StepConfig`;
+* `wait_on_emulated_devices`, and `choose_parallel`: put "data" in place of its call.
+The mesh must stay, a mesh of one device: `place`, `groups_of`, `init_sharded` and `first_state` use
+it.
 """
 
 import argparse
@@ -38,6 +42,7 @@ import signal
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 import timeit
 import zlib
@@ -61,6 +66,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.multihost_utils import process_allgather
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -125,12 +131,14 @@ class Run:
     step: int = 0  # steps done
     began: float = field(default_factory=time.monotonic)
     resumed_at: int = 0  # steps that were done before, where the run was resumed
+    changes: list[str] = field(default_factory=list)  # of settings, since then
     metrics: "Metrics" = None
     waiting: list = field(default_factory=list)  # metrics of steps still in flight
     clock: "Clock" = None
     val_loss: float = math.nan  # the last estimate
     trouble: str = ""  # why the run must stop
     stopped: bool = False  # by a signal
+    out_of_patience: bool = False  # see --patience
 
     @property
     def learned(self):
@@ -144,14 +152,18 @@ class Run:
 
 
 def train(run: Run, stop: "Stop") -> None:
-    """The training loop: until --steps, a signal, or a loss that diverges."""
+    """The training loop: until --steps, a signal, --patience, or a loss that diverges."""
+    if is_over(run):
+        return
     key = random_key(run.args.seed)
     say("compiling the evaluation")
-    run.val_loss, _ = evaluate(run, run.learned, some_batches(run))
+    run.val_loss, accuracy = evaluate(run, run.learned, some_batches(run))
     print(f"validation loss before step {run.step + 1}: {run.val_loss:.4f}", flush=True)
+    if run.args.eval_first and run.step == 0:
+        run.metrics.add([{"step": 0, "val_loss": run.val_loss, "val_accuracy": accuracy}])
     say("compiling the training step")
 
-    while run.step < run.args.steps and not run.stopped:
+    while run.step < run.args.steps and not run.stopped and not run.out_of_patience:
         start_trace(run)  # with --profile
         batch = next_batch(run)
         run.state, metrics = run.train_step(run.state, run.frozen, batch, key)
@@ -172,6 +184,7 @@ def train(run: Run, stop: "Stop") -> None:
             break
         if due.evaluate or due.save:
             log_validation(run)
+            heed_patience(run, due)  # with --patience
         if due.evaluate or sys.stderr.isatty():
             print_progress(run, end="\n" if due.evaluate else "\r")
         if due.evaluate and run.prompt:
@@ -190,24 +203,36 @@ def finish(run: Run) -> int:
         run.checkpoints.wait_until_finished()
 
     if run.trouble:
-        newest = run.checkpoints.latest_step() or 0
-        print(
-            f"train.py: {run.trouble}; newest checkpoint: step {newest}; "
-            "try a lower --lr, a longer --warmup or a smaller --clip",
-            file=sys.stderr,
-        )
+        newest = run.checkpoints.latest_step()
+        again = "begin again"
+        if newest is not None:
+            again = (
+                f"newest checkpoint: step {newest}: go on from it by --resume, or from another by "
+                "--resume STEP,"
+            )
+        gently = "with a lower --lr, a longer --warmup or a smaller --clip"
+        note(f"train.py: {run.trouble}; {again} {gently}")
         return 1
-    if run.step < run.args.steps:
-        print(
-            f"stopped after step {run.step}: the same command with --resume goes on from there",
-            file=sys.stderr,
-        )
+    if run.step < run.args.steps and not run.out_of_patience:
+        note(f"stopped after step {run.step}: the same command with --resume goes on from there")
         return 130
+
+    write_best(run)
+    return 0
+
+
+def write_best(run: Run) -> None:
+    """Writes the finished model: the weights with the lowest validation loss, or the last."""
+    if run.out_of_patience:
+        print(
+            f"stopped after step {run.step}: {run.args.patience} estimates without a lower "
+            "validation loss"
+        )
 
     # The best weights, as they are written: in --save-dtype.
     best = run.checkpoints.best_step()
     if best not in (None, run.step):
-        run.state = restore_checkpoint(run, best)
+        run.state = restore_state(run, best)
         print(f"the validation loss was lowest at step {best}: its weights are written")
     dtype = run.args.save_dtype
     params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), run.learned)
@@ -226,13 +251,20 @@ def finish(run: Run) -> int:
         "metrics.jsonl and curves.png"
     )
     print(f"to see what it writes: python sample.py --weights {run.args.out}")
-    return 0
+
+
+def note(line: str) -> None:
+    """A line on standard error; of several hosts, the first writes it."""
+    if jax.process_index() != 0:
+        return
+    if sys.stderr.isatty():
+        line = line.ljust(shutil.get_terminal_size().columns - 1)  # over a progress line
+    print(line, file=sys.stderr, flush=True)
 
 
 def say(doing: str) -> None:
-    """Says on standard error what takes its time; of several hosts, the first does."""
-    if jax.process_index() == 0:
-        print(f"{doing} ...", file=sys.stderr, flush=True)
+    """Says what takes its time."""
+    note(f"{doing} ...")
 
 
 def duration(seconds: float) -> str:
@@ -247,10 +279,12 @@ def duration(seconds: float) -> str:
 class Stop:
     """Whether Ctrl-C (SIGINT) or SIGTERM has asked the run to stop.
 
-    The current step is finished (with several hosts, up to ten more), a checkpoint is saved, and
-    then the program ends. A further Ctrl-C ends it at once: the checkpoint being written is lost,
-    and earlier ones are kept. A further SIGTERM is ignored. Before and after the training, Ctrl-C
-    ends the program at once, and so does SIGTERM if no stop was asked for.
+    The question is asked after each step. So the current step is finished, or the next one if the
+    run is evaluating (with several hosts, up to ten more); a checkpoint is saved, and the program
+    ends. After the last step it goes on to write the model. A further Ctrl-C ends it at once: the
+    checkpoint being written is lost, and earlier ones are kept. A further SIGTERM is ignored.
+    Before and after the training, Ctrl-C ends the program at once, and so does SIGTERM if no stop
+    was asked for.
     """
 
     def __init__(self):
@@ -267,6 +301,46 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self.asked:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+
+
+def is_over(run: Run) -> bool:
+    """Whether a resumed run has nothing left to train; its model is then written again."""
+    patience = run.args.patience
+    if run.step == run.args.steps:
+        note(f"all {run.step} steps are done: the model is written again; a larger --steps goes on")
+        return True
+    if patience and estimates_since_lowest(run) >= patience:
+        note(
+            f"--patience {patience} had stopped the run after step {run.step}: the model is "
+            "written again; a larger --patience goes on"
+        )
+        run.out_of_patience = True
+    return run.out_of_patience
+
+
+def heed_patience(run: Run, due: "Due") -> None:
+    """--patience: saves after the lowest validation loss so far, or stops after enough others.
+
+    Several hosts agree, because each has the same estimates.
+    """
+    if not run.args.patience:
+        return
+    since = estimates_since_lowest(run)
+    if since == 0:
+        due.save = True
+    if since >= run.args.patience:
+        run.out_of_patience = True
+        due.evaluate = due.save = True
+
+
+def estimates_since_lowest(run: Run) -> int:
+    """How many validation losses came after the lowest one; that of step 0 does not count."""
+    steps, losses = column(run.metrics.rows, "val_loss")
+    losses = losses[steps > 0]
+    if len(losses) == 0:
+        return 0
+    lowest = np.argmin(np.where(np.isnan(losses), np.inf, losses))
+    return len(losses) - 1 - lowest
 
 
 @dataclass
@@ -438,7 +512,7 @@ def end_trace_after_five(run: Run, metrics) -> None:
     if run.args.profile and run.step == run.resumed_at + 15:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
-        print(f"five steps are traced: run `xprof {run.args.profile}`", file=sys.stderr)
+        note(f"five steps are traced: run `xprof {run.args.profile}`")
 
 
 def end_trace(run: Run) -> None:
@@ -490,15 +564,15 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
         clock=Clock(),
     )
     if args.resume is not None:
-        run.step = run.resumed_at = step_to_resume(run)
-        run.state = restore_checkpoint(run, run.step)
-        drop_later_checkpoints(run)
+        resume(run)
     if args.profile and args.steps - run.step < 15:
         fail(
             f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
             "raise --steps"
         )
-    run.metrics = Metrics(args.out, run.step)
+    run.metrics = Metrics(args.out, run.step, title_of(args, params))
+    if args.log == "wandb" and jax.process_index() == 0:
+        run.metrics.wandb = open_wandb(run)
     return run
 
 
@@ -555,15 +629,18 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     A = layers[0][0].shape[-1] * config.num_attention_heads  # attention width
     keys = sum(keys_of(config, L, args.block))
     trained = sum(param.size for param in jax.tree.leaves(params))
-    print(
+    about = [
         f"model  {args.model}.py, {trained:,} parameters trained, in {args.dtype} "
-        f"on {len(devices)} x {devices[0].device_kind}\n"
+        f"on {len(devices)} x {devices[0].device_kind}",
         f"text   {data.train.describe()} to train on, {data.val.describe()} to validate on; "
-        f"vocabulary size {config.vocab_size:,}\n"
+        f"vocabulary size {config.vocab_size:,}",
         f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: {N:,} weights N, "
         f"attention width A {A}, {keys:,} keys K in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
-        flush=True,
-    )
+    ]
+    if sys.stdout.isatty():
+        columns = shutil.get_terminal_size().columns
+        about = [textwrap.fill(line, columns, subsequent_indent=" " * 7) for line in about]
+    print(*about, sep="\n", flush=True)
     return per_weight * N + 12 * A * keys, peak
 
 
@@ -653,7 +730,7 @@ class StepConfig:
     optimizer: optax.GradientTransformation
     balance: Callable | None  # what `balance_of` returned
     ema: float  # decay of the exponential moving average (EMA) of the weights; 0: off
-    remat: Callable | None = None  # changes what the loss keeps for the backward pass
+    regather: Callable | None = None  # FSDP: makes the loss gather its weights twice
     axis: str | None = None  # the name of pmap's axis of devices
 
 
@@ -715,14 +792,14 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
             # It is a product of means over all tokens, so the router's statistics in the cache are
             # summed over devices first. Every microbatch adds its share.
             if config.axis is not None:
-                cache = cache._replace(layers=jax.lax.psum(cache.layers, config.axis))
+                cache = sum_router_stats(cache, config.axis)
             balance = config.balance(cache) / num_microbatches
         metrics = {"loss": loss, "accuracy": correct.sum() / num_targets}
         return state.get("scale", 1) * (loss + balance), metrics
 
-    # FSDP: regather the weights in the backward pass.
-    if config.remat is not None:
-        mean_loss = config.remat(mean_loss)
+    # FSDP: gather the weights again in the backward pass.
+    if config.regather is not None:
+        mean_loss = config.regather(mean_loss)
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
 
     def add_microbatch(total, microbatch):
@@ -736,6 +813,12 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
         total, _ = jax.lax.scan(add_microbatch, total, others)
     (_, metrics), gradients = all_reduce(total)
     return metrics, gradients
+
+
+def sum_router_stats(cache, axis: str):
+    """A Mixtral's cache, with the router's statistics summed over pmap's axis of devices."""
+    layers = [(k, v, jax.lax.psum(stats, axis)) for k, v, stats in cache.layers]
+    return cache._replace(layers=layers)
 
 
 def update_loss_scale(state: dict, new: dict, norm):
@@ -778,7 +861,7 @@ def compile_steps(config: StepConfig, mesh, state: dict):
     if "fsdp" in mesh.shape:
         # What FSDP gathers for the forward pass is dropped, and gathered again for the backward.
         policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-        config = replace(config, remat=partial(jax.checkpoint, policy=policy))
+        config = replace(config, regather=partial(jax.checkpoint, policy=policy))
     shardings = jax.tree.map(lambda x: x.sharding, state)
     train = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
     return train, jax.jit(partial(eval_step, config))
@@ -787,7 +870,7 @@ def compile_steps(config: StepConfig, mesh, state: dict):
 def compile_steps_pmap(config: StepConfig, mesh):
     """The same with pmap: each device runs the program on its own rows, on a copy of the state.
 
-    Devices communicate only by the `psum` and `pmean` in `mean_gradients` and `eval_step`.
+    Devices communicate only by `psum`, in `mean_gradients`, `sum_router_stats` and `eval_step`.
     """
     config = replace(config, axis="pmap")
     options = {"axis_name": "pmap", "out_axes": None, "devices": [*mesh.devices.flat]}
@@ -845,6 +928,8 @@ def make_optimizer(args) -> tuple:
 
     Weight decay is for matrices only. To add an optimizer, add a row to the table, a function of
     the learning rate such as `partial(optax.sgd, momentum=args.beta1)`, and its name to OPTIMIZERS.
+    SGD has no weight decay of its own: for --weight-decay, chain `optax.add_decayed_weights`
+    before it.
     """
     rate = learning_rate(args)
     decay = args.weight_decay
@@ -2190,14 +2275,15 @@ def write_adapters(folder: Path, args, model, adapters: dict):
 
 # ------------------------------- Checkpoints and the finished model -------------------------------
 
-# What must be the same when a run is resumed.
+# What must be the same when a run is resumed, but for what is in CHANGEABLE.
 SETTINGS = (
     *("dataset", "tokens", "vocab_size", "loss", "pack"),
     *("model", "weights", "layers", "heads", "width", "block", "dropout", "experts"),
     *("lora", "lora_targets", "steps", "batch", "optimizer", "lr", "schedule", "min_lr", "warmup"),
     *("weight_decay", "beta1", "beta2", "clip", "ema", "seed", "dtype"),
 )
-
+# What may be changed then: a step depends on it, and neither the state nor the order of the rows.
+CHANGEABLE = ("steps", "lr", "schedule", "min_lr", "warmup", "weight_decay", "clip")
 
 NEWEST = -1  # --resume without a step
 
@@ -2252,8 +2338,31 @@ def step_to_resume(run: Run) -> int:
     return run.args.resume
 
 
-def restore_checkpoint(run: Run, step: int) -> dict:
+def resume(run: Run):
+    """Goes on from the checkpoint of --resume."""
+    step = step_to_resume(run)
+    stored = restore(run, step, settings=ocp.args.JsonRestore()).settings
+    run.changes = compare_settings(run, stored)
+    if step > run.args.steps:
+        fail(f"--steps {run.args.steps}: the checkpoint is of step {step}; ask for more")
+    run.state = restore_state(run, step)
+    run.step = run.resumed_at = step
+
+    if run.changes:
+        note(
+            f"{', '.join(run.changes)}: from step {step + 1} on; there the new schedule gives a "
+            f"learning rate of {run.learning_rate(step):.2e}"
+        )
+    drop_later_checkpoints(run)
+
+
+def restore_state(run: Run, step: int) -> dict:
     """The state after a step, in the shapes and on the devices of run.state."""
+    return restore(run, step, state=ocp.args.StandardRestore(run.state)).state
+
+
+def restore(run: Run, step: int, **items):
+    """The items `state` or `settings` of a checkpoint."""
     folder = run.checkpoints.directory
     before = max((s for s in run.checkpoints.all_steps() if s < step), default=None)
     instead = "begin again in another --out"
@@ -2261,31 +2370,45 @@ def restore_checkpoint(run: Run, step: int) -> dict:
         instead = f"--resume {before} goes on from the one before"
     damaged = f"{folder / str(step)} is damaged ({{}}): {instead}"
     with explained((KeyError, ValueError, OSError, TypeError), damaged):
-        items = ocp.args.Composite(settings=ocp.args.JsonRestore())
-        check_settings(run, run.checkpoints.restore(step, args=items).settings)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(run.state))
-        return run.checkpoints.restore(step, args=items).state
+        return run.checkpoints.restore(step, args=ocp.args.Composite(**items))
 
 
 def drop_later_checkpoints(run: Run):
     """After --resume STEP: what came later would be in the way of what comes now."""
     for step in run.checkpoints.all_steps():
         if step > run.step:
-            print(f"the checkpoint of step {step} is dropped", file=sys.stderr)
+            note(f"the checkpoint of step {step} is dropped")
             run.checkpoints.delete(step)
 
 
-def check_settings(run: Run, stored: dict):
-    """Refuses to resume with other settings or data than the run had."""
-    other = []
+def compare_settings(run: Run, stored: dict) -> list[str]:
+    """What the command line changes, such as "--lr 0.003 -> 0.001". Exits if it may not.
+
+    A value of CHANGEABLE may be named anew. The defaults that follow from it change with it; any
+    other default does not, as it was only left out.
+    """
+    named = set(run.args.named)
+    if "steps" in named:
+        named.add("warmup")  # a twentieth of it
+    if "lr" in named:
+        named.add("min_lr")  # a tenth of it
+
+    changes, refused = [], []
     for name, value in run.settings.items():
-        if stored.get(name) != value:
-            other.append(f"--{name.replace('_', '-')} {stored.get(name)}")
-    if other:
+        was = stored.get(name)
+        flag = f"--{name.replace('_', '-')}"
+        if was == value:
+            continue
+        if name in named:
+            changes.append(f"{flag} {was} -> {value}")
+        else:
+            refused.append(f"{flag} {was}")
+    if refused:
         fail(
-            f"the run in {run.args.out} has {', '.join(other)}: resume with that, or begin in "
+            f"the run in {run.args.out} has {', '.join(refused)}: resume with that, or begin in "
             "another --out"
         )
+    return changes
 
 
 def write_model(run: Run, model):
@@ -2338,17 +2461,20 @@ def exit_on_write_error(path: Path):
 
 
 class Metrics:
-    """The rows of out/metrics.jsonl; with TensorBoard installed, out/tensorboard gets them, too.
+    """The rows of out/metrics.jsonl. TensorBoard, where installed, and W&B get them, too.
 
     A run that is resumed from `step` drops the rows of later steps. Of several hosts, the first
     writes.
     """
 
-    def __init__(self, out: Path, step: int):
+    def __init__(self, out: Path, step: int, title: str = ""):
         self.file = out / "metrics.jsonl"
+        self.title = title  # of the picture
         self.writes = jax.process_index() == 0
         self.rows = []
+        self.dropped = False
         self.board = None
+        self.wandb = None  # what `open_wandb` returned
         if self.file.exists():
             self.read(step)
 
@@ -2368,6 +2494,8 @@ class Metrics:
                 row = json.loads(line)
                 if row["step"] <= last:
                     self.rows.append(row)
+                else:
+                    self.dropped = True
 
     def add(self, rows: list[dict]):
         """Appends rows, each of which has a step."""
@@ -2379,27 +2507,25 @@ class Metrics:
             for row in rows:
                 for name in row.keys() - {"step"}:
                     self.board.add_scalar(name, row[name], row["step"])
+        if self.wandb:
+            for row in rows:
+                values = {name: value for name, value in row.items() if name != "step"}
+                self.wandb.log(values, step=row["step"])
 
     def close(self):
-        """Writes what TensorBoard still holds."""
+        """Writes what TensorBoard and W&B still hold."""
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def draw(self):
-        """Draws out/curves.png: learning rate, gradient norm, loss and accuracy."""
+        """Draws out/curves.png."""
         if not self.writes:
             return
-        figure = Figure((10, 6), layout="constrained")
-        names = ("lr", "norm", "loss", "accuracy")
-        for axes, name in zip(figure.subplots(2, 2).flat, names, strict=True):
-            for column in (name, f"val_{name}"):
-                points = [(row["step"], row[column]) for row in self.rows if column in row]
-                if points:
-                    points = points[:: len(points) // 4000 + 1]  # 4,000 at most
-                    axes.plot(*zip(*points, strict=True), label=column)
-            axes.legend()
+        figure = draw_curves(self.rows, self.title)
         with exit_on_write_error(self.file):
-            figure.savefig(self.file.with_name("curves.png"))
+            figure.savefig(self.file.with_name("curves.png"), dpi=150)
 
     def divergence(self) -> str:
         """What is wrong with the last ten steps, or "": a loss that is not finite, or that jumped.
@@ -2422,6 +2548,182 @@ class Metrics:
                 step = last[-1]["step"]
                 return f"the loss of ten steps to {step} is {new:.2f}, after {old:.2f}"
         return ""
+
+
+def open_wandb(run: Run):
+    """Begins a run of Weights & Biases (W&B) for --log wandb, or goes on with that of this folder.
+
+    W&B takes no step twice. So where steps are told anew and differently, a new run of it begins.
+    """
+    os.environ["WANDB_SILENT"] = "true"  # neither lines among ours nor a prompt to log in
+    wandb = importlib.import_module("wandb")
+    out = run.args.out.absolute()
+
+    # W&B's folders are named offline-run-DATE-ID, and run-DATE-ID where they were sent.
+    folders = sorted(out.glob("wandb/*run-*"), key=lambda folder: folder.name.split("run-")[1])
+    known = None
+    if folders and not (run.metrics.dropped and run.changes):
+        known = folders[-1].name.rsplit("-", 1)[1]
+
+    config = {name: str(value) for name, value in vars(run.args).items() if name != "named"}
+    config |= run.settings
+    away = "--log wandb: {} (WANDB_MODE=offline keeps the run in this folder)"
+    with explained(wandb.Error, away):
+        logged = wandb.init(
+            dir=out,
+            id=known,
+            resume="allow",
+            name=out.name,
+            config=config,
+            settings=wandb.Settings(console="off"),
+        )
+    kept = f"in {Path(logged.dir).parent}: `wandb sync` sends it"
+    note(f"W&B    {logged.url or kept}")
+    return logged
+
+
+# Two colours that colour-blind readers tell apart: Okabe and Ito 2008.
+TRAINING, VALIDATION = "#0072B2", "#D55E00"
+
+
+def draw_curves(rows: list[dict], title: str) -> Figure:
+    """The curves of a run: the loss; below it accuracy, norm of the gradient and learning rate.
+
+    rows: of metrics.jsonl.
+    """
+    figure = Figure((9, 7), layout="constrained")
+    figure.suptitle(title, fontsize=12, wrap=True)
+    panels = figure.subplot_mosaic([["loss"] * 3, ["accuracy", "norm", "lr"]], height_ratios=[2, 1])
+    last = max((row["step"] for row in rows), default=1)
+    for name, label in [
+        ("loss", "loss (nats per token)"),
+        ("accuracy", "accuracy (% of tokens)"),
+        ("norm", "gradient norm"),
+        ("lr", "learning rate"),
+    ]:
+        most = 8 if name == "loss" else 3
+        panels[name].xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=True))
+        panels[name].xaxis.set_major_formatter("{x:,.0f}")
+        panels[name].set_xlim(0, 1.02 * last)
+        panels[name].set_xlabel("step")
+        panels[name].set_ylabel(label)
+        panels[name].grid(alpha=0.3)
+
+    loss, val_loss = column(rows, "loss"), column(rows, "val_loss")
+    plot_training(panels["loss"], *loss)
+    plot_validation(panels["loss"], *val_loss)
+    mark_lowest(panels["loss"], *val_loss)
+    panels["loss"].set_ylim(robust_range(loss, val_loss))
+    panels["loss"].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+
+    steps, accuracy = column(rows, "accuracy")
+    plot_training(panels["accuracy"], steps, 100 * accuracy)
+    steps, accuracy = column(rows, "val_accuracy")
+    plot_validation(panels["accuracy"], steps, 100 * accuracy)
+
+    plot_training(panels["norm"], *column(rows, "norm"))
+    panels["norm"].set_yscale("log")
+    panels["norm"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels["norm"].yaxis.set_major_formatter("{x:g}")
+    panels["norm"].yaxis.set_minor_formatter("")
+    panels["lr"].plot(*thinned(*column(rows, "lr")), color=TRAINING)
+    panels["lr"].set_ylim(bottom=0)
+    panels["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    return figure
+
+
+def title_of(args, params) -> str:
+    """What is trained on what, for the picture."""
+    trained = sum(param.size for param in jax.tree.leaves(params))
+    data = args.data or ([] if args.dataset else ["Python's source"])
+    names = [Path(name).name for name in data]
+    if args.dataset:
+        names.append(args.dataset)
+    if len(names) > 3:
+        names = [*names[:2], f"{len(names) - 2} more"]
+    model = f"{args.model}.py"
+    if args.weights:
+        model += f", from {'/'.join(Path(args.weights).parts[-2:])}"
+    return f"{model}: {trained:,} parameters trained on {', '.join(names)}"
+
+
+def column(rows: list[dict], name: str) -> tuple:
+    """(steps, values) of the rows that have this column."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = np.reshape(points, (-1, 2)).T
+    return steps, values
+
+
+def plot_training(axes, steps, values):
+    """The values of the steps, faint, and their running mean over a fiftieth of the steps."""
+    window = max(1, len(values) // 50)
+    axes.plot(*thinned(steps, values), color=TRAINING, alpha=0.25, linewidth=0.8)
+    label = "training" if window == 1 else f"training, mean of {window:,} steps"
+    axes.plot(*thinned(steps, running_mean(values, window)), color=TRAINING, label=label)
+
+
+def plot_validation(axes, steps, values):
+    """Points on a line."""
+    axes.plot(
+        *thinned(steps, values),
+        "o-",
+        color=VALIDATION,
+        markersize=4,
+        linewidth=1,
+        label="validation",
+    )
+
+
+def mark_lowest(axes, steps, values):
+    """A ring around the lowest validation loss, and its value in the legend."""
+    if not np.isfinite(values).any():
+        return
+    best = np.nanargmin(values)
+    label = f"lowest: {values[best]:.4f} at step {steps[best]:,.0f}"
+    ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.5}
+    axes.plot(steps[best], values[best], "o", color=VALIDATION, label=label, **ring)
+
+
+def running_mean(values, window: int):
+    """For each value the mean of the `window` nearest ones, as far as they are finite; or NaN."""
+    finite = np.isfinite(values)
+    sums = np.append(0, np.cumsum(np.where(finite, values, 0)))
+    counts = np.append(0, np.cumsum(finite))
+
+    places = np.arange(len(values))
+    first = np.maximum(places - window // 2, 0)
+    end = np.minimum(places + (window + 1) // 2, len(values))
+    count = counts[end] - counts[first]
+    return np.where(count > 0, (sums[end] - sums[first]) / np.maximum(count, 1), np.nan)
+
+
+def thinned(steps, values) -> tuple:
+    """About 2,000 points at most, the last one included: a picture shows no more."""
+    every = 1 + len(steps) // 2000
+    first = (len(steps) - 1) % every
+    return steps[first::every], values[first::every]
+
+
+def robust_range(*curves) -> tuple[float, float] | None:
+    """(bottom, top) of the loss, or None: what the curves need after a twentieth of the steps.
+
+    curves: (steps, values). Before that they fall from where every token is as likely. Values that
+    would count as diverged get no room, see `Metrics.divergence`; another point at step 0 does.
+    """
+    last = max((steps.max() for steps, _ in curves if len(steps) > 0), default=0)
+    bottoms, tops = [], []
+    for steps, values in curves:
+        late = (steps > last / 20) & np.isfinite(values)
+        if not late.any():
+            continue
+        most = 1.5 * np.median(values[late]) + 0.5
+        shown = values[(late | (steps == 0)) & (values <= most)]
+        bottoms.append(shown.min())
+        tops.append(shown.max())
+    if not bottoms or min(bottoms) >= max(tops):
+        return None
+    margin = 0.05 * (max(tops) - min(bottoms))
+    return min(bottoms) - margin, max(tops) + margin
 
 
 # --------------------------------------- Devices and hosts ----------------------------------------
@@ -2680,11 +2982,17 @@ def parse_command_line() -> argparse.Namespace:
     parser.error = fail
     add_text_flags(parser)
     add_model_flags(parser)
-    add_training_flags(parser)
+    training = parser.add_argument_group("training")
+    add_training_flags(training)
+    add_learning_rate_flags(training)
     add_output_flags(parser)
     add_machine_flags(parser)
 
     args = parser.parse_args()
+
+    # Which of CHANGEABLE the command line names: these have a value without their defaults.
+    without = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(CHANGEABLE)))
+    args.named = [name for name in CHANGEABLE if getattr(without, name) is not None]
     fill_defaults(args)
     check_numbers(args)
     check_model_flags(args)
@@ -2770,8 +3078,7 @@ def add_model_flags(parser):
     )
 
 
-def add_training_flags(parser):
-    training = parser.add_argument_group("training")
+def add_training_flags(training):
     add_number(training, "--steps", 2000, "updates of the weights")
     add_number(training, "--batch", 12, "batch size: sequences in a step")
     add_number(
@@ -2783,6 +3090,29 @@ def add_training_flags(parser):
         default="adamw",
         help="lion wants a tenth of --lr (default: %(default)s)",
     )
+    add_number(training, "--weight-decay", 0.1, "weight decay, of matrices only")
+    add_number(training, "--beta1", 0.9, "decay of the mean of gradients")
+    add_number(
+        training, "--beta2", 0.99, "decay of the mean of squared gradients (lion: of gradients)"
+    )
+    add_number(training, "--clip", 1.0, "clip the global norm of the gradient to this")
+    add_number(
+        training,
+        "--ema",
+        0.0,
+        "evaluate and write an exponential moving average of the weights; its decay",
+    )
+    add_number(
+        training,
+        "--patience",
+        0,
+        "stop after this many estimates of the validation loss without a lower one; the lowest so "
+        "far is always saved, and is written in the end; 0: off",
+    )
+    add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
+
+
+def add_learning_rate_flags(training):
     training.add_argument(
         "--lr",
         type=float,
@@ -2804,19 +3134,6 @@ def add_training_flags(parser):
         metavar="N",
         help="steps in which it rises first (default: a twentieth of all)",
     )
-    add_number(training, "--weight-decay", 0.1, "weight decay, of matrices only")
-    add_number(training, "--beta1", 0.9, "decay of the mean of gradients")
-    add_number(
-        training, "--beta2", 0.99, "decay of the mean of squared gradients (lion: of gradients)"
-    )
-    add_number(training, "--clip", 1.0, "clip the global norm of the gradient to this")
-    add_number(
-        training,
-        "--ema",
-        0.0,
-        "evaluate and write an exponential moving average of the weights; its decay",
-    )
-    add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
 
 
 def add_output_flags(parser):
@@ -2833,9 +3150,15 @@ def add_output_flags(parser):
         const=NEWEST,
         type=int,
         metavar="STEP",
-        help="go on from the newest checkpoint in --out, or from that of a step",
+        help="go on from the newest checkpoint in --out, or from that of a step; --steps, --lr, "
+        "--schedule, --min-lr, --warmup, --weight-decay and --clip may be other ones",
     )
     add_number(output, "--eval-every", 250, "steps between estimates of the validation loss")
+    output.add_argument(
+        "--eval-first",
+        action="store_true",
+        help="record the validation loss before the first step, too, as that of step 0",
+    )
     add_number(output, "--save-every", 500, "steps between checkpoints; 0: only the final model")
     add_number(output, "--keep", 2, "how many of the last checkpoints stay, besides the best")
     output.add_argument(
@@ -2846,6 +3169,12 @@ def add_output_flags(parser):
     )
     output.add_argument(
         "--prompt", metavar="TEXT", help="show at each estimate how the model continues this"
+    )
+    output.add_argument(
+        "--log",
+        choices=["wandb"],
+        help="send the metrics to Weights & Biases, too; needs the package wandb "
+        "(TensorBoard gets them where it is installed)",
     )
     output.add_argument(
         "--profile",
@@ -2971,7 +3300,7 @@ def check_numbers(args):
     least = {
         "layers heads width block steps batch accumulate eval_every keep": 1,
         "vocab_size": 256,
-        "seed save_every lora weight_decay min_lr warmup": 0,
+        "seed save_every lora weight_decay min_lr warmup patience": 0,
     }
     for names, number in least.items():
         for name in names.split():
@@ -3032,6 +3361,8 @@ def check_output_flags(args):
     with explained(OSError, "--out cannot be used: {}"):  # such as a name that is too long
         if out.exists() and not out.is_dir():
             fail(f"--out {out} is a file: name a folder")
+    if args.log == "wandb" and not find_spec("wandb"):
+        fail("--log wandb needs: pip install wandb")
     stored = any(path.name.isdigit() for path in out.glob("checkpoints/*"))
     if args.resume is not None and not stored:
         fail(f"{out} has no checkpoints: leave --resume out to begin")

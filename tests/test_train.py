@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import pytest
 import tiktoken
@@ -715,34 +715,118 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
 # ----------------------------------------------------------------------------------------- watching
 
 
-def test_curves_and_tensorboard_show_the_rows_of_the_metrics(tmp_path, monkeypatch):
+def curve_rows(steps, every=1, loss=lambda step: 4.0 / step):
+    """Rows as a run writes them, with a validation point after each `every` steps."""
+    rows = []
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "loss": loss(step), "norm": 1.0, "lr": 0.1, "accuracy": 0.5})
+        if step % every == 0:
+            rows.append({"step": step, "val_loss": loss(step) + 1, "val_accuracy": 0.4})
+    return rows
+
+
+def panels_of(figure):
+    """{label of the y axis: the panel}."""
+    return {axes.get_ylabel(): axes for axes in figure.axes}
+
+
+def drawn_lines(axes):
+    """{label in the legend: the line}; the raw values have none."""
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_tensorboard_gets_the_rows_of_the_metrics(tmp_path, monkeypatch):
     shown = []
     writer = Namespace(add_scalar=lambda *point: shown.append(point))
     monkeypatch.setattr(train, "find_spec", lambda name: name == "tensorboard")
     monkeypatch.setitem(sys.modules, "tensorboard.summary", Namespace(Writer=lambda folder: writer))
     metrics = train.Metrics(tmp_path, 0)
-    metrics.add(
-        [
-            {"step": n, "loss": 4 / n, "norm": 1.0, "lr": 0.1, "accuracy": 0.5}
-            for n in range(1, 10_001)
-        ]
-    )
-    metrics.add([{"step": 10_000, "val_loss": 2.0, "val_accuracy": 0.4}])
-    assert len(shown) == 4 * 10_000 + 2 and ("val_loss", 2.0, 10_000) in shown
-
-    drawn = []
-    monkeypatch.setattr(
-        train,
-        "Figure",
-        lambda *args, **options: (
-            drawn.append(matplotlib.figure.Figure(*args, **options)) or drawn[-1]
-        ),
-    )
+    metrics.add(curve_rows(100, every=100))
+    assert len(shown) == 4 * 100 + 2 and ("val_loss", 1.04, 100) in shown
     metrics.draw()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    lines = {line.get_label(): line for axes in drawn[0].axes for line in axes.lines}
-    assert set(lines) == {"loss", "val_loss", "accuracy", "val_accuracy", "lr", "norm"}
-    assert 3000 < len(lines["loss"].get_xdata()) <= 4000 and lines["val_loss"].get_ydata() == [2.0]
+
+
+def test_the_curves_say_what_they_show():
+    figure = train.draw_curves(curve_rows(200, every=50), "gpt2.py: 5 parameters")
+    assert figure.get_suptitle() == "gpt2.py: 5 parameters"
+    panels = panels_of(figure)
+    assert list(panels) == [
+        "loss (nats per token)",
+        "accuracy (% of tokens)",
+        "gradient norm",
+        "learning rate",
+    ]
+    assert all(axes.get_xlabel() == "step" for axes in panels.values())
+    lines = drawn_lines(panels["loss (nats per token)"])
+    assert list(lines) == ["training, mean of 4 steps", "validation", "lowest: 1.0200 at step 200"]
+    assert lines["validation"].get_xdata().tolist() == [50, 100, 150, 200]
+    assert lines["validation"].get_marker() == "o"
+    accuracy = drawn_lines(panels["accuracy (% of tokens)"])
+    assert accuracy["validation"].get_ydata().tolist() == [40.0] * 4
+
+
+def test_a_long_run_is_drawn_with_few_points_and_ends_with_its_last():
+    panels = panels_of(train.draw_curves(curve_rows(100_000, every=1000), ""))
+    for axes in panels.values():
+        for line in axes.lines:
+            assert len(line.get_xdata()) <= 2000 and line.get_xdata().max() == 100_000
+
+
+def test_the_first_steps_do_not_rule_the_range_of_the_loss_and_neither_does_a_divergence():
+    def loss(step):
+        return 10.0 - step if step < 5 else 2.0 + 1 / step
+
+    rows = [*curve_rows(200, 10, loss), {"step": 201, "loss": 1e9, "norm": 1.0}]
+    bottom, top = panels_of(train.draw_curves(rows, ""))["loss (nats per token)"].get_ylim()
+    assert 1.8 < bottom < 2.0 and 3.1 < top < 3.3  # training from 2.0, validation to 3.1
+
+
+@pytest.mark.parametrize("first, drawn", [(2.2, True), (9.0, False)])
+def test_a_point_before_the_first_step_has_room_where_it_is_near(first, drawn):
+    """As in fine-tuning; from scratch it is far."""
+    rows = [{"step": 0, "val_loss": first, "val_accuracy": 0.0}]
+    rows += curve_rows(100, 10, lambda step: 1.0)
+    axes = panels_of(train.draw_curves(rows, ""))["loss (nats per token)"]
+    assert drawn_lines(axes)["validation"].get_ydata()[0] == first
+    assert (axes.get_ylim()[1] > first) == drawn
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        curve_rows(1),
+        curve_rows(2, every=2),
+        curve_rows(30, every=31),
+        curve_rows(1, 1, lambda step: math.nan),
+    ],
+    ids=["none", "one step", "one validation point", "no validation point", "NaN alone"],
+)
+def test_short_and_broken_runs_are_drawn(rows, tmp_path):
+    train.draw_curves(rows, "").savefig(tmp_path / "curves.png")
+
+
+def test_the_mean_of_the_nearest_values_leaves_out_what_is_no_number():
+    values = np.array([1.0, 2.0, math.nan, 4.0, math.inf, math.nan, math.nan])
+    found = train.running_mean(values, 3)
+    np.testing.assert_array_equal(found, [1.5, 1.5, 3.0, 4.0, 4.0, math.nan, math.nan])
+    assert train.running_mean(np.arange(6.0), 2).tolist() == [0, 0.5, 1.5, 2.5, 3.5, 4.5]
+
+
+@pytest.mark.parametrize(
+    "options, title",
+    [
+        ({}, "gpt2.py: 6 parameters trained on Python's source"),
+        ({"data": ["my/a.txt"]}, "gpt2.py: 6 parameters trained on a.txt"),
+        ({"data": [*"abcd"]}, "gpt2.py: 6 parameters trained on a, b, 2 more"),
+        ({"dataset": "wiki:raw"}, "gpt2.py: 6 parameters trained on wiki:raw"),
+        ({"weights": "a/b"}, "gpt2.py, from a/b: 6 parameters trained on Python's source"),
+    ],
+)
+def test_the_title_says_what_was_trained_on_what(options, title):
+    args = {"model": "gpt2", "data": [], "dataset": None, "weights": None} | options
+    assert train.title_of(Namespace(**args), {"w": np.zeros((2, 3))}) == title
 
 
 @pytest.mark.slow
