@@ -491,14 +491,25 @@ def usage(device) -> list[str]:
 
 
 def print_sample(run: Run, key) -> None:
-    """Prints how the model continues --prompt."""
+    """Prints how the model continues --prompt, or answers it."""
     model = run.model
     length = min(100, model.config.max_position_embeddings - len(run.prompt))
-    [new] = run.model_file.generate(model, [run.prompt], length, key=key)
+    stop_ids = [] if run.data.template is None else end_of_turn(run)
+    [new] = run.model_file.generate(model, [run.prompt], length, key=key, stop_ids=stop_ids)
     text = run.model_file.tokenizer(run.data.tokenizer_folder).decode(run.prompt + new)
     print(f"--- step {run.step}: {text}", flush=True)
     with open(run.args.out / "samples.txt", "a", encoding="utf-8") as file:
         print(f"--- step {run.step}: {text}", file=file)
+
+
+def end_of_turn(run: Run) -> list[int]:
+    """The tokens that end an answer; where the checkpoint has none, the end of a line does."""
+    folder = run.data.tokenizer_folder
+    stop_ids = run.model_file.read_stop_ids(folder, run.model.config)
+    if not stop_ids:
+        codec = run.model_file.tokenizer(folder).backend
+        stop_ids = encode(codec, "\n")[-1:]
+    return stop_ids
 
 
 def start_trace(run: Run) -> None:
@@ -582,7 +593,10 @@ def encode_prompt(args, model_file, data: "Data") -> list[int]:
     if data.template is None:
         return tokenizer.encode(args.prompt)[: args.block // 2]
     message = {"role": "user", "content": args.prompt}
-    return encode(tokenizer.backend, data.template.write([message], "--prompt", prompt=True))
+    ids = encode(tokenizer.backend, data.template.write([message], "--prompt", prompt=True))
+    if len(ids) > args.block:
+        fail(f"--prompt has {len(ids)} tokens, and --block {args.block} is less: shorten it")
+    return ids
 
 
 def check_batch(args, mesh):
@@ -2442,11 +2456,8 @@ def write_model(run: Run, model):
 def write_plain_template(folder: Path, run: Run):
     """Writes the chat template that the checkpoint lacked, for `sample.py --chat`."""
     (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
-    if run.data.template.templates.eos_token is None:
-        # No token ends a turn, so the end of a line does.
-        codec = run.model_file.tokenizer(run.data.tokenizer_folder).backend
-        stop = {"eos_token_id": encode(codec, "\n")[-1]}
-        (folder / "generation_config.json").write_text(json.dumps(stop) + "\n")
+    stop_ids = json.dumps({"eos_token_id": end_of_turn(run)})
+    (folder / "generation_config.json").write_text(stop_ids + "\n")
 
 
 def exit_on_write_error(path: Path):

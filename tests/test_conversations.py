@@ -1,7 +1,10 @@
 """Fine-tuning on conversations: how they are written as tokens, and which tokens are learned."""
 
 import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +15,12 @@ import transformers
 from flax import nnx
 from helpers import templates
 from helpers.small import byte_tokenizer
-from test_train import some_settings
+from test_train import run, some_settings
 
+import llama
 import train
 
+ROOT = Path(__file__).parents[1]
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 TWO_TURNS = [*HI, {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -335,3 +340,144 @@ def test_twenty_steps_on_packed_conversations_are_those_of_torch_on_each_alone(f
     theirs = their_losses(hf.train(False), alone)
     assert np.std(theirs) > 1e-3  # each step has other examples
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
+
+
+# ---------------------------------------------------------------------------------- the program
+
+
+def chats(folder, rows, name="chats.jsonl"):
+    """A file of these rows."""
+    file = folder / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def talk(number):
+    """A short conversation."""
+    return [
+        {"role": "user", "content": f"Count to {number}."},
+        {"role": "assistant", "content": " ".join(map(str, range(1, number + 1)))},
+    ]
+
+
+def test_a_model_from_scratch_learns_to_answer_and_chats(tmp_path):
+    file = chats(tmp_path, [{"messages": talk(number % 4 + 1)} for number in range(200)])
+    flags = ["--model", "llama", "--data", file, "--tokens", "bytes", "--block", 48]
+    flags += ["--steps", 150, "--lr", 1e-2, "--width", 64, "--eval-every", 150]
+    out = tmp_path / "out"
+    done = run(*flags, "--prompt", "Count to 3.", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "180 conversations" in done.stdout and "20 conversations" in done.stdout
+    assert done.stdout.count("--- step 150: User: Count to 3.\nAssistant: 1 2 3\n") == 1
+
+    answered = subprocess.run(
+        [
+            sys.executable,
+            "sample.py",
+            "--weights",
+            out,
+            "--chat",
+            "--prompt",
+            "Count to 4.",
+            "--temperature",
+            "0",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert answered.stdout.strip() == "1 2 3 4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "first in the data: 26 tokens, of which 3 are learned"),
+        (["--loss", "all"], "first in the data: 26 tokens, of which 25 are learned"),
+    ],
+    ids=["assistant", "all"],
+)
+def test_the_first_example_is_shown_with_what_is_learned(tmp_path, flags, said):
+    file = chats(tmp_path, [{"messages": talk(1)}] * 3)
+    flags = ["--data", file, "--tokens", "bytes", "--block", 48, "--show-data", *flags]
+    done = run(*flags, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    if "--loss" not in flags:
+        assert "not learned  'User: Count to 1.\\nAssistant:'" in done.stdout
+        assert "learned      ' 1<|endoftext|>\\n'" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_conversations_are_cut_and_those_with_nothing_to_learn_left_out(tmp_path):
+    long_question = [{"role": "user", "content": "x" * 100}, *talk(1)[1:]]
+    rows = [talk(1), talk(1), talk(30), long_question]
+    file = chats(tmp_path, [{"messages": messages} for messages in rows])
+    flags = ["--data", file, "--tokens", "bytes", "--block", 40, "--steps", 1, "--warmup", 0]
+    done = run(*flags, "--pack", "no", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "of 4 conversations, 2 are longer than --block 40 and cut; 1 have nothing to learn before "
+        "the cut and are left out"
+    ) in done.stdout
+    assert "2 conversations (2 rows, " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "said"),
+    [
+        ([{"messages": talk(1)}, {"text": "a"}], [], "line 2: it must be like {"),
+        ([{"text": "a"}, {"messages": talk(1)}], [], 'line 2: it must be like {"text": "..."}'),
+        ([{"messages": talk(1)}, {"messages": []}], [], "line 2: messages must be a list"),
+        ([{"messages": talk(1)}], [], "leaves 1 conversations: raise it, or give more"),
+        ([{"messages": talk(1)[:1]}] * 3, [], "leaves 0 conversations: raise it, or give more"),
+        ([{"text": "some text"}] * 9, ["--loss", "all"], "--loss is for conversations"),
+        ([{"text": "some text"}] * 9, ["--pack", "no"], "--pack is for conversations"),
+    ],
+    ids=["text among them", "among texts", "empty", "one", "no answers", "loss", "pack"],
+)
+def test_what_no_run_can_use_is_one_line(tmp_path, rows, flags, said):
+    file = chats(tmp_path, rows)
+    done = run(
+        *["--data", file, "--tokens", "bytes", "--block", 48], *flags, "--out", tmp_path / "out"
+    )
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert said in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.wide
+def test_lora_on_a_checkpoint_without_a_template_brings_one(tmp_path):
+    """tiny/llama has neither a template nor a token that ends a text."""
+    file = chats(tmp_path, [{"messages": talk(number % 4 + 1)} for number in range(40)])
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            "--model",
+            "llama",
+            "--weights",
+            "tiny",
+            "--lora",
+            "2",
+            "--data",
+            file,
+            "--steps",
+            "2",
+            "--warmup",
+            "0",
+            "--out",
+            tmp_path / "out",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == train.PLAIN_TEMPLATE
+    codec = llama.tokenizer(tmp_path / "out")
+    config = llama.read_config(tmp_path / "out")
+    [stop] = llama.read_stop_ids(tmp_path / "out", config)
+    assert codec.decode([stop]) == "\n"
