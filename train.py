@@ -613,7 +613,7 @@ def check_batch(args, mesh):
 def settings_of(args, data: "Data") -> dict:
     """What must be the same when a run is resumed: see SETTINGS."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["data"] = f"with checksum {data.checksum}"  # as `check_settings` prints it
+    settings["data"] = f"with checksum {data.checksum}"  # as `compare_settings` prints it
     return settings
 
 
@@ -2145,13 +2145,15 @@ def new_config(args, model_file, V: int, eos: int | None):
     sizes = {"layers": args.layers, "heads": args.heads, "width": args.width, "context": args.block}
     if args.experts:
         sizes["experts"] = args.experts
-    return model_file.Config.small(
-        **sizes,
-        vocab_size=V,
-        padded_vocab_size=model_file.round_up(V, 128),  # such sizes are faster
-        bos_token_id=eos,
-        eos_token_id=eos,
-    )
+    # What a config refuses came from these flags: a head of odd width, where RoPE rotates pairs.
+    with explained(model_file.InputError, f"--width {args.width} with --heads {args.heads}: {{}}"):
+        return model_file.Config.small(
+            **sizes,
+            vocab_size=V,
+            padded_vocab_size=model_file.round_up(V, 128),  # such sizes are faster
+            bos_token_id=eos,
+            eos_token_id=eos,
+        )
 
 
 def choose_parallel(devices: list, heads: int, init_model, bytes_per_weight: int) -> str:
@@ -2410,19 +2412,24 @@ def compare_settings(run: Run, stored: dict) -> list[str]:
     changes, refused = [], []
     for name, value in run.settings.items():
         was = stored.get(name)
-        flag = f"--{name.replace('_', '-')}"
         if was == value:
             continue
+        flag = f"--{name.replace('_', '-')} {shown(was)}"
         if name in named:
-            changes.append(f"{flag} {was} -> {value}")
+            changes.append(f"{flag} -> {shown(value)}")
         else:
-            refused.append(f"{flag} {was}")
+            refused.append(flag)
     if refused:
         fail(
             f"the run in {run.args.out} has {', '.join(refused)}: resume with that, or begin in "
             "another --out"
         )
     return changes
+
+
+def shown(value) -> str:
+    """A setting as one would type it: a tenth of 0.003 is 0.0003, and no 0.00030000000000000003."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def write_model(run: Run, model):
@@ -2632,11 +2639,13 @@ def draw_curves(rows: list[dict], title: str) -> Figure:
     steps, accuracy = column(rows, "val_accuracy")
     plot_validation(panels["accuracy"], steps, 100 * accuracy)
 
-    plot_training(panels["norm"], *column(rows, "norm"))
-    panels["norm"].set_yscale("log")
-    panels["norm"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels["norm"].yaxis.set_major_formatter("{x:g}")
-    panels["norm"].yaxis.set_minor_formatter("")
+    steps, norms = column(rows, "norm")
+    plot_training(panels["norm"], steps, norms)
+    if (norms > 0).any():
+        panels["norm"].set_yscale("log")
+        panels["norm"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels["norm"].yaxis.set_major_formatter("{x:g}")
+        panels["norm"].yaxis.set_minor_formatter("")
     panels["lr"].plot(*thinned(*column(rows, "lr")), color=TRAINING)
     panels["lr"].set_ylim(bottom=0)
     panels["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.reference import ROOT
+from helpers.small import DAMAGES, write_checkpoint
 
 import bench
 import gpt2
@@ -489,6 +490,19 @@ def test_what_is_not_there_is_one_line_too(tmp_path):
     ]:
         done = run("--task", "decode", *options, code=2)
         assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [pytest.param(*case, marks=[] if case is DAMAGES[2] else pytest.mark.wide) for case in DAMAGES],
+)
+def test_a_bad_checkpoint_is_named_in_one_line(damage, said, tmp_path):
+    folder = write_checkpoint(tmp_path / "weights")
+    damage(folder)
+    done = run("--model", "gpt2", "--weights", folder, "--task", "decode", "--length", 8, code=2)
+    *about, line = done.stderr.splitlines()
+    assert line.startswith("bench.py: ") and said in line
+    assert all(text.startswith("bench.py: --task") for text in about)
 
 
 @pytest.mark.parametrize("suite", ["cpu", "gpu", "tpu"])

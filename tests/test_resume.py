@@ -1,16 +1,19 @@
 """train.py: a run that is cut off goes on as if it had not been; one that goes wrong says so."""
 
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import train
@@ -380,6 +383,82 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_do(
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """(flags, folder, what it printed) of a run on a validation text that runs backwards."""
+    folder = tmp_path_factory.mktemp("impatient")
+    text, out = folder / "letters.txt", folder / "out"
+    text.write_text("abcdefgh" * 90 + "hgfedcba" * 10)
+    flags = ["--data", text, "--lr", 1e-2, "--ema", 0, "--eval-every", 5, "--save-every", 0]
+    flags += ["--steps", STEPS, "--out", out, "--patience", 3, "--eval-first"]
+    return flags, out, finish(*flags)
+
+
+def test_a_run_whose_validation_loss_does_not_fall_stops_and_writes_the_best(impatient):
+    _, out, printed = impatient
+    losses = {row["step"]: row["val_loss"] for row in rows_in(out) if "val_loss" in row}
+    first, *later = losses
+    best = min(later, key=losses.get)
+    last = later[-1]
+    assert first == 0 and last == best + 3 * 5 < STEPS
+    assert f"stopped after step {last}: 3 estimates without a lower validation loss" in printed
+    assert f"the validation loss was lowest at step {best}: its weights are written" in printed
+    assert f"validation loss over the whole text: {losses[best]:.4f} nats per token" in printed
+    assert {best, last} <= set(steps_in(out))
+
+
+def test_the_validation_loss_before_the_first_step_is_recorded_if_asked(impatient):
+    _, out, printed = impatient
+    row, *_ = rows_in(out)
+    assert row["step"] == 0 and set(row) == {"step", "val_loss", "val_accuracy"}
+    assert f"validation loss before step 1: {row['val_loss']:.4f}" in printed
+
+
+def test_a_run_that_lost_patience_goes_on_with_more_of_it_only(impatient, tmp_path):
+    flags, whole, _ = impatient
+    out = shutil.copytree(whole, tmp_path / "out")
+    last = rows_in(whole)[-1]["step"]
+    flags = [*flags, "--out", out, "--resume"]
+    again = run(*flags)
+    assert again.returncode == 0
+    assert f"--patience 3 had stopped the run after step {last}" in again.stderr
+    assert_same_run(out, whole)
+    printed = finish(*flags, "--patience", 5)
+    assert f"stopped after step {last + 10}: 5 estimates without" in printed
+
+
+@pytest.mark.parametrize(
+    "losses, since",
+    [
+        ([], 0),
+        ([3.0], 0),
+        ([3.0, 2.0], 0),
+        ([2.0, 2.0], 1),  # as low is not lower
+        ([2.0, math.nan, 3.0], 2),
+        ([math.nan, 2.0], 0),
+        ([0.0, 1.0], 1),
+    ],
+)
+def test_estimates_are_counted_from_the_lowest_and_not_from_step_0(losses, since):
+    rows = [{"step": 0, "val_loss": -1.0}, {"step": 5, "loss": 1.0}]
+    rows += [{"step": 10 * n, "val_loss": loss} for n, loss in enumerate(losses, 1)]
+    run = Namespace(metrics=Namespace(rows=rows))
+    assert train.estimates_since_lowest(run) == since
+
+
+def test_a_validation_loss_of_exactly_0_is_recorded_and_kept_as_the_best(tmp_path):
+    """A text of one letter: there is no other token."""
+    text = tmp_path / "letters.txt"
+    text.write_text("a" * 1000)
+    printed = finish("--data", text, "--steps", 20, "--patience", 3, "--out", tmp_path / "out")
+    losses = [row["val_loss"] for row in rows_in(tmp_path / "out") if "val_loss" in row]
+    assert losses == [0, 0]
+    checkpoints = train.open_checkpoints(tmp_path / "out", 2)
+    assert checkpoints.best_step() in (10, 20)
+    assert checkpoints.metrics(checkpoints.best_step()) == {"val_loss": 0.0}
+    assert "validation loss over the whole text: 0.0000 nats per token; perplexity 1.00" in printed
+
+
 # -------------------------------------------------------------------------------- another run
 
 
@@ -403,8 +482,7 @@ def refused(monkeypatch, capsys):
     "flags, message",
     [
         ("--width 64", "--width 32"),
-        ("--lr 0.5", "--lr 0.003"),
-        ("--steps 400", f"--steps {STEPS}"),
+        ("--beta2 0.9", "--beta2 0.99"),
         ("--batch 8", "--batch 4"),
         ("--optimizer lion", "--optimizer adamw"),
         ("--dropout 0.1", "--dropout 0.2"),
@@ -445,3 +523,81 @@ def test_resuming_a_finished_run_changes_no_weight_and_no_row(text_file, whole, 
     out = shutil.copytree(whole, tmp_path / "out")
     finish("--data", text_file, "--steps", STEPS, "--out", out, "--resume")
     assert_same_run(out, whole)
+
+
+# -------------------------------------------------------------------------------- changed settings
+
+CONSTANT = ["--lr", "1e-3", "--min-lr", "1e-3", "--warmup", "0"]
+
+
+def test_a_finished_run_with_more_steps_is_the_longer_run_bit_for_bit(text_file, tmp_path):
+    """The rate is constant, so that both follow the same schedule."""
+    flags = ["--data", text_file, *CONSTANT]
+    finish(*flags, "--steps", 40, "--out", tmp_path / "whole")
+    finish(*flags, "--steps", 20, "--out", tmp_path / "parts")
+    done = run(*flags, "--steps", 40, "--out", tmp_path / "parts", "--resume")
+    assert "--steps 20 -> 40: from step 21 on; there the new schedule gives" in done.stderr
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def changed(text_file, whole, tmp_path_factory):
+    """(the flags of `whole`, changed, its folder, what the changed run wrote on standard error)."""
+    out = shutil.copytree(whole, tmp_path_factory.mktemp("runs") / "changed")
+    flags = ["--data", text_file, "--steps", STEPS + 20, "--lr", 1e-3, "--weight-decay", 0.2]
+    flags += ["--clip", 0.5, "--schedule", "linear", "--out", out, "--resume"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    return flags, out, done.stderr
+
+
+def test_from_where_it_goes_on_the_learning_rate_is_that_of_the_new_schedule(changed, whole):
+    _, out, _ = changed
+    before, after = rows_in(whole), rows_in(out)
+    assert after[: len(before)] == before
+    # --warmup and --min-lr follow from the new --steps and --lr.
+    warmup = (STEPS + 20) // 20
+    fall = optax.linear_schedule(1e-3, 1e-4, STEPS + 20 - warmup)
+    rates = {row["step"]: row["lr"] for row in after[len(before) :] if "lr" in row}
+    assert list(rates) == list(range(STEPS + 1, STEPS + 21))
+    for step, rate in rates.items():
+        assert rate == pytest.approx(float(fall(step - 1 - warmup)), rel=1e-6)
+
+
+def test_what_changed_is_said_and_stored_in_later_checkpoints(changed, refused):
+    flags, _, stderr = changed
+    for change in [
+        "--steps 200 -> 220",
+        "--lr 0.003 -> 0.001",
+        "--schedule cosine -> linear",
+        "--min-lr 0.0003 -> 0.0001",
+        "--warmup 10 -> 11",
+        "--weight-decay 0.1 -> 0.2",
+        "--clip 1.0 -> 0.5",
+    ]:
+        assert change in stderr
+    again = run(*flags)
+    assert again.returncode == 0 and "->" not in again.stderr
+    assert "all 220 steps are done: the model is written again; a larger --steps" in again.stderr
+    error = refused(*flags, "--steps", 100)
+    assert f"--steps 100: the checkpoint is of step {STEPS + 20}" in error
+
+
+def test_a_setting_that_was_only_left_out_is_not_taken_for_a_change(text_file, changed, refused):
+    _, out, _ = changed
+    error = refused("--data", text_file, "--steps", 300, "--out", out, "--resume")
+    for kept in ("--lr 0.001", "--schedule linear", "--weight-decay 0.2", "--clip 0.5"):
+        assert kept in error
+    assert "--steps" not in error and "--warmup" not in error
+
+
+def test_a_diverged_run_goes_on_from_its_newest_checkpoint_with_a_lower_rate(text_file, tmp_path):
+    flags = ["--data", text_file, "--ema", 0, "--out", tmp_path]
+    finish(*flags, *CONSTANT, "--steps", 20)
+    wild = run(*flags, "--steps", 60, "--lr", 1e30, "--clip", 1e30, "--resume")
+    assert wild.returncode == 1
+    assert "newest checkpoint: step 20: go on from it by --resume" in wild.stderr
+    printed = finish(*flags, *CONSTANT, "--steps", 40, "--resume")
+    assert "finished" in printed
+    losses = {row["step"]: row["loss"] for row in rows_in(tmp_path) if "loss" in row}
+    assert list(losses) == list(range(1, 41)) and max(losses.values()) < 4

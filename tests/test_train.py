@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ import tiktoken
 import torch
 import transformers
 from flax import nnx
+from helpers.small import DAMAGES, write_checkpoint
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -747,6 +749,75 @@ def test_tensorboard_gets_the_rows_of_the_metrics(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def stand_in_for_wandb(begun, logged):
+    """A package wandb that keeps what it is told."""
+
+    def init(**options):
+        begun.append(options)
+        return Namespace(dir="files", url="https://wandb.test/run", log=log)
+
+    def log(values, step):
+        logged.append((step, values))
+
+    return Namespace(init=init, Error=RuntimeError, Settings=dict)
+
+
+@pytest.mark.parametrize(
+    "dropped, changes, same",
+    [
+        (False, [], True),
+        (True, [], True),  # told again as it was
+        (False, ["--steps 20 -> 40"], True),
+        (True, ["--lr 1 -> 0.1"], False),  # steps that it has are told otherwise
+    ],
+)
+def test_weights_and_biases_gets_the_rows_and_a_resumed_run_goes_on_there(
+    dropped, changes, same, tmp_path, monkeypatch
+):
+    begun, logged = [], []
+    monkeypatch.setitem(sys.modules, "wandb", stand_in_for_wandb(begun, logged))
+    monkeypatch.setenv("WANDB_SILENT", "")
+    for name in ("offline-run-20260101_100000-older", "run-20260101_110000-newer", "latest-run"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    metrics = train.Metrics(tmp_path, 0)
+    metrics.dropped = dropped
+    run = Namespace(
+        args=Namespace(out=tmp_path, model="gpt2", named=[]),
+        settings={"lr": 0.1},
+        metrics=metrics,
+        changes=changes,
+    )
+    metrics.wandb = train.open_wandb(run)
+    [options] = begun
+    assert options["id"] == ("newer" if same else None) and options["resume"] == "allow"
+    assert options["config"] == {"out": str(tmp_path), "model": "gpt2", "lr": 0.1}
+    metrics.add([{"step": 3, "loss": 2.0, "lr": 0.1}, {"step": 3, "val_loss": 2.5}])
+    assert logged == [(3, {"loss": 2.0, "lr": 0.1}), (3, {"val_loss": 2.5})]
+
+
+@pytest.mark.skipif(not find_spec("wandb"), reason="needs the package wandb")
+def test_weights_and_biases_keeps_a_run_offline_and_goes_on_with_it(text_file, tmp_path):
+    flags = ["--data", text_file, "--tokens", "bytes", "--log", "wandb", "--out", tmp_path / "out"]
+    offline = {"WANDB_MODE": "offline"}
+    for more in (["--steps", 8], ["--steps", 12, "--resume"]):
+        done = run(*flags, *more, env=offline)
+        assert done.returncode == 0, done.stderr
+        assert "`wandb sync` sends it" in done.stderr
+    first, second = sorted((tmp_path / "out/wandb").glob("offline-run-*/*.wandb"))
+    assert first.name == second.name  # run-ID.wandb
+    assert b"val_loss" in first.read_bytes() and b"val_loss" in second.read_bytes()
+
+
+@pytest.mark.skipif(not find_spec("wandb"), reason="needs the package wandb")
+def test_who_is_not_logged_in_gets_one_line_and_no_prompt(text_file, tmp_path):
+    nobody = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_API_KEY": ""}
+    flags = ["--data", text_file, "--tokens", "bytes", "--out", tmp_path / "out", "--log", "wandb"]
+    done = run(*flags, env=nobody)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("train.py: --log wandb: ") and "WANDB_MODE=offline" in line
+
+
 def test_the_curves_say_what_they_show():
     figure = train.draw_curves(curve_rows(200, every=50), "gpt2.py: 5 parameters")
     assert figure.get_suptitle() == "gpt2.py: 5 parameters"
@@ -868,6 +939,8 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
         ("--data short.txt", "--block 16 is longer than the text"),
         ("--data latin.txt", "latin.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xf6"),
         ("--width 30 --heads 4", "--width must be a multiple of --heads"),
+        ("--width 6 --heads 2 --model llama", "--width 6 with --heads 2: "),
+        ("--patience -1", "--patience must be 0 or more"),
         ("--steps -5", "--steps must be 1 or more"),
         ("--block 0", "--block must be 1 or more"),
         ("--steps many", "invalid int value: 'many'"),
@@ -917,6 +990,23 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, message, text_file, m
     assert stop.value.code == 2 and message in stderr
     assert stderr.startswith("train.py: ") and len(stderr.splitlines()) == 1
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("damage, said", DAMAGES)
+def test_a_bad_checkpoint_is_named_in_one_line(
+    damage, said, text_file, tmp_path, monkeypatch, capsys
+):
+    folder = write_checkpoint(tmp_path / "weights")
+    damage(folder)
+    flags = ["--model", "gpt2", "--weights", folder, "--out", tmp_path / "out"]
+    monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", command("--data", text_file, *flags)[1:])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and said in stderr
+    assert stderr.startswith("train.py: ") and len(stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------- slow

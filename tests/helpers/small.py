@@ -1,6 +1,7 @@
 """Small checkpoints with random weights, for tests of the programs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -41,3 +42,40 @@ def edit_config(folder, **changes):
     """Changes some entries of a checkpoint's config.json."""
     path = Path(folder, "config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def take_away(folder):
+    """As after a mistyped name."""
+    shutil.rmtree(folder)
+
+
+def cut_weights(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def lose_a_shard(folder):
+    """The first of two is there, and the index names both."""
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    (folder / "model.safetensors").rename(folder / first)
+    index = {"weight_map": {"a": first, "b": second}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose_tensors(folder):
+    """The config has a block more than the file."""
+    edit_config(folder, n_layer=3)
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{not json")
+
+
+# What may be wrong with a checkpoint, and what a program then says.
+DAMAGES = [
+    (take_away, "no such folder, and not a name on the Hub"),
+    (cut_weights, "model.safetensors is damaged or cut short"),
+    (lose_a_shard, "has no model-00002-of-00002.safetensors"),
+    (lose_tensors, "lacks 12 tensors, such as transformer.h.2."),
+    (break_config, "config.json is damaged"),
+]
