@@ -2242,12 +2242,17 @@ def fill_defaults(args):
         args.min_lr = args.lr / 10
     if args.warmup is None:
         args.warmup = args.steps // 20
+    fill_sizes(args)
+    choose_tokenizer(args)
+
+
+def fill_sizes(args):
+    """The sizes of a model from scratch."""
     for name, default in SIZES.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
         elif args.weights:
-            fail(f"--{name}: --weights have sizes of their own; leave it out")
-    choose_tokenizer(args)
+            fail(f"--{name}: the model of --weights has its own; leave it out")
 
 
 def choose_tokenizer(args):
