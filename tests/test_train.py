@@ -774,6 +774,15 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
 # ---------------------------------------------------------------------------------------- bad input
 
 
+def test_sizes_beside_weights_are_said_not_to_be_used(text_file, tmp_path):
+    """Also where they are the defaults: the layers of tiny/gpt2 are its own."""
+    flags = ["--weights", "tiny", "--data", text_file, "--steps", 1, "--warmup", 0]
+    done = run(*flags, "--out", tmp_path / "out")  # with the --layers, --heads and --width of SMALL
+    assert done.returncode == 0, done.stderr
+    said = "not used: --layers, --heads, --width; the model of --weights has its own"
+    assert said in done.stderr.splitlines()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -794,8 +803,6 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
         ("--batch 4 --accumulate 3", "does not split over 1 devices (or groups of them) in"),
         ("--tokens words", "--tokens words: it must be bpe or char or bytes or gpt2 here"),
         ("--tokens char --weights tiny", "--tokens char: --weights bring their own tokenizer"),
-        ("--weights tiny --layers 4", "--layers: the model of --weights has its own; leave it out"),
-        ("--weights tiny --experts 0", "--experts: the model of --weights has its own"),
         (f"--out {'a' * 300}", "--out cannot be used: [Errno 36] File name too long"),
         (f"--data {'a' * 300}", "File name too long"),
         ("--weights nowhere/here", "there is no folder nowhere/here"),
