@@ -2113,6 +2113,10 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     if args.block > context:
         fail(f"--block {args.block}: the context of this model is {context}")
 
+    if args.unused_sizes and jax.process_index() == 0:
+        unused = ", ".join(args.unused_sizes)
+        print(f"not used: {unused}; the model of --weights has its own", file=sys.stderr)
+
     options = {"dtype": args.dtype, "remat": args.remat}
 
     def init_model():
@@ -3278,17 +3282,17 @@ def fill_defaults(args):
         args.min_lr = args.lr / 10
     if args.warmup is None:
         args.warmup = args.steps // 20
-    choose_sizes(args)
+    fill_sizes(args)
     choose_tokenizer(args)
 
 
-def choose_sizes(args):
-    """The sizes of a model from scratch."""
+def fill_sizes(args):
+    """The sizes of a model from scratch; those given beside --weights are noted as not used."""
+    given = [f"--{name}" for name in SIZES if getattr(args, name) is not None]
+    args.unused_sizes = given if args.weights else []
     for name, default in SIZES.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-        elif args.weights:
-            fail(f"--{name}: --weights have sizes of their own; leave it out")
 
 
 def choose_tokenizer(args):

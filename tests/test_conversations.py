@@ -371,30 +371,21 @@ def test_a_model_from_scratch_learns_to_answer_and_chats(tmp_path):
     assert done.stdout.count("--- step 150: User: Count to 3.\nAssistant: 1 2 3\n") == 1
 
     answered = subprocess.run(
-        [
-            sys.executable,
-            "sample.py",
-            "--weights",
-            out,
-            "--chat",
-            "--prompt",
-            "Count to 4.",
-            "--temperature",
-            "0",
-        ],
+        [sys.executable, "sample.py", "--weights", out, "--chat", "--temperature", "0"],
+        input="Count to 3.",
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert answered.stdout.strip() == "1 2 3 4"
+    assert answered.stdout.strip() == "1 2 3"
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "first in the data: 26 tokens, of which 3 are learned"),
-        (["--loss", "all"], "first in the data: 26 tokens, of which 25 are learned"),
+        ([], "first in the data: 32 tokens, of which 4 are learned"),
+        (["--loss", "all"], "first in the data: 32 tokens, of which 31 are learned"),
     ],
     ids=["assistant", "all"],
 )
@@ -453,22 +444,8 @@ def test_lora_on_a_checkpoint_without_a_template_brings_one(tmp_path):
     file = chats(tmp_path, [{"messages": talk(number % 4 + 1)} for number in range(40)])
     done = subprocess.run(
         [
-            sys.executable,
-            "train.py",
-            "--model",
-            "llama",
-            "--weights",
-            "tiny",
-            "--lora",
-            "2",
-            "--data",
-            file,
-            "--steps",
-            "2",
-            "--warmup",
-            "0",
-            "--out",
-            tmp_path / "out",
+            *[sys.executable, "train.py", "--model", "llama", "--weights", "tiny", "--lora", "2"],
+            *["--data", file, "--steps", "2", "--warmup", "0", "--out", tmp_path / "out"],
         ],
         cwd=ROOT,
         capture_output=True,

@@ -199,6 +199,34 @@ def test_a_hub_that_never_answers_is_given_up(sample):
     assert REPO in error and "Timeout" in error
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["gpt2.py", "Hello", REPO],
+        ["sample.py", "--weights", REPO],
+        ["train.py", "--weights", REPO],
+        ["bench.py", "--weights", REPO],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_hub_that_never_answers_is_given_up_without_model_too(command, tmp_path):
+    """The first question to the Hub is then that for config.json."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        result = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,  # snapshot_download alone waits for ever
+        )
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert REPO in line and "Timeout" in line
+
+
 def test_offline_mode_of_the_hub_is_respected(files, sample):
     with Hub(REPO, files) as hub:
         error = one_line(sample(hub.endpoint, HF_HUB_OFFLINE="1"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -428,6 +429,93 @@ runpy.run_path("gpt2.py", run_name="__main__")
 """
     result = run("-c", pressed)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+TEXT = ROOT / "README.md"
+PROGRAMS = {  # commands that write to standard output
+    "gpt2.py": ["gpt2.py", "Hello", ROOT / "tiny" / "gpt2"],
+    "sample.py": ["sample.py", "--max-new-tokens", 3],
+    "train.py": ["train.py", "--steps", 1, "--data", TEXT, "--out"],
+    "bench.py": ["bench.py", "--weights", "tiny", "--task", "load", "--runs", 1],
+}
+
+
+def shell(program, redirection, tmp_path):
+    """Runs a command of PROGRAMS with standard output as users have it, buffered."""
+    out = [tmp_path / "out"] if program == "train.py" else []
+    command = [sys.executable, *PROGRAMS[program], *out]
+    quoted = " ".join(shlex.quote(str(word)) for word in command)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {quoted} {redirection}"],
+        cwd=ROOT,
+        env=buffered,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_reader_that_leaves_ends_the_program_without_a_word(program, tmp_path):
+    """As under `| head`: 141 is the code of other tools, 128 + SIGPIPE."""
+    result = shell(program, "| true", tmp_path)
+    assert result.returncode == 141
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_standard_output_on_a_full_disk_is_one_line(program, tmp_path):
+    result = shell(program, "> /dev/full", tmp_path)
+    assert result.returncode == 2
+    [line] = [line for line in result.stderr.splitlines() if "No space left" in line]
+    assert line.startswith(f"{program}: [Errno 28]")
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+@pytest.mark.parametrize("program", ["gpt2.py", "sample.py", "bench.py"])
+def test_a_closed_standard_output_is_one_line(program, tmp_path):
+    """train.py goes on: what it makes is a folder."""
+    result = shell(program, ">&-", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [f"{program}: standard output is closed"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["gpt2.py", "Hello", "a" * 300],
+        ["sample.py", "--weights", "a" * 300],
+        ["sample.py", "--profile", "a" * 300],
+        ["train.py", "--weights", "a" * 300],
+        ["bench.py", "--weights", "a" * 300],
+        ["bench.py", "--out", "a" * 300],
+        ["bench.py", "--task", "eval", "--text", "a" * 300],
+    ],
+    ids=lambda command: " ".join(command)[:30],
+)
+def test_names_that_are_too_long_for_a_file_are_one_line(command):
+    one_line(run(*command, HF_HUB_OFFLINE="1"), command[0])
+
+
+def test_bench_py_names_wrong_weights_once_and_not_for_each_task(tmp_path):
+    command = ["bench.py", "--model", "gpt2", "--weights", tmp_path, "--task", "load,decode"]
+    assert "has no config.json" in one_line(run(*command), "bench.py")
+
+
+def test_bench_py_takes_weights_or_a_preset():
+    command = ["bench.py", "--weights", "tiny", "--preset", "openai-community/gpt2"]
+    assert "--preset is for random weights" in one_line(run(*command), "bench.py")
+
+
+def test_a_chat_template_that_is_a_dangling_link_is_named(tmp_path):
+    shutil.copytree(ROOT / "tiny" / "gpt2", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").symlink_to(tmp_path / "gone")
+    result = run("sample.py", "--weights", tmp_path / "model", "--chat", "--prompt", "Hello")
+    line = one_line(result, "sample.py")
+    assert "chat_template.jinja is a link to a file that is gone: download it again" in line
 
 
 # -------------------------------------------------------------------- --model, from the checkpoint

@@ -930,6 +930,15 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
 # ---------------------------------------------------------------------------------------- bad input
 
 
+def test_sizes_beside_weights_are_said_not_to_be_used(text_file, tmp_path):
+    """Also where they are the defaults: the layers of tiny/gpt2 are its own."""
+    flags = ["--weights", "tiny", "--data", text_file, "--steps", 1, "--warmup", 0]
+    done = run(*flags, "--out", tmp_path / "out")  # with the --layers, --heads and --width of SMALL
+    assert done.returncode == 0, done.stderr
+    said = "not used: --layers, --heads, --width; the model of --weights has its own"
+    assert said in done.stderr.splitlines()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -952,6 +961,8 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
         ("--batch 4 --accumulate 3", "does not split over 1 devices (or groups of them) in"),
         ("--tokens words", "--tokens words: it must be bpe or char or bytes or gpt2 here"),
         ("--tokens char --weights tiny", "--tokens char: --weights bring their own tokenizer"),
+        (f"--out {'a' * 300}", "--out cannot be used: [Errno 36] File name too long"),
+        (f"--data {'a' * 300}", "File name too long"),
         ("--weights nowhere/here", "there is no folder nowhere/here"),
         ("--weights tiny --model llama --data short.txt", "--block 16 is longer than the text"),
         ("--weights tiny --block 300", "the context of this model is 256"),
