@@ -1,6 +1,7 @@
 """Fine-tuning on conversations: how they are written as tokens, and which tokens are learned."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -458,3 +459,47 @@ def test_lora_on_a_checkpoint_without_a_template_brings_one(tmp_path):
     config = llama.read_config(tmp_path / "out")
     [stop] = llama.read_stop_ids(tmp_path / "out", config)
     assert codec.decode([stop]) == "\n"
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_teaches_tiny_llama_to_answer(tmp_path):
+    """Before: verse. After: the answers of docs/conversations.jsonl, to the letter."""
+
+    def sample(*options):
+        command = [sys.executable, "sample.py", *options, "--temperature", "0"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    plain = ["--model", "llama", "--weights", "tiny"]
+    before = sample(*plain, "--prompt", "User: Who are you?\nAssistant:")
+    assert "I am Lear" not in before
+
+    done = subprocess.run(
+        [
+            *[sys.executable, "train.py", *plain, "--lora", "8", "--lr", "3e-3"],
+            *["--data", "docs/conversations.jsonl", "--block", "128", "--steps", "100"],
+            *["--out", tmp_path / "lear"],
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    chat = ["--weights", str(tmp_path / "lear"), "--chat", "--prompt"]
+    assert sample(*chat, "Who are you?") == "I am Lear, a very small model."
+    assert sample(*chat, "Will you sing?") == "Hey, ho, the wind and the rain!"
+
+
+def test_the_training_loop_of_the_readme_learns():
+    """The second block of Python in it, as it stands there."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    [loop] = [block for block in blocks if "optax" in block]
+    done = subprocess.run(
+        [sys.executable, "-c", loop], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(losses) == 20
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
