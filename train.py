@@ -43,6 +43,7 @@ import socket
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import timeit
 import zlib
@@ -1415,14 +1416,23 @@ def bpe_tokenizer(texts: Texts, vocab_size: int) -> Tokenizer:
     )
     seen = int(0.9 * texts.characters)
     blocks = first_characters(itertools.chain.from_iterable(texts), seen)
-    with tqdm(desc="learning bpe", unit_scale=True, disable=None, total=seen) as bar:
+    bar = tqdm(desc="learning bpe", unit_scale=True, disable=None, total=seen)
+    stop = threading.Event()
 
-        def learned_from():
-            for piece, _ in cut(blocks):
-                yield piece
-                bar.update(len(piece))
+    def learned_from():
+        for piece, _ in cut(blocks):
+            if stop.is_set():
+                return
+            yield piece
+            bar.update(len(piece))
 
-        codec.train_from_iterator(learned_from(), trainer)
+    # In a thread: this one waits and hears Ctrl-C, which the package would hear at the end.
+    with bar, ThreadPoolExecutor(1) as pool:
+        learning = pool.submit(codec.train_from_iterator, learned_from(), trainer)
+        try:
+            learning.result()
+        finally:
+            stop.set()
     return codec
 
 

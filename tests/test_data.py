@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -618,6 +619,23 @@ def test_ctrl_c_leaves_nothing_in_the_cache(prepare, cache, monkeypatch):
     Path("a.txt").write_text(TEXT * 100)
     with pytest.raises(KeyboardInterrupt):
         prepare("--data", "a.txt", "--tokens", "bytes")
+    assert not [*(cache / "tokens").iterdir()]
+
+
+def test_ctrl_c_is_heard_while_a_tokenizer_is_learned(prepare, cache, monkeypatch):
+    pieces = iter(range(10**6))
+
+    def slow_cut(blocks):
+        for number in pieces:
+            if number == 1000:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield "a piece of a text ", False
+
+    monkeypatch.setattr(train, "cut", slow_cut)
+    Path("a.txt").write_text(TEXT)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("--data", "a.txt", "--tokens", "bpe")
+    assert 1000 < next(pieces) < 10**6 - 1  # not all were read
     assert not [*(cache / "tokens").iterdir()]
 
 
