@@ -3056,13 +3056,7 @@ def add_text_flags(parser):
         metavar="KIND",
         help="tokenizer: bpe (learned from the text; the default), char, bytes or gpt2",
     )
-    text.add_argument(
-        "--vocab-size",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="vocabulary size of bpe, the 256 bytes included (default: %(default)s)",
-    )
+    add_size(text, "--vocab-size", "vocabulary size of bpe, the 256 bytes included")
     text.add_argument(
         "--loss",
         choices=["assistant", "all"],
@@ -3258,12 +3252,13 @@ def add_number(group, flag: str, default: int | float, about: str):
     )
 
 
-SIZES = {"layers": 4, "heads": 4, "width": 128, "experts": 0}  # of a model from scratch
+# Of a model from scratch.
+SIZES = {"layers": 4, "heads": 4, "width": 128, "experts": 0, "vocab_size": 1024}
 
 
 def add_size(group, flag: str, about: str):
     """A flag with a size in SIZES; None where it is not given."""
-    default = SIZES[flag.removeprefix("--")]
+    default = SIZES[flag.removeprefix("--").replace("-", "_")]
     group.add_argument(flag, type=int, metavar="N", help=f"{about} (default: {default})")
 
 
@@ -3298,7 +3293,7 @@ def fill_defaults(args):
 
 def fill_sizes(args):
     """The sizes of a model from scratch; those given beside --weights are noted as not used."""
-    given = [f"--{name}" for name in SIZES if getattr(args, name) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in SIZES if getattr(args, name) is not None]
     args.unused_sizes = given if args.weights else []
     for name, default in SIZES.items():
         if getattr(args, name) is None:
