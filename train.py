@@ -2477,8 +2477,9 @@ def write_model(run: Run, model):
 def write_plain_template(folder: Path, run: Run):
     """Writes the chat template that the checkpoint lacked, for `sample.py --chat`."""
     (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
-    stop_ids = json.dumps({"eos_token_id": end_of_turn(run)})
-    (folder / "generation_config.json").write_text(stop_ids + "\n")
+    if not run.model_file.read_stop_ids(run.data.tokenizer_folder, run.model.config):
+        stop_ids = json.dumps({"eos_token_id": end_of_turn(run)})
+        (folder / "generation_config.json").write_text(stop_ids + "\n")
 
 
 def exit_on_write_error(path: Path):
