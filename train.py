@@ -1832,14 +1832,14 @@ MARK = "\ue000"  # a character for private use, which no text has
 
 
 def learned_tokens(offsets, answers) -> np.ndarray:
-    """Which tokens hold a part of an answer: bool [tokens].
+    """Which tokens belong to an answer, because they end in it: bool [tokens].
 
     offsets: where each token begins and ends in the text; white space may have no width there.
     """
-    begins, ends = np.array(offsets, int).reshape(-1, 2).T
-    learned = np.zeros(len(begins), bool)
+    token_ends = np.array(offsets, int).reshape(-1, 2)[:, 1]
+    learned = np.zeros(len(token_ends), bool)
     for begin, end in answers:
-        learned |= (ends > begin) & ((begins < end) | (ends <= end))
+        learned |= (token_ends > begin) & (token_ends <= end)
     return learned
 
 

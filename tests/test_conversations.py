@@ -167,12 +167,29 @@ def test_what_follows_the_prompt_is_learned_as_trl_finds_it(tmp_path, template):
     assert learned.tolist() == [i >= len(prompt) for i in range(len(whole))]
 
 
-def test_tokens_that_hold_a_part_of_an_answer_are_learned():
-    """A tokenizer may give a blank to the word after it, or no width at all."""
+def test_tokens_that_end_in_an_answer_are_learned():
+    """A tokenizer may give a blank to the word after it, or no width at all. The last one here
+    reaches into what follows the answer."""
     answers = [(5, 10), (14, 16)]
     offsets = [(0, 3), (3, 5), (4, 6), (6, 9), (9, 9), (9, 10), (10, 14), (14, 14), (14, 17)]
-    expected = [False, False, True, True, True, True, False, False, True]
+    expected = [False, False, True, True, True, True, False, False, False]
     assert train.learned_tokens(offsets, answers).tolist() == expected
+
+
+def test_the_header_of_the_next_message_is_not_learned(tmp_path):
+    """Here the text ends in </s>, which begins as the header of the user does."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+        "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    )
+    special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    codec = write_tokenizer(tmp_path, template, special)
+    example = train.read_conversation({"messages": TWO_TURNS}, "line 1")
+    text, answers = train.ChatTemplate(tmp_path).example(example)
+    encoded = codec.encode(text, add_special_tokens=False)
+    learned = train.learned_tokens(encoded.offsets, answers)
+    found = codec.decode(np.array(encoded.ids)[learned].tolist(), skip_special_tokens=False)
+    assert found == "Hello.<|end|>\n2<|end|>\n</s>"
 
 
 def test_blanks_that_have_no_width_are_learned_in_answers_only():
