@@ -456,6 +456,7 @@ def test_a_validation_loss_of_exactly_0_is_recorded_and_kept_as_the_best(tmp_pat
     checkpoints = train.open_checkpoints(tmp_path / "out", 2)
     assert checkpoints.best_step() in (10, 20)
     assert checkpoints.metrics(checkpoints.best_step()) == {"val_loss": 0.0}
+    checkpoints.close()
     assert "validation loss over the whole text: 0.0000 nats per token; perplexity 1.00" in printed
 
 
@@ -573,7 +574,7 @@ def test_what_changed_is_said_and_stored_in_later_checkpoints(changed, refused):
         "--min-lr 0.0003 -> 0.0001",
         "--warmup 10 -> 11",
         "--weight-decay 0.1 -> 0.2",
-        "--clip 1.0 -> 0.5",
+        "--clip 1 -> 0.5",
     ]:
         assert change in stderr
     again = run(*flags)
