@@ -1086,6 +1086,8 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
 
 def open_source(files: list[Path], dataset: str | None) -> "Texts | Conversations":
     """The texts or the conversations of --data and --dataset: the first row says which."""
+    if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
+        say(f"reading {len(files)} files")
     rows = load_rows(dataset) if dataset else None
     first = next(iter(rows), None) if dataset else None
     if files and files[0].suffix.lower() in JSON:
@@ -1149,8 +1151,6 @@ class Texts:
 
     def __init__(self, files: list[Path], dataset: str | None = None, rows=None):
         """rows: of the dataset."""
-        if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
-            say(f"reading {len(files)} files")
         self.files = files
         self.dataset = dataset
         self.rows = rows
@@ -1900,7 +1900,9 @@ def read_examples(folder: Path, V: int, args) -> tuple:
     starts, used = starts[kept], used[kept]
     from_here_on = np.cumsum(used[::-1])[::-1]
     cut = max(int(0.9 * len(kept)), np.argmax(from_here_on <= 2**20))
-    packed = args.pack != "no"
+    packed = args.pack == "yes"
+    if len(kept) > 2**17:  # some seconds
+        say("packing the conversations into rows")
     return (
         Examples(tokens, learned, starts[:cut], used[:cut], args.block, packed),
         Examples(tokens, learned, starts[cut:], used[cut:], args.block, packed),
@@ -3320,6 +3322,8 @@ def choose_tokenizer(args):
 
 def check_source(args, source):
     if isinstance(source, Conversations):
+        args.loss = args.loss or "assistant"
+        args.pack = args.pack or "yes"
         return
     for flag in ("loss", "pack"):
         if getattr(args, flag) is not None:
