@@ -1068,15 +1068,16 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     encoded = encoded or [cached / "tokens.bin"]
     tokenizer_folder = folder or cached
     V, _ = vocabulary(model_file, tokenizer_folder)
+    if isinstance(source, Texts):
+        train, val = read_text(encoded, V, args.block)
+    else:
+        train, val = read_examples(cached, V, args)
     largest, checksum = scan_tokens(encoded, V)
     if largest >= V:
         fail(f"the text has token {largest}, the model has {V}: encode it for this model")
-
     if isinstance(source, Texts):
-        train, val = read_text(encoded, V, args.block)
         return Data(train, val, tokenizer_folder, checksum)
 
-    train, val = read_examples(cached, V, args)
     checksum = zlib.crc32(train.learned, checksum)
     template = ChatTemplate(tokenizer_folder)
     if template.is_plain and source.without_roles:
@@ -1105,7 +1106,7 @@ def read_text(files: list[Path], V: int, block: int) -> tuple:
     train, val = splits
     if min(len(train), len(val)) <= block:
         fail(
-            f"--block {block} needs more text: there are {len(train)} tokens to train on, "
+            f"--block {block} is longer than the text: {len(train)} tokens to train on, "
             f"{len(val)} to validate on; shorten it, or give more"
         )
     return Text(train, block), Text(val, block)
@@ -1124,7 +1125,8 @@ def find_files(names: list[str]) -> list[Path]:
             cannot = (
                 f"it cannot be downloaded to {CACHE}: try again online, or name a file of yours"
             )
-            with explained((OSError, ValueError), f"--data {name}: {cannot}"):
+            other = explained(ValueError, f"--data {name}: {{}}; name a file of yours")  # its hash
+            with explained(OSError, f"--data {name}: {cannot}"), other:
                 file = pooch.retrieve(SHAKESPEARE, SHAKESPEARE_HASH, "tinyshakespeare.txt", CACHE)
                 found = [Path(file)]
         if not found:
@@ -1205,7 +1207,9 @@ def open_text(file: Path):
     the \\r of an \\r\\n is left in its place.
     """
     unreadable = explained(OSError, f"--data {file}: {{}}: name files that can be read")
-    no_text = explained(UnicodeDecodeError, f"--data {file} is not UTF-8 text: convert it first")
+    no_text = explained(
+        UnicodeDecodeError, f"--data {file} is not UTF-8 text: {{}}: convert it first"
+    )
     with unreadable, no_text, open(file, encoding="utf-8-sig", newline="\n") as stream:
         yield stream
 
@@ -2125,10 +2129,6 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     if args.block > context:
         fail(f"--block {args.block}: the context of this model is {context}")
 
-    if args.unused_sizes and jax.process_index() == 0:
-        unused = ", ".join(args.unused_sizes)
-        print(f"not used: {unused}; the model of --weights has its own", file=sys.stderr)
-
     options = {"dtype": args.dtype, "remat": args.remat}
 
     def init_model():
@@ -2147,6 +2147,8 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
         # Frozen weights need no more digits than they are computed with.
         stored = args.dtype if args.lora and not args.merge else "float32"
         model = model_file.load(folder, param_dtype=stored, mesh=mesh, **options)
+        if args.unused_sizes:
+            note(f"not used: {', '.join(args.unused_sizes)}; the model of --weights has its own")
     else:
         model = init_sharded(model_file, config, init_model, mesh)
     for _, module in nnx.iter_modules(model):

@@ -522,7 +522,7 @@ def test_the_stop_ids_of_the_base_stay_with_what_is_trained_from_its_adapter(
 
     args = Namespace(out=tmp_path / "out", merge=False, save_dtype="float32")
     args.out.mkdir()
-    data = Namespace(tokenizer_folder=gpt2.tokenizer_folder(adapter))
+    data = Namespace(tokenizer_folder=gpt2.tokenizer_folder(adapter), template=None)
     assert data.tokenizer_folder == adapter
     run = Namespace(args=args, data=data, model_file=gpt2, adapters={})
     train.write_model(run, gpt2.load(adapter))

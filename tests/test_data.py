@@ -871,6 +871,19 @@ def test_a_second_bin_is_what_is_validated_on(prepare, monkeypatch):
     assert train_tokens.tolist() == [*range(100)] and val_tokens.tolist() == [*range(100, 130)]
 
 
+class Columns(dict):
+    """A stand-in for a dataset: a dict of columns, whose rows one may iterate."""
+
+    column_names = property(list)
+
+    def select_columns(self, name):
+        return Columns({name: self[name]})
+
+    def __iter__(self):
+        names = list(self.keys())
+        return (dict(zip(names, row, strict=True)) for row in zip(*self.values(), strict=True))
+
+
 @pytest.fixture
 def offer_dataset(monkeypatch):
     """(rows, or an error) -> the list of what is asked of datasets, which gives or raises them."""
@@ -882,12 +895,7 @@ def offer_dataset(monkeypatch):
             asked.append((*names, split))
             if isinstance(found, Exception):
                 raise found
-            return SimpleNamespace(select_columns=partial(select_columns, found))
-
-        def select_columns(columns, name):
-            if name not in columns:
-                raise ValueError(f"Column name {name} not in the dataset")
-            return [{name: value} for value in columns[name]]
+            return Columns(found)
 
         monkeypatch.setattr(train, "find_spec", lambda name: True)
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
