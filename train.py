@@ -2128,6 +2128,8 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     context = config.max_position_embeddings
     if args.block > context:
         fail(f"--block {args.block}: the context of this model is {context}")
+    if args.pack == "yes":
+        check_packed_rope(config, args.block)
 
     options = {"dtype": args.dtype, "remat": args.remat}
 
@@ -2156,6 +2158,16 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
             module.rate = args.dropout
     adapters = add_adapters(model_file, model, args) if args.lora else {}
     return model, adapters, mesh
+
+
+def check_packed_rope(config, block: int):
+    """Stops where a packed row would not be what its conversations are alone."""
+    scaling = dict(getattr(config, "rope_scaling", ()))
+    if scaling.get("rope_type") == "dynamic" and block > scaling["trained"]:
+        fail(
+            f"--block {block}: beyond {scaling['trained']} tokens, RoPE scaling depends on the "
+            "length of each conversation: add --pack no"
+        )
 
 
 def new_config(args, model_file, V: int, eos: int | None):

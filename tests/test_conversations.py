@@ -1,5 +1,6 @@
 """Fine-tuning on conversations: how they are written as tokens, and which tokens are learned."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -454,6 +455,22 @@ def test_what_no_run_can_use_is_one_line(tmp_path, rows, flags, said):
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert said in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("block", "code"), [(32, 0), (48, 2)])
+def test_packed_rows_are_no_longer_than_what_dynamic_rope_leaves_alone(tmp_path, block, code):
+    config = llama.Config.small(layers=1, heads=2, width=16, context=64, vocab_size=300)
+    scaling = (("rope_type", "dynamic"), ("factor", 2.0), ("trained", 32))
+    model = llama.Model(dataclasses.replace(config, rope_scaling=scaling), rngs=nnx.Rngs(0))
+    folder = tmp_path / "model"
+    llama.save(model, folder)
+    write_tokenizer(folder, templates.CHATML)
+    file = chats(tmp_path, [{"messages": talk(1)}] * 4)
+    flags = ["--model", "llama", "--weights", folder, "--data", file, "--block", block]
+    done = run(*flags, "--steps", 1, "--warmup", 0, "--out", tmp_path / "out")
+    assert done.returncode == code, done.stderr
+    assert ("beyond 32 tokens, RoPE scaling depends on" in done.stderr) == (code == 2)
 
 
 @pytest.mark.wide
