@@ -1528,7 +1528,7 @@ class Weights(dict):
         """The pickle sets an attribute, _metadata, which is not needed."""
 
 
-# --------------------- Adapters of LoRA: the same in every model file -----------------------------
+# ------------------------- Adapters of LoRA: the same in every model file -------------------------
 #
 # LoRA leaves a matrix W [out, in] as it is, and trains two narrow ones beside it: A [r, in] and
 # B [out, r], of rank r. The layer computes W x + s B A x, and the scale s is lora_alpha / r; with

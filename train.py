@@ -1640,6 +1640,7 @@ PLAIN_TEMPLATE = """\
     {{- "Assistant:" }}
 {%- endif %}
 """
+COMPILED_TEMPLATE = jinja2.Template(PLAIN_TEMPLATE)
 
 
 class Conversation(NamedTuple):
@@ -1734,7 +1735,7 @@ def plain_text(example: Conversation) -> str:
     """A conversation as a text, without special tokens."""
     if example.texts:
         return "".join(example.texts)
-    return jinja2.Template(PLAIN_TEMPLATE).render(messages=example.messages)
+    return COMPILED_TEMPLATE.render(messages=example.messages)
 
 
 class ChatTemplate:

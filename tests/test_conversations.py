@@ -473,25 +473,23 @@ def test_packed_rows_are_no_longer_than_what_dynamic_rope_leaves_alone(tmp_path,
     assert ("beyond 32 tokens, RoPE scaling depends on" in done.stderr) == (code == 2)
 
 
+def teach_tiny_llama(*flags):
+    """Runs train.py as the README does."""
+    command = [sys.executable, "train.py", "--model", "llama", "--weights", "tiny"]
+    command += map(str, flags)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.wide
 def test_lora_on_a_checkpoint_without_a_template_brings_one(tmp_path):
     """tiny/llama has neither a template nor a token that ends a text."""
+    out = tmp_path / "out"
     file = chats(tmp_path, [{"messages": talk(number % 4 + 1)} for number in range(40)])
-    done = subprocess.run(
-        [
-            *[sys.executable, "train.py", "--model", "llama", "--weights", "tiny", "--lora", "2"],
-            *["--data", file, "--steps", "2", "--warmup", "0", "--out", tmp_path / "out"],
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == train.PLAIN_TEMPLATE
-    codec = llama.tokenizer(tmp_path / "out")
-    config = llama.read_config(tmp_path / "out")
-    [stop] = llama.read_stop_ids(tmp_path / "out", config)
+    teach_tiny_llama("--lora", 2, "--data", file, "--steps", 2, "--warmup", 0, "--out", out)
+    assert (out / "chat_template.jinja").read_text() == train.PLAIN_TEMPLATE
+    codec = llama.tokenizer(out)
+    [stop] = llama.read_stop_ids(out, llama.read_config(out))
     assert codec.decode([stop]) == "\n"
 
 
@@ -509,18 +507,8 @@ def test_the_example_of_the_readme_teaches_tiny_llama_to_answer(tmp_path):
     before = sample(*plain, "--prompt", "User: Who are you?\nAssistant:")
     assert "I am Lear" not in before
 
-    done = subprocess.run(
-        [
-            *[sys.executable, "train.py", *plain, "--lora", "8", "--lr", "3e-3"],
-            *["--data", "docs/conversations.jsonl", "--block", "128", "--steps", "100"],
-            *["--out", tmp_path / "lear"],
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = ["--lora", 8, "--lr", 3e-3, "--data", "docs/conversations.jsonl"]
+    teach_tiny_llama(*flags, "--block", 128, "--steps", 100, "--out", tmp_path / "lear")
     chat = ["--weights", str(tmp_path / "lear"), "--chat", "--prompt"]
     assert sample(*chat, "Who are you?") == "I am Lear, a very small model."
     assert sample(*chat, "Will you sing?") == "Hey, ho, the wind and the rain!"
