@@ -285,8 +285,8 @@ class Attention(nnx.Module):
         q = rotate(q, positions - first, inv_freq)
         k = rotate(k, positions - first, inv_freq)
 
-        # k and v [B, S, K, Dh] from here on. With a ring buffer they are the old ring followed by
-        # the T new ones, or just the updated ring if T = 1.
+        # What to attend to: k and v [B, S, K, Dh] of the cache. With a ring buffer they are the old
+        # ring followed by the T new ones, or just the updated ring if T = 1.
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         score_options = {
@@ -423,6 +423,7 @@ class Model(nnx.Module):
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype, use_ring=False)
             if positions is not None:
+                # From here on positions count within the row.
                 positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
@@ -489,8 +490,8 @@ class RMSNorm(nnx.Module):
 def split_documents(positions):
     """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
 
-    positions count within a document, and begin again at 0 with the next. in_row counts from the
-    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    positions count within a document, and begin again at 0 with the next. in_row counts the real
+    tokens of the row; first is in_row where a token's document begins. Padding has -1 and 0.
     """
     real = positions >= 0
     in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)

@@ -254,8 +254,8 @@ class Attention(nnx.Module):
         q = rotate(q, positions - first, inv_freq)
         k = rotate(k, positions - first, inv_freq)
 
-        # k and v [B, S, K, Dh] from here on. With a ring buffer they are the old ring followed by
-        # the T new ones, or just the updated ring if T = 1.
+        # What to attend to: k and v [B, S, K, Dh] of the cache. With a ring buffer they are the old
+        # ring followed by the T new ones, or just the updated ring if T = 1.
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
         window = self.config.sliding_window
@@ -328,8 +328,9 @@ class Experts(nnx.Module):
         return y.astype(x.dtype).reshape(x.shape), router_stats
 
     def route(self, rows):
-        """The router, in float32: it chooses the per_token likeliest experts for each token.
+        """The router chooses the per_token likeliest experts for each token.
 
+        The softmax is in float32.
         rows [N, D] -> (weights [N, per_token], chosen [N, per_token], probs [N, E] of all experts)
         """
         probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32))
@@ -449,6 +450,7 @@ class Model(nnx.Module):
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype, use_ring=False)
             if positions is not None:
+                # From here on positions count within the row.
                 positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
@@ -494,8 +496,8 @@ def rms_norm(config: Config, **options):
 def balance_loss(cache):
     """The load-balancing loss of a Mixtral, from the cache that `hidden` returns.
 
-    It is lowest where all experts are chosen equally often: E times the sum over experts of the
-    fraction of tokens that chose it times its mean probability. As in the reference, both are
+    E times the sum over experts of the fraction of tokens that chose it times its mean probability:
+    its gradient makes experts that are chosen too often less likely. As in the reference, both are
     averages over all layers; Fedus et al. 2021, equations (4) to (6), have a loss for each layer.
     """
     router_stats = [layer[2] for layer in cache.layers]
@@ -507,8 +509,8 @@ def balance_loss(cache):
 def split_documents(positions):
     """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
 
-    positions count within a document, and begin again at 0 with the next. in_row counts from the
-    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    positions count within a document, and begin again at 0 with the next. in_row counts the real
+    tokens of the row; first is in_row where a token's document begins. Padding has -1 and 0.
     """
     real = positions >= 0
     in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)

@@ -334,6 +334,7 @@ class Model(nnx.Module):
             check_length(self.config, T)
             cache = init_cache(self.config, B, T, self.dtype)
             if positions is not None:
+                # From here on positions count within the row.
                 positions, first = split_documents(as_array(positions))
 
         # The new tokens take the slots from `start` on. Positions in an empty cache are -1, so by
@@ -393,8 +394,8 @@ ACTIVATIONS = {
 def split_documents(positions):
     """Tells the documents of packed rows apart: positions [B, T] -> (in_row, first), both [B, T].
 
-    positions count within a document, and begin again at 0 with the next. in_row counts from the
-    beginning of the row; first is where in the row a token's document begins. Padding stays at -1.
+    positions count within a document, and begin again at 0 with the next. in_row counts the real
+    tokens of the row; first is in_row where a token's document begins. Padding has -1 and 0.
     """
     real = positions >= 0
     in_row = jnp.where(real, jnp.cumsum(real, axis=1) - 1, -1)
