@@ -155,6 +155,25 @@ def test_every_mode_learns_what_one_device_learns(model, modes, text, tmp_path):
     assert printed.count("on 1 x cpu") == 1 and printed.count("on 4 x cpu") == len(modes) - 1
 
 
+@pytest.mark.parametrize(
+    "model, modes",
+    [
+        wide("llama", ["no", "pmap", "fsdp:2,tensor"]),
+        *[slow(name, MODES) for name in train.MODELS],
+    ],
+)
+def test_every_mode_weighs_the_answers_of_conversations_alike(model, modes, tmp_path):
+    """Devices and microbatches hold different numbers of answers; each answer counts the same."""
+    flags = "--steps 6 --batch 8 --accumulate 2 --block 64 --lr 1e-3 --warmup 0 --eval-every 3"
+    flags = f"--model {model} --weights tiny --device cpu --save-every 0 {flags}".split()
+    data = ["--data", ROOT / "docs/conversations.jsonl"]
+    train_several(*[[*flags, *data, "--parallel", x, "--out", tmp_path / x] for x in modes])
+    steps, val = curve(tmp_path / "no")
+    assert len(steps) == 6 and len(val) >= 2
+    for mode in modes[1:]:
+        assert_same_curve(tmp_path / mode, tmp_path / "no")
+
+
 # What a layer needs: (parameters, those that FSDP splits, sums over tensor). Sums are one for each
 # product behind a split one, and backward one for each before it, as XLA leaves them; GPT-2's fused
 # c_attn is split across its three parts, so that query, key and value must be gathered.
