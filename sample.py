@@ -4,12 +4,14 @@
     python sample.py --model gpt2 --prompt "Hello, I am" # openai-community/gpt2 from the Hub
     python sample.py --model gpt2 --weights my/folder    # a checkpoint in Hugging Face's format
     python sample.py --model llama --weights HuggingFaceTB/SmolLM2-135M-Instruct --chat
+    python sample.py --prompt "The king is dead." --attention attention.html   # what sees what
     python sample.py --list                              # what there is, and how large it is
 
 The text goes to standard output while it is generated; all else goes to standard error.
 """
 
 import argparse
+import base64
 import codecs
 import contextlib
 import errno
@@ -22,6 +24,7 @@ import re
 import select
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,7 +67,9 @@ def main():
             tokenizer = ChatTokenizer(tokenizer.backend, chat_folder, args.system)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
 
-        if prompts is None:
+        if args.attention is not None:
+            draw_attention(model_file, model, tokenizer, prompts, args)
+        elif prompts is None:
             converse(model_file, model, mesh, tokenizer, stop_ids, args)
         else:
             write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args)
@@ -93,6 +98,8 @@ def read_prompts(args) -> list[str] | None:
         fail("--chat needs a terminal to converse on, or a --prompt")
     if "" in prompts:
         fail("an empty prompt: give at least one character, or leave --prompt out")
+    if args.attention is not None and len(prompts) > 1:
+        fail(f"--attention draws one text, not {len(prompts)}: give one --prompt")
     if not prompts:
         prompts = ["ROMEO:\n" if args.weights == "tiny" else "Once upon a time"]
     return prompts
@@ -114,6 +121,8 @@ def read_standard_input() -> list[str]:
 def check_conversation(args):
     """Exits where an option makes no sense in a conversation on the terminal."""
     splits_rows = re.match("pmap|data|fsdp", args.parallel)
+    if args.attention is not None:
+        fail("--attention draws one text: with --chat, give a --prompt")
     if args.num_samples > 1 or splits_rows or args.json or args.no_stream or args.profile:
         fail(
             "a conversation is one text, shown as it is made: leave --num-samples, --json, "
@@ -802,6 +811,197 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
         token = token[:, 0]
 
 
+# ------------------------------------------- Attention --------------------------------------------
+
+PICTURE_TOKENS = 512  # the longest text that has room in a picture
+
+
+def draw_attention(model_file, model, tokenizer, prompts: list[str], args):
+    """Draws what each token of the prompt attends to, into the file of --attention.
+
+    A .npz holds the numbers instead: `weights` [layers, H, T, T], `ids` and `tokens` [T].
+    """
+    [prompt] = prompts
+    ids = tokenizer.encode(prompt)
+    file = args.attention
+    kind = file.suffix.lower()
+    if kind != ".npz" and len(ids) > PICTURE_TOKENS:
+        fail(
+            f"{len(ids)} tokens: a picture has room for {PICTURE_TOKENS}; give a shorter prompt, "
+            "or an --attention that ends in .npz, for the numbers alone"
+        )
+
+    weights = attention_weights(model_file, model, ids)
+    labels = token_labels(tokenizer, ids)
+    with explained(OSError, f"--attention {file} cannot be written: {{}}"):
+        if kind == ".npz":
+            np.savez_compressed(file, weights=weights, ids=np.array(ids), tokens=np.array(labels))
+        elif kind == ".html":
+            file.write_text(attention_page(weights, labels), encoding="utf-8")
+        else:
+            save_picture(attention_picture(weights, labels), file)
+    layers, heads = weights.shape[:2]
+    print(f"{file}: {len(ids)} tokens, {layers} layers, {heads} heads", file=sys.stderr)
+
+
+def attention_weights(model_file, model, ids: list[int]) -> np.ndarray:
+    """What each of T tokens attends to in each layer and head: [layers, H, T, T], in float32.
+
+    [layer, head, i, j] is the weight of token j for token i. Those for one i add up to 1.
+    """
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, tokens):
+        with watched_attention(model_file) as seen:
+            nnx.merge(graphdef, state).hidden(tokens)
+        return jax.numpy.stack(seen)[:, 0]
+
+    return np.asarray(run(state, np.array([ids])))
+
+
+@contextlib.contextmanager
+def watched_attention(model_file):
+    """Within it, each call of the model file's `attend` appends its weights to a list.
+
+    Each layer calls the one `attend` of its file, so that nothing but that function is replaced,
+    and only for a while.
+    """
+    attend = model_file.attend
+    seen = []
+
+    def watched(q, k, v, *positions, **options):
+        seen.append(weights_of(attend, q, k, *positions, **options))
+        return attend(q, k, v, *positions, **options)
+
+    model_file.attend = watched
+    try:
+        yield seen
+    finally:
+        model_file.attend = attend
+
+
+def weights_of(attend, q, k, *positions, **options):
+    """The weights of a call of `attend`, whatever its mask, window or soft-cap: [B, H, T, S].
+
+    q [B, T, H, Dh], k [B, S, K, Dh]. What `attend` returns is a weighted mean of the values. If
+    the values are the rows of an identity matrix, it is the weights themselves. A value has Dh
+    numbers, so the weights of Dh keys are read at a time.
+    """
+    S, Dh = k.shape[1], k.shape[3]
+    columns = []
+    for begin in range(0, S, Dh):
+        identity = jax.numpy.eye(S, Dh, k=-begin)  # row begin + i has its 1 in column i
+        values = jax.numpy.broadcast_to(identity[:, None], k.shape)
+        columns.append(attend(q, k, values, *positions, **options))  # [B, T, H, Dh]
+    weights = jax.numpy.concatenate(columns, axis=-1)[..., :S]
+    return weights.swapaxes(1, 2)
+
+
+def token_labels(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token. One without a text of its own has its name in the vocabulary.
+
+    Decoded with the tokens before it, as its text may depend on them.
+    """
+    labels = []
+    text = ""
+    for i, token in enumerate(ids):
+        whole = tokenizer.decode(ids[: i + 1])
+        label = whole[len(text) :]
+        text = whole
+        if not label or "\ufffd" in label:  # a special token, or a part of a character
+            label = tokenizer.backend.id_to_token(token) or str(token)
+        labels.append(label.replace("\n", "↵").replace(" ", "·"))
+    return labels
+
+
+def attention_page(weights, labels: list[str]) -> str:
+    """The picture as a web page, in one file that needs no network; hovering shows a weight."""
+    layers, heads = weights.shape[:2]
+    numbers = np.ceil(weights * 65535).astype("<u2")  # 0 only where a token is hidden
+    data = {
+        "tokens": labels,
+        "layers": layers,
+        "heads": heads,
+        "weights": base64.b64encode(numbers.tobytes()).decode("ascii"),
+    }
+    # In a script, "</" would end it.
+    text = json.dumps(data).replace("</", "<\\/")
+    template = (HERE / "docs" / "attention.html").read_text(encoding="utf-8")
+    return template.replace('{"tokens": []}', text)
+
+
+def attention_picture(weights, labels: list[str]):
+    """A figure with a map for each layer and head. Tokens attend along rows, to columns."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    layers, heads, T, _ = weights.shape
+    colours = ScalarMappable(PowerNorm(0.5, 0, 1), "Blues")  # the root, so that small ones show
+    maps = colours.to_rgba(weights)  # [layers, H, T, T, RGBA]
+    maps[weights == 0] = (0.9, 0.9, 0.92, 1)  # hidden by the mask
+    gap = 1 + T // 12
+    step = T + gap
+
+    # A map has room for all labels, unless there are so many heads that the picture would be wide.
+    per_label = 0.13  # inches
+    side = min(max(1.2, per_label * T), max(1.2, 40 / heads))
+    size = (side * heads + 2, side * layers + 1.5)
+    figure = Figure(size, layout="constrained", dpi=min(110, 6000 / max(size)))
+
+    axes = figure.subplots()
+    axes.imshow(tiled(maps, gap), interpolation="nearest")
+    for edge in axes.spines.values():
+        edge.set_visible(False)
+    ticks = np.arange(0, T, math.ceil(per_label * T / side))
+    shown = [labels[i] for i in ticks]
+    style = {"fontsize": 7, "parse_math": False}
+    axes.set_xticks(np.add.outer(step * np.arange(heads), ticks).ravel())
+    axes.set_xticklabels(shown * heads, rotation=90, **style)
+    axes.set_yticks(np.add.outer(step * np.arange(layers), ticks).ravel())
+    axes.set_yticklabels(shown * layers, **style)
+
+    name_maps(axes, layers, heads, T, gap)
+    bar = {"ticks": [0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1], "shrink": min(1, 4 / size[1])}
+    figure.colorbar(colours, ax=axes, label="attention weight", **bar)
+    return figure
+
+
+def name_maps(axes, layers: int, heads: int, T: int, gap: int):
+    """Writes the number of each head over its column, and that of each layer beside its row."""
+    step = T + gap
+    middle = (T - 1) / 2
+    for head in range(heads):
+        axes.text(step * head + middle, -0.5 - gap / 2, f"head {head}", ha="center", va="bottom")
+    for layer in range(layers):
+        place = {"ha": "left", "va": "center", "rotation": 270}
+        axes.text(step * heads - 0.5, step * layer + middle, f"layer {layer}", **place)
+    axes.set_xlabel("the token that is attended to (key)")
+    axes.set_ylabel("the token that attends (query)")
+
+
+def tiled(maps, gap: int) -> np.ndarray:
+    """All maps in one image, with white gaps: a panel for each of many heads would take minutes.
+
+    maps [layers, H, T, T, RGBA] -> [height, width, RGBA]
+    """
+    layers, heads, T = maps.shape[:3]
+    step = T + gap
+    image = np.ones((layers, step, heads, step, 4))
+    image[:, :T, :, :T] = maps.transpose(0, 2, 1, 3, 4)
+    return image.reshape(layers * step, heads * step, 4)[:-gap, :-gap]
+
+
+def save_picture(figure, file: Path):
+    """Writes a figure, and says so where its font lacks characters of the text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.2)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print("the picture's font lacks some characters: a .html shows them", file=sys.stderr)
+
+
 # ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
 
 # model_type in a config.json -> the model file that reads it
@@ -974,6 +1174,8 @@ def parse_command_line() -> argparse.Namespace:
     check_text_flags(args)
     check_sampling_flags(args)
     check_machine_flags(args)
+    if args.attention is not None:
+        check_attention_flags(args)
     args.prompt = [as_utf8(text, "--prompt") for text in args.prompt]
     args.stop = [as_utf8(text, "--stop") for text in args.stop]
     if args.system is not None:
@@ -1116,6 +1318,13 @@ def add_output_flags(parser):
     )
     output.add_argument("--json", action="store_true", help="print a line of JSON for each text")
     output.add_argument(
+        "--attention",
+        metavar="FILE",
+        type=Path,
+        help="draw what each token of the prompt attends to, by layer and head, instead of "
+        "continuing it: a .png, a .html to explore, or the numbers as a .npz",
+    )
+    output.add_argument(
         "--profile", metavar="DIR", type=Path, help="write a trace of the generation into DIR"
     )
 
@@ -1162,6 +1371,18 @@ def check_machine_flags(args):
     with explained(OSError, "--profile cannot be read: {}"):
         if args.profile is not None and not is_writable(args.profile):
             fail("--profile must be a writable folder")
+
+
+def check_attention_flags(args):
+    if args.attention.suffix.lower() not in (".png", ".html", ".npz"):
+        fail(f"--attention {args.attention}: its name must end in .png, .html or .npz")
+    if args.attention.is_dir() or not args.attention.absolute().parent.is_dir():
+        fail(f"--attention {args.attention}: it must be a file in a folder that is there")
+    if args.num_samples > 1 or args.max_new_tokens or args.stop or args.json or args.profile:
+        fail(
+            "--attention draws the prompt and does not continue it: leave --num-samples, "
+            "--max-new-tokens, --stop, --json and --profile out"
+        )
 
 
 def is_writable(folder: Path) -> bool:

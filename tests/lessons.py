@@ -84,11 +84,11 @@ def tidy(notebook):
             if output.output_type == "execute_result":
                 output.execution_count = None
             last = outputs[-1] if outputs else None
-            if last and output.output_type == last.output_type == "stream":
-                if output.name == last.name:
-                    last.text += output.text
-                    continue
-            outputs.append(output)
+            both_print = last and output.output_type == last.output_type == "stream"
+            if both_print and output.name == last.name:
+                last.text += output.text
+            else:
+                outputs.append(output)
         cell.outputs = outputs
     return notebook
 

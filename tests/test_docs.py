@@ -139,3 +139,12 @@ def test_the_keys_of_a_preset_are_those_of_its_config(name):
             changed = dict(config.items() - default.items())
             preset = asdict(module.PRESETS[hub_id].config)
             assert {field: preset[field] for field in changed} == changed, hub_id
+
+
+def test_the_list_of_the_tests_is_whole():
+    """tests/README.md has a line for each file of tests."""
+    folder = Path(__file__).parent
+    listed = re.findall(
+        r"^\| `(test_\w+\.py)` \|", (folder / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(path.name for path in folder.glob("test_*.py"))
