@@ -8,7 +8,7 @@ import pytest
 from helpers.reference import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
-import diagrams  # noqa: E402
+import diagrams
 
 
 def test_the_stored_diagrams_are_those_of_the_present_code():
