@@ -1016,7 +1016,7 @@ def load_once(args, dtype) -> None:
 
 STARTING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype!r}).to({device!r})
 ids = tokenizer({prompt!r}, return_tensors="pt").input_ids.to({device!r})
 new = model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)
