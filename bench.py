@@ -671,7 +671,10 @@ class Transformers:
         self.dtype = getattr(torch, dtype)
         torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        except Exception as error:  # transformers and what it calls raise errors of all kinds
+            raise OSError(f"transformers does not read {folder}: {error}") from error
         self.model = model.to(self.device)
         self.model.generation_config.eos_token_id = None  # nothing ends a text before n tokens
         self.forward = torch.compile(self.model) if compiled else self.model
@@ -1016,7 +1019,7 @@ def load_once(args, dtype) -> None:
 
 STARTING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype!r}).to({device!r})
 ids = tokenizer({prompt!r}, return_tensors="pt").input_ids.to({device!r})
 new = model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)
@@ -1048,6 +1051,8 @@ def measure_start(args, dtype) -> None:
 def both_models(args, dtype) -> tuple:
     """(ours, transformers', our tokenizer, the text of --text or --dataset)."""
     ours = Ours(args, dtype)
+    tokenizer = ours.module.tokenizer(folder_of(args))
+    _ = ours.model  # is read first, as it says in one line what is wrong with a file
     text = __doc__
     if args.text:
         text = Path(args.text).read_text()
@@ -1056,7 +1061,7 @@ def both_models(args, dtype) -> tuple:
 
         text = "\n\n".join(load_dataset(*args.dataset.split(":"), split="test")["text"])
     theirs = Transformers(args, dtype, merged_folder(args))
-    return ours, theirs, ours.module.tokenizer(folder_of(args)), text
+    return ours, theirs, tokenizer, text
 
 
 def validate(args, dtype) -> None:

@@ -1308,7 +1308,7 @@ def known_fields(values: dict) -> dict:
     """The entries of a config.json that are fields of Config; lists become tuples."""
     known = {}
     for field in fields(Config):
-        if field.name in values:
+        if field.name in values and field.name != "padded_vocab_size":  # ours alone
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
@@ -1863,7 +1863,10 @@ def read_old_tokenizer(folder: Path):
     try:
         if os.path.lexists(folder / "tokenizer_config.json"):
             read_json(folder / "tokenizer_config.json")
-            made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Code that came with the folder is not run, nor does transformers ask whether to.
+            made = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         else:
             class_name, settings = OLD_TOKENIZER
             made = getattr(transformers, class_name).from_pretrained(folder, **settings)
@@ -1896,8 +1899,8 @@ def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
     kind = check_kind(values, [*ARCHITECTURES, "gemma3"])
     if kind == "gemma3":  # a multimodal one, of which the text model is read
-        kind = "gemma3_text"
-        values = {**values, **(values.get("text_config") or {}), "model_type": kind}
+        values = text_values(values)
+        kind = check_kind(values, [*ARCHITECTURES])
     values = {**ABSENT[kind], **values}
     both_ways = values.get("use_bidirectional_attention") or False
     check_supported("use_bidirectional_attention", both_ways, [False])
@@ -1912,6 +1915,22 @@ def config_from_hf(values: dict) -> Config:
     if kind != "gemma2":
         known["attn_logit_softcapping"] = None  # the reference ignores it, where a file has it
     return Config(**known)
+
+
+def text_values(values: dict) -> dict:
+    """The config.json of the text model in a multimodal one, as the reference reads it.
+
+    All is in text_config but whether the head is tied, and perhaps the ids of special tokens. The
+    logits of a multimodal model are not soft-capped, where a file says so all the same.
+    """
+    ids = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
+    return {
+        **ids,
+        **(values.get("text_config") or {}),
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": values.get("tie_word_embeddings", True),
+        "final_logit_softcapping": None,
+    }
 
 
 def activation_of(values: dict, kind: str) -> str:

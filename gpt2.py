@@ -1147,7 +1147,7 @@ def known_fields(values: dict) -> dict:
     """The entries of a config.json that are fields of Config; lists become tuples."""
     known = {}
     for field in fields(Config):
-        if field.name in values:
+        if field.name in values and field.name != "padded_vocab_size":  # ours alone
             value = values[field.name]
             known[field.name] = tuple(value) if isinstance(value, list) else value
     return known
@@ -1702,7 +1702,10 @@ def read_old_tokenizer(folder: Path):
     try:
         if os.path.lexists(folder / "tokenizer_config.json"):
             read_json(folder / "tokenizer_config.json")
-            made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Code that came with the folder is not run, nor does transformers ask whether to.
+            made = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         else:
             class_name, settings = OLD_TOKENIZER
             made = getattr(transformers, class_name).from_pretrained(folder, **settings)

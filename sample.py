@@ -668,7 +668,10 @@ class ChatTokenizer:
         # transformers is here for its template alone; the ids are those of every other text.
         unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
         with explained(unreadable, f"the chat template of {folder} cannot be read: {{}}"):
-            self.templates = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Code that came with the folder is not run, nor does transformers ask whether to.
+            self.templates = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         self.backend = backend
         self.folder = folder
         self.system = system

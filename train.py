@@ -1748,7 +1748,10 @@ class ChatTemplate:
         self.folder = folder
         unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
         with explained(unreadable, f"the chat template of {folder} cannot be read: {{}}"):
-            self.templates = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Code that came with the folder is not run, nor does transformers ask whether to.
+            self.templates = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         named = self.templates.chat_template
         if isinstance(named, dict) and "default" not in named:
             fail(f"{folder} has the chat templates {', '.join(named)}, but none called default")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -503,6 +504,20 @@ def test_a_bad_checkpoint_is_named_in_one_line(damage, said, tmp_path):
     *about, line = done.stderr.splitlines()
     assert line.startswith("bench.py: ") and said in line
     assert all(text.startswith("bench.py: --task") for text in about)
+
+
+def test_a_checkpoint_that_cannot_be_validated_is_named_in_one_line(tmp_path):
+    """A file that was cut short is named in our words; one that only transformers refuses, too."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(ROOT / "tiny" / "gpt2", folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "layer_norm_epsilon": 1}))
+    done = run("--weights", folder, "--task", "validate", code=2)
+    assert done.stderr.splitlines()[-1].startswith("bench.py: transformers does not read")
+
+    os.truncate(folder / "model.safetensors", 5000)
+    done = run("--weights", folder, "--task", "validate", code=2)
+    assert "model.safetensors is damaged or cut short" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("suite", ["cpu", "gpu", "tpu"])

@@ -21,6 +21,7 @@ import gemma
 import llama
 import mistral
 import sample
+import train
 
 ROOT = Path(__file__).parents[1]
 CHATML = (  # the template that SmolLM2-Instruct and many others use
@@ -387,6 +388,23 @@ def test_the_ids_are_those_of_the_folders_own_tokenizer(tmp_path):
 
     expected = llama.tokenizer(tmp_path).encode("<|im_start|>user\nHi<|im_end|>\n")
     assert chat_tokenizer(tmp_path).encode("Hi")[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("read", [chat_tokenizer, train.ChatTemplate])
+def test_code_that_came_with_the_folder_is_not_run(read, tmp_path, monkeypatch, capsys):
+    """Nor is anybody asked whether to, on standard output, for 15 seconds."""
+    write_chat(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "OwnTokenizer"
+    settings["auto_map"] = {"AutoTokenizer": ["own.OwnTokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nOwnTokenizer = 1\n")
+
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    with pytest.raises(SystemExit):
+        read(tmp_path)
+    assert "contains custom code" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_system_message_comes_first(tmp_path):

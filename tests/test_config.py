@@ -142,3 +142,41 @@ def test_a_multimodal_gemma_3_is_read_as_its_text_model():
     expected = gemma.Config.from_hf(text)
     assert gemma.Config.from_hf({"model_type": "gemma3", "text_config": text}) == expected
     assert gemma.Config.from_hf({"model_type": "gemma3", "text_config": None}).hidden_size == 2304
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"hidden_size": 32, "rms_norm_eps": 0.5, "sliding_window": 3},
+        {"use_bidirectional_attention": True},
+        {"text_config": {"tie_word_embeddings": False}},
+        {"text_config": {"final_logit_softcapping": 3.0}},
+    ],
+    ids=str,
+)
+def test_of_a_multimodal_gemma_3_only_text_config_describes_the_text_model(values):
+    """So does transformers, which takes from outside whether the head is tied, and caps nothing."""
+    plain = gemma.Config.from_hf({"model_type": "gemma3"})
+    assert gemma.Config.from_hf({"model_type": "gemma3", **values}) == plain
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"is_causal": False}, "is_causal is False"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized .fp8."),
+    ],
+)
+def test_what_text_config_asks_for_and_is_not_supported_is_refused(values, said):
+    with pytest.raises(gemma.InputError, match=said):
+        gemma.Config.from_hf({"model_type": "gemma3", "text_config": values})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_vocabulary_is_ours_alone(kind):
+    """Other programs write such a key, too, and transformers does not read it."""
+    assert meaning(kind, {"model_type": kind, "padded_vocab_size": 300_000}) == meaning(
+        kind, {"model_type": kind}
+    )

@@ -126,6 +126,19 @@ def test_a_tokenizer_of_another_kind_than_the_familys_is_read(tmp_path):
         mistral.tokenizer(folder)
 
 
+def test_code_that_came_with_the_folder_is_not_run(tmp_path, monkeypatch):
+    """Nor is anybody asked whether to."""
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    folder = write_folder(tmp_path, "gpt2", settings)
+    (folder / "config.json").write_text("{}")  # of no model_type that has a tokenizer of its own
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nOwn = 1\n")
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    gpt2 = importlib.import_module("gpt2")
+    with pytest.raises(gpt2.InputError, match="contains custom code"):
+        gpt2.tokenizer(folder)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
