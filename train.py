@@ -244,14 +244,27 @@ def write_best(run: Run) -> None:
         params, frozen = process_allgather((params, frozen), tiled=True)
     if jax.process_index() == 0:
         write_model(run, nnx.merge(run.graphdef, params, frozen))
-    print(
-        f"finished: {run.args.out}, in {dtype}\n"
+    print_wrapped(
+        f"finished: {run.args.out}, in {dtype}",
         f"validation loss over the whole text: {loss:.4f} nats per token; "
-        f"perplexity {np.exp(loss):.2f}, accuracy {accuracy:.1%}\n"
+        f"perplexity {np.exp(loss):.2f}, accuracy {accuracy:.1%}",
         f"it took {duration(time.monotonic() - run.began)}; {run.args.out} holds the model, "
-        "metrics.jsonl and curves.png"
+        "metrics.jsonl and curves.png",
     )
-    print(f"to see what it writes: python sample.py --weights {run.args.out}")
+    # A command to be copied is not wrapped.
+    if run.data.template is None:
+        print(f"to see what it writes: python sample.py --weights {run.args.out}")
+    else:
+        print(f"to talk to it: python sample.py --chat --weights {run.args.out}")
+
+
+def print_wrapped(*lines: str):
+    """Prints lines; on a terminal, those that are too long go on below, between two words."""
+    if sys.stdout.isatty():
+        fill = partial(textwrap.fill, width=shutil.get_terminal_size().columns)
+        fill = partial(fill, subsequent_indent=" " * 7, break_on_hyphens=False)
+        lines = [fill(line, break_long_words=False) for line in lines]
+    print(*lines, sep="\n", flush=True)
 
 
 def note(line: str) -> None:
@@ -461,9 +474,10 @@ def print_progress(run: Run, end: str) -> None:
     ]
     if speed > 0:
         parts.append(f"{duration((args.steps - step) / speed):>7} left")
-    parts.append(f"{tokens_per_second:>9,.0f} tokens/s")
+        parts.append(f"{tokens_per_second:>9,.0f} tokens/s")
     parts.append(f"lr {run.learning_rate(step - 1):.2e}")
-    parts.append(f"MFU {mfu:5.1%}")
+    if speed > 0:
+        parts.append(f"MFU {mfu:5.1%}")
     parts += usage(own_device(run.mesh))
 
     # On a terminal the line is written over itself: it must neither wrap nor leave a rest.
@@ -473,7 +487,7 @@ def print_progress(run: Run, end: str) -> None:
         while len(line) > width and len(parts) > 1:
             parts.pop()
             line = "  ".join(parts)
-        line = line[:width].ljust(width)
+        line = "\r" + line[:width].ljust(width)  # also over the ^C of a Ctrl-C
     print(line, end=end, file=sys.stderr, flush=True)
 
 
@@ -644,18 +658,14 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     A = layers[0][0].shape[-1] * config.num_attention_heads  # attention width
     keys = sum(keys_of(config, L, args.block))
     trained = sum(param.size for param in jax.tree.leaves(params))
-    about = [
+    print_wrapped(
         f"model  {args.model}.py, {trained:,} parameters trained, in {args.dtype} "
         f"on {len(devices)} x {devices[0].device_kind}",
         f"text   {data.train.describe()} to train on, {data.val.describe()} to validate on; "
         f"vocabulary size {config.vocab_size:,}",
         f"MFU    ({per_weight} N + 12 A K) x tokens/s / peak: {N:,} weights N, "
         f"attention width A {A}, {keys:,} keys K in {L} layers, {peak / 1e9:,.0f} GFLOP/s",
-    ]
-    if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns
-        about = [textwrap.fill(line, columns, subsequent_indent=" " * 7) for line in about]
-    print(*about, sep="\n", flush=True)
+    )
     return per_weight * N + 12 * A * keys, peak
 
 
@@ -1215,8 +1225,12 @@ def open_text(file: Path):
 
 
 JSON = (".json", ".jsonl", ".ndjson")
-NO_TEXT = (ValueError, KeyError, TypeError, AttributeError)  # what rows without a text raise
-LIKE_THIS = 'it must be like {"text": "..."}'
+# What rows without a text raise, and those that are nested too deeply.
+NO_TEXT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+LIKE_THIS = (
+    'it must be like {"text": "..."}, or in a file of conversations like '
+    '{"messages": [{"role": "user", "content": "..."}, ...]}'
+)
 
 
 def read_rows(file: Path):
@@ -1686,6 +1700,8 @@ def read_conversation(row, place: str) -> Conversation:
             fail(f'{place}: message {number} must be like {{"role": "user", "content": "..."}}')
         if not isinstance(message.get("content"), str):
             fail(f"{place}: the content of message {number} must be a text")
+        with explained(UnicodeError, f"{place}: message {number} is no Unicode text: {{}}"):
+            (message["role"] + message["content"]).encode()  # rejects lone surrogates
     if row.get("tools"):
         fail(f"{place}: tools are not supported; leave such rows out")
     return Conversation(messages, first, place, texts)
@@ -1708,7 +1724,7 @@ class Conversations:
         self.without_roles = True  # prompt and completion are texts in all of them
         checksum = hashlib.sha256()
         for example in self.examples():
-            checksum.update(json.dumps(example[:2]).encode())
+            checksum.update(json.dumps([*example[:2], example.texts]).encode())
             self.characters += len(plain_text(example))
             self.number += 1
             if example.texts is None:
@@ -1867,6 +1883,9 @@ def write_examples(part: Path, model_file, folder: Path, source: Conversations, 
         open(part / "learned.bin", "wb") as learned_file,
     ):
         while batch := list(itertools.islice(examples, 1000)):
+            if not source.without_roles:
+                # Among conversations, a prompt and its completion are written as one, too.
+                batch = [example._replace(texts=None) for example in batch]
             written = [template.example(example) for example in batch]
             rows = codec.encode_batch([text for text, _ in written], add_special_tokens=False)
             for (_, answers), row in zip(written, rows, strict=True):
@@ -1891,6 +1910,8 @@ def read_examples(folder: Path, V: int, args) -> tuple:
     learned = np.memmap(folder / "learned.bin", bool, "r")
     lengths, first = np.load(folder / "examples.npy").T
     starts = np.cumsum(lengths) - lengths
+    if (first == lengths).all():
+        fail("no message has the role assistant, so no answer is there to learn: add --loss all")
 
     # What is longer than a row and its last target is cut.
     used = np.minimum(lengths, args.block + 1)

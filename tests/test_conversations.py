@@ -434,6 +434,30 @@ def test_long_conversations_are_cut_and_those_with_nothing_to_learn_left_out(tmp
     assert "2 conversations (2 rows, " in done.stdout
 
 
+def shown_first(tmp_path, rows):
+    """What --show-data prints of these rows, by a tokenizer of bytes."""
+    file = chats(tmp_path, rows)
+    flags = ["--data", file, "--tokens", "bytes", "--block", 48, "--show-data"]
+    done = run(*flags, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_prompt_as_text_and_as_message_are_not_taken_for_each_other(tmp_path):
+    """Their messages are the same, and what was encoded before is kept under a checksum."""
+    row = {"prompt": "1+1=", "completion": "2"}
+    messages = {"prompt": talk(1)[:1], "completion": talk(1)[1:]}
+    messages["prompt"][0]["content"], messages["completion"][0]["content"] = row.values()
+    assert "'1+1='" in shown_first(tmp_path, [row] * 3)
+    assert "'User: 1+1=\\nAssistant:'" in shown_first(tmp_path, [messages] * 3)
+    assert "'1+1='" in shown_first(tmp_path, [row] * 3)
+
+
+def test_among_conversations_prompt_and_completion_are_one(tmp_path):
+    rows = [{"prompt": "1+1=", "completion": "2"}, {"messages": talk(1)}, {"messages": talk(1)}]
+    assert "'User: 1+1=\\nAssistant:'" in shown_first(tmp_path, rows)
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "said"),
     [
@@ -441,11 +465,15 @@ def test_long_conversations_are_cut_and_those_with_nothing_to_learn_left_out(tmp
         ([{"text": "a"}, {"messages": talk(1)}], [], 'line 2: it must be like {"text": "..."}'),
         ([{"messages": talk(1)}, {"messages": []}], [], "line 2: messages must be a list"),
         ([{"messages": talk(1)}], [], "leaves 1 conversations: raise it, or give more"),
-        ([{"messages": talk(1)[:1]}] * 3, [], "leaves 0 conversations: raise it, or give more"),
+        ([{"messages": talk(1)[:1]}] * 3, [], "no message has the role assistant, so no answer"),
+        ([{"messages": [{"role": "user", "content": "\ud800"}]}] * 3, [], "is no Unicode text"),
         ([{"text": "some text"}] * 9, ["--loss", "all"], "--loss is for conversations"),
         ([{"text": "some text"}] * 9, ["--pack", "no"], "--pack is for conversations"),
     ],
-    ids=["text among them", "among texts", "empty", "one", "no answers", "loss", "pack"],
+    ids=[
+        *("text among them", "among texts", "empty", "one", "no answers", "half a character"),
+        *("loss", "pack"),
+    ],
 )
 def test_what_no_run_can_use_is_one_line(tmp_path, rows, flags, said):
     file = chats(tmp_path, rows)
