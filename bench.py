@@ -40,7 +40,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from huggingface_hub.errors import StrictDataclassError
 from jax.experimental.compilation_cache import compilation_cache
+from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent
 INTERRUPTED = 130  # the exit code after Ctrl-C
@@ -654,6 +656,14 @@ def all_gather(how: Training, param, sharding):
 # --------------------------------------- Subjects: the peers --------------------------------------
 
 
+# What transformers, and the libraries that it calls, raise for a checkpoint that they do not read.
+REFUSALS = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
 class Transformers:
     """Hugging Face's transformers on PyTorch, with the same weights; eager, or compiled."""
 
@@ -673,7 +683,7 @@ class Transformers:
 
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
-        except Exception as error:  # transformers and what it calls raise errors of all kinds
+        except REFUSALS as error:
             raise OSError(f"transformers does not read {folder}: {error}") from error
         self.model = model.to(self.device)
         self.model.generation_config.eos_token_id = None  # nothing ends a text before n tokens
@@ -1391,6 +1401,13 @@ def run_program(main) -> NoReturn:
     os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
 
 
+def not_empty(text: str) -> str:
+    """A type of argparse: a shell variable that is not set would mean the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder or a Hub id, or leave it out")
+    return text
+
+
 def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
@@ -1541,7 +1558,9 @@ def add_model_flags(parser):
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, help="model file (default: gpt2)")
     model.add_argument(
-        "--weights", help="tiny, random, a Hub id or a folder (default: as in sample.py)"
+        "--weights",
+        type=not_empty,
+        help="tiny, random, a Hub id or a folder (default: as in sample.py)",
     )
     model.add_argument(
         "--preset", metavar="ID", help="random weights of this size; or the model to plan for"

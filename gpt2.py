@@ -534,7 +534,7 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     """One forward pass, then one sampled token: tokens [B, T] -> (cache, token [B]).
 
     Called with the whole prompts it is the prefill; with T = 1 it is a step of `decode`. An option
-    that is None is absent from the compiled program.
+    that is None is absent from the compiled program. The token is -1 where a logit is NaN.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -551,6 +551,9 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     new_positions = 1 + cache.positions.max(axis=1)
     rng_keys = jax.vmap(jax.random.fold_in)(keys, new_positions)
     token = sample(logits, rng_keys, seen, top_k=top_k, **sampling)
+
+    # Damaged weights, or an overflow in float16: no token is right, and check_tokens says so.
+    token = jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
     return cache, token
 
 
@@ -589,7 +592,8 @@ def generate(
     A row ends before its first stop id. It depends on its own prompt and key alone, up to
     rounding. key: one jax.random.key for each row, or a single one, which is folded with the row
     numbers; a seed will do. temperature 0: greedy. stop_ids: ids, or a single one, or None.
-    InputError: see `batch_prompts` and `check_sampling`, and arguments of another kind.
+    InputError: see `batch_prompts`, `check_sampling` and `check_tokens`, and arguments of another
+    kind.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling = {
@@ -612,12 +616,23 @@ def generate(
     cache = init_cache(model.config, B, length, model.dtype)
     cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling, top_k)
     new = np.asarray(token)[:, None]  # [B, 1]
+    check_tokens(new)
     while new.shape[1] < max_new_tokens and not np.isin(new, stop_ids).any(axis=1).all():
         steps = min(STEPS, max_new_tokens - new.shape[1])
         cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps, top_k)
         new = np.concatenate([new, more[:, :steps]], axis=1)
+        check_tokens(new)
 
     return [until_stop(row, stop_ids) for row in new.tolist()]
+
+
+def check_tokens(new) -> None:
+    """InputError where the logits of a new token were NaN."""
+    if (new < 0).any():
+        raise InputError(
+            "the logits are not numbers (NaN): the weights are damaged, or float16 is too narrow "
+            "for them; try float32"
+        )
 
 
 def until_stop(row: list[int], stop_ids: list[int]) -> list[int]:

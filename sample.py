@@ -152,7 +152,8 @@ def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
     name: what --weights says; None for the first preset of the model file.
     """
     default = next(iter(model_file.PRESETS))
-    name = name or default
+    if name is None:
+        name = default
     if name == "tiny":
         size = model_file.PRESETS[default].download_GB
         print(
@@ -496,6 +497,7 @@ def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timi
     timing.begin = time.perf_counter()
     cache, token = prefill(cache, tokens, positions, keys, sampling)
     new = np.array(token).reshape(-1, 1)
+    model_file.check_tokens(new)
     timing.prefill = time.perf_counter() - timing.begin
     yield new[: len(prompts)]
 
@@ -513,7 +515,9 @@ def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timi
         timing.steps += steps
 
         token = new[..., steps - 1]
-        yield new.reshape(-1, model_file.STEPS)[: len(prompts), :steps]
+        new = new.reshape(-1, model_file.STEPS)[: len(prompts), :steps]
+        model_file.check_tokens(new)
+        yield new
 
         # As many steps as take a tenth of a second, so that the text flows.
         if streams(args):
@@ -808,6 +812,7 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
     memory.ids = list(ids)
 
     for _ in range(limit):
+        model_file.check_tokens(np.asarray(token))
         yield np.asarray(token)
         memory.ids += token.tolist()
         memory.cache, token = decode(memory.cache, token, steps=1)
@@ -1063,6 +1068,13 @@ def run_program(main) -> NoReturn:
     os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
 
 
+def not_empty(text: str) -> str:
+    """A type of argparse: a shell variable that is not set would mean the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder or a Hub id, or leave it out")
+    return text
+
+
 def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
@@ -1194,6 +1206,7 @@ def add_model_flags(parser):
     model.add_argument("--model", choices=MODELS, help="model file (default: as config.json says)")
     model.add_argument(
         "--weights",
+        type=not_empty,
         metavar="WEIGHTS",
         help="'tiny' (bundled), a Hub id, or a folder (default: the first preset of --model; "
         "the tiny GPT-2 if --model is not given either)",

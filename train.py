@@ -2955,6 +2955,13 @@ def run_program(main) -> NoReturn:
     os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
 
 
+def not_empty(text: str) -> str:
+    """A type of argparse: a shell variable that is not set would mean the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder or a Hub id, or leave it out")
+    return text
+
+
 def model_of(weights: str, revision: str | None = None) -> str:
     """The model file that reads a checkpoint, by the model_type in its config.json."""
     any_file = importlib.import_module(MODELS[0])
@@ -3125,6 +3132,7 @@ def add_model_flags(parser):
     )
     model.add_argument(
         "--weights",
+        type=not_empty,
         help="folder or Hub id to go on from (default: from scratch, sized by the flags below)",
     )
     add_size(model, "--layers", "number of blocks")

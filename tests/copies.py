@@ -33,7 +33,7 @@ COPIES = [
     (
         PROGRAMS,
         [
-            *("KINDS", "MODELS", "AXIS", "PARALLEL", "fail", "explained"),
+            *("KINDS", "MODELS", "AXIS", "PARALLEL", "fail", "explained", "not_empty"),
             *("run_program", "model_of", "check_family", "pick_devices", "memory_of", "make_mesh"),
         ],
     ),

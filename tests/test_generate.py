@@ -289,3 +289,16 @@ def test_64_prompt_lengths_below_512_compile_at_most_8_programs(family, tmp_path
     assert 2 <= len(few) <= 8
     assert sorted(programs([100], rows=2)) == ["decode", "prefill"]
     assert programs([3, 77, 511]) == []
+
+
+@every_filter
+def test_logits_that_are_no_numbers_end_it_with_one_line(family, options):
+    """Damaged weights, or float16 overflowing: a NaN is the likeliest of all to argmax, and token
+    0 would be written for ever."""
+    module = family.module
+    model = module.load(f"tiny/{family.name}")
+    graphdef, state = nnx.split(model)
+    broken = nnx.merge(graphdef, jax.tree.map(lambda x: x * np.nan if x.ndim > 1 else x, state))
+    for prompts in ([[5, 6]], [[5, 6], [7]]):
+        with pytest.raises(module.InputError, match="NaN"):
+            module.generate(broken, prompts, 3, key=0, **options)

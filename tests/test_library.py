@@ -556,3 +556,6 @@ def test_a_checkpoint_that_no_file_reads_and_one_that_is_not_there_are_one_line(
     assert "is of model_type 'qwen2'; gpt2, opt, llama" in line
     line = one_line(run(program, *data, *task, "--weights", "runs/typo", **offline), program)
     assert "there is no folder runs/typo" in line
+    # As of a shell variable that is not set: it would mean the default.
+    line = one_line(run(program, *data, *task, "--weights", ""), program)
+    assert "--weights: it is empty" in line

@@ -594,3 +594,15 @@ def test_a_fault_of_the_program_keeps_its_traceback(weights, tmp_path):
     command = [sys.executable, "sample.py", "--weights", str(weights), "--prompt", "Hello"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "NameError" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", 0, "--no-stream"]])
+def test_weights_that_are_no_numbers_are_one_line(flags, tmp_path):
+    folder = write_checkpoint(tmp_path)
+    model = gpt2.load(folder)
+    model.h[1].mlp.c_fc.kernel[...] *= float("nan")
+    gpt2.save(model, folder)
+    result = run("--weights", folder, "--prompt", "Hello", *flags)
+    assert result.returncode == 2
+    assert "the logits are not numbers (NaN)" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
