@@ -19,7 +19,7 @@ def each(paths):
         yield pytest.param(path, id=path.stem, marks=mark)
 
 
-@pytest.mark.parametrize("path", each(LESSONS))
+@pytest.mark.parametrize("path", list(each(LESSONS)))
 def test_a_lesson_runs_and_shows_what_this_code_gives(path):
     pytest.importorskip("nbclient", reason="pip install -r notebooks/requirements.txt")
     if "import keras" in path.read_text() and importlib.util.find_spec("keras") is None:
