@@ -992,7 +992,8 @@ def learning_rate(args) -> Callable:
     elif args.schedule == "linear":
         fall = optax.linear_schedule(args.lr, args.min_lr, steps)
     else:
-        last = max(1, min(steps, args.steps // 5))  # wsd: falls only in the last fifth
+        # wsd: falls only in the last fifth. In two steps at least, as the first has still --lr.
+        last = min(steps, max(2, args.steps // 5))
         fall = optax.linear_schedule(args.lr, args.min_lr, last, steps - last)
     rise = optax.linear_schedule(args.lr / (args.warmup + 1), args.lr, args.warmup)
     return optax.join_schedules([rise, fall], [args.warmup])

@@ -227,6 +227,13 @@ def test_wsd_falls_however_long_it_warms_up_and_however_few_steps_there_are(warm
     assert float(rate(steps)) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("steps", [2, 3, 5, 9, 10, 100])
+def test_the_last_step_has_a_lower_rate_than_the_highest(schedule, steps):
+    _, rate = train.make_optimizer(some_settings(schedule=schedule, steps=steps))
+    assert rate(steps - 1) < 0.9e-2
+
+
 @pytest.mark.parametrize(
     "optimizer, lr", [("adamw", 1e-2), ("lion", 3e-3), ("adafactor", 1e-1), ("muon", 1e-2)]
 )
