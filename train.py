@@ -226,8 +226,8 @@ def write_best(run: Run) -> None:
     """Writes the finished model: the weights with the lowest validation loss, or the last."""
     if run.out_of_patience:
         print(
-            f"stopped after step {run.step}: {run.args.patience} estimates without a lower "
-            "validation loss"
+            f"stopped after step {run.step}: {counted(run.args.patience, 'estimate')} without a "
+            "lower validation loss"
         )
 
     # The best weights, as they are written: in --save-dtype.
@@ -281,6 +281,11 @@ def say(doing: str) -> None:
     note(f"{doing} ...")
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 step" and "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as 1:02:03 or 0:07."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -321,7 +326,9 @@ def is_over(run: Run) -> bool:
     """Whether a resumed run has nothing left to train; its model is then written again."""
     patience = run.args.patience
     if run.step == run.args.steps:
-        note(f"all {run.step} steps are done: the model is written again; a larger --steps goes on")
+        note(
+            f"step {run.step} was the last: the model is written again; a larger --steps goes on"
+        )
         return True
     if patience and estimates_since_lowest(run) >= patience:
         note(
@@ -1099,7 +1106,7 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
 def open_source(files: list[Path], dataset: str | None) -> "Texts | Conversations":
     """The texts or the conversations of --data and --dataset: the first row says which."""
     if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
-        say(f"reading {len(files)} files")
+        say(f"reading {counted(len(files), 'file')}")
     rows = load_rows(dataset) if dataset else None
     first = next(iter(rows), None) if dataset else None
     if files and files[0].suffix.lower() in JSON:
@@ -1270,7 +1277,7 @@ def load_rows(name: str):
     errors = (ValueError, OSError, KeyError, RuntimeError)
     with explained(errors, f"--dataset {name}: {{}}"):
         rows = load_dataset(*name.split(":"), split="train")
-        if "text" in rows.column_names:
+        if "text" in rows.column_names and not is_conversation(dict.fromkeys(rows.column_names)):
             rows = rows.select_columns("text")
         return rows
 
@@ -1668,8 +1675,16 @@ class Conversation(NamedTuple):
 
 
 def is_conversation(row) -> bool:
-    """Whether a row of JSON is a conversation and not a text."""
-    return isinstance(row, dict) and ("messages" in row or "prompt" in row)
+    """Whether a row is a conversation and not a text.
+
+    Some rows have a text, too: beside messages it is another form of them; beside a prompt alone it
+    is what somebody wrote for that prompt.
+    """
+    if not isinstance(row, dict):
+        return False
+    if "messages" in row:
+        return True
+    return "prompt" in row and ("completion" in row or "text" not in row)
 
 
 def read_conversation(row, place: str) -> Conversation:
@@ -1696,16 +1711,33 @@ def read_conversation(row, place: str) -> Conversation:
 
     if not isinstance(messages, list) or not messages:
         fail(f"{place}: messages must be a list of one message or more")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            fail(f'{place}: message {number} must be like {{"role": "user", "content": "..."}}')
-        if not isinstance(message.get("content"), str):
-            fail(f"{place}: the content of message {number} must be a text")
-        with explained(UnicodeError, f"{place}: message {number} is no Unicode text: {{}}"):
-            (message["role"] + message["content"]).encode()  # rejects lone surrogates
+    messages = [read_message(message, i, place) for i, message in enumerate(messages, 1)]
     if row.get("tools"):
         fail(f"{place}: tools are not supported; leave such rows out")
     return Conversation(messages, first, place, texts)
+
+
+def read_message(message, number: int, place: str) -> dict:
+    """A message of a row. Its content may be a list of texts, which are joined."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        fail(f'{place}: message {number} must be like {{"role": "user", "content": "..."}}')
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(is_text_part(part) for part in content):
+            fail(f"{place}: message {number} has parts that are no texts; leave such rows out")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        fail(f"{place}: the content of message {number} must be a text")
+    with explained(UnicodeError, f"{place}: message {number} is no Unicode text: {{}}"):
+        (message["role"] + content).encode()  # rejects lone surrogates
+    return message | {"content": content}
+
+
+def is_text_part(part) -> bool:
+    """Whether a part of a content is like {"type": "text", "text": "..."}, and no picture."""
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 class Conversations:
@@ -1919,12 +1951,13 @@ def read_examples(folder: Path, V: int, args) -> tuple:
     kept = np.flatnonzero(first < used)
     if len(kept) < len(used) or (used < lengths).any():
         print(
-            f"of {len(used):,} conversations, {np.sum(used < lengths):,} are longer than --block "
-            f"{args.block} and cut; {len(used) - len(kept):,} have nothing to learn before the cut "
-            "and are left out"
+            f"of {counted(len(used), 'conversation')}: {np.sum(used < lengths):,} longer than "
+            f"--block {args.block}, and cut; {len(used) - len(kept):,} without anything to learn "
+            "before the cut, and left out"
         )
     if len(kept) < 2:
-        fail(f"--block {args.block} leaves {len(kept)} conversations: raise it, or give more")
+        left = counted(len(kept), "conversation")
+        fail(f"--block {args.block} leaves {left}, and two are needed: raise it, or give more")
 
     # The last tenth is for validation, and 2^20 tokens at most.
     starts, used = starts[kept], used[kept]
@@ -1942,7 +1975,7 @@ def read_examples(folder: Path, V: int, args) -> tuple:
 def show_data(model_file, data: Data):
     """Prints the first example or row, and which of its tokens are learned."""
     ids, learned = data.train.first()
-    print(f"first in the data: {len(ids)} tokens, of which {learned.sum()} are learned")
+    print(f"first in the data: {len(ids)} tokens, {learned.sum()} of them learned")
     codec = model_file.tokenizer(data.tokenizer_folder).backend
     for is_learned, run in itertools.groupby(zip(learned, ids, strict=True), lambda pair: pair[0]):
         text = codec.decode([int(token) for _, token in run], skip_special_tokens=False)
@@ -1967,7 +2000,7 @@ class Text:
 
     def describe(self) -> str:
         """How much it is."""
-        return f"{len(self.tokens):,} tokens"
+        return counted(len(self.tokens), "token")
 
     def first(self) -> tuple:
         """The first T tokens, and which of them are learned."""
@@ -2029,9 +2062,10 @@ class Examples:
 
     def describe(self) -> str:
         """How much it is."""
-        rows = len(self.packing)
-        full = np.sum(self.lengths - 1) / (rows * self.block)
-        return f"{len(self.lengths):,} conversations ({rows:,} rows, {full:.0%} full)"
+        conversations = counted(len(self.lengths), "conversation")
+        rows = counted(len(self.packing), "row")
+        full = np.sum(self.lengths - 1) / (len(self.packing) * self.block)
+        return f"{conversations} ({rows}, {full:.0%} full)"
 
     def first(self) -> tuple:
         """The tokens of the first example, and which of them are learned."""

@@ -311,6 +311,13 @@ def test_a_time_is_rounded_as_a_whole(seconds, text):
     assert train.duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1234, "1,234 rows")]
+)
+def test_what_is_counted_is_one_or_several(number, text):
+    assert train.counted(number, "row") == text
+
+
 @pytest.mark.parametrize("columns", [20, 60, 80, 120])
 def test_the_progress_line_fits_the_terminal(columns, monkeypatch, capsys):
     metrics = Namespace(rows=[{"step": step, "loss": 2.0} for step in range(1, 11)])
