@@ -136,6 +136,7 @@ class Run:
     metrics: "Metrics" = None
     waiting: list = field(default_factory=list)  # metrics of steps still in flight
     clock: "Clock" = None
+    shown: float = 0.0  # when the progress line was printed last
     val_loss: float = math.nan  # the last estimate
     trouble: str = ""  # why the run must stop
     stopped: bool = False  # by a signal
@@ -176,6 +177,8 @@ def train(run: Run, stop: "Stop") -> None:
         due = what_is_due(run, stop)
         run.stopped = due.stop
         if not due.log:
+            if is_overdue(run):
+                log_steps(run)
             continue
 
         # From here on the host waits for the device.
@@ -201,6 +204,8 @@ def finish(run: Run) -> int:
     end_trace(run)
     run.metrics.close()
     with exit_on_write_error(run.args.out):
+        if run.checkpoints.is_saving_in_progress():
+            say("writing the last checkpoint")
         run.checkpoints.wait_until_finished()
 
     if run.trouble:
@@ -237,8 +242,10 @@ def write_best(run: Run) -> None:
         print(f"the validation loss was lowest at step {best}: its weights are written")
     dtype = run.args.save_dtype
     params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), run.learned)
+    say("evaluating on the whole validation text")
     loss, accuracy = evaluate(run, params, run.data.val_batches)
 
+    say("writing the model")
     frozen = run.frozen
     if run.args.multihost:  # each host gets all of them
         params, frozen = process_allgather((params, frozen), tiled=True)
@@ -424,24 +431,39 @@ class Clock:
         self.started = None
 
     def stop(self):
-        """After the metrics of the last steps were read. The first step is mostly compilation."""
+        """After the metrics of a step were read. The first step is mostly compilation."""
         if self.started is not None:
             self.seconds += timeit.default_timer() - self.started
 
     def go_on(self):
-        """Before the next step."""
+        """Before the next step, or the next that is read."""
         self.started = timeit.default_timer()
 
 
 def log_steps(run: Run) -> None:
-    """Adds the metrics of the steps since the last call to metrics.jsonl; waits for the device."""
-    rows = []
+    """Adds the metrics of the steps since the last call to metrics.jsonl; waits for the device.
+
+    On a terminal, the progress line shows them as they come.
+    """
     for step, metrics in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
         learning_rate = float(run.learning_rate(step - 1))
-        rows.append({"step": step, "lr": learning_rate, **jax.tree.map(float, metrics)})
-    run.metrics.add(rows)
+        row = {"step": step, "lr": learning_rate, **jax.tree.map(float, metrics)}
+        run.metrics.add([row])
+        run.clock.stop()
+        run.clock.go_on()
+        if is_overdue(run):
+            print_progress(run, end="\r")
     run.waiting = []
-    run.clock.stop()
+
+
+def is_overdue(run: Run) -> bool:
+    """Whether a terminal has shown the same progress line for 2 seconds.
+
+    Of several hosts, only the first has one: they may do nothing together because of this.
+    """
+    if jax.process_index() != 0 or not sys.stderr.isatty():
+        return False
+    return time.monotonic() - run.shown > 2
 
 
 def log_validation(run: Run) -> None:
@@ -461,9 +483,11 @@ def print_progress(run: Run, end: str) -> None:
     """
     if jax.process_index() != 0:
         return
+    run.shown = time.monotonic()
 
-    # The mean training loss since the last estimate.
-    args, step = run.args, run.step
+    # The mean training loss since the last estimate. Of later steps, nothing is known yet.
+    args = run.args
+    step = run.metrics.rows[-1]["step"]
     since = 1 + (step - 1) % args.eval_every  # steps
     losses = [row["loss"] for row in run.metrics.rows[-2 * args.eval_every :] if "loss" in row]
     losses = losses[-since:]
@@ -476,8 +500,8 @@ def print_progress(run: Run, end: str) -> None:
     mfu = run.flops_per_token * tokens_per_second / run.peak_flops
     parts = [
         f"step {step:>6}/{args.steps}",
-        f"train {np.mean(losses):.4f}",
-        f"val {run.val_loss:.4f}",
+        f"train (mean) {np.mean(losses):.4f}",
+        f"val (last) {run.val_loss:.4f}",
     ]
     if speed > 0:
         parts.append(f"{duration((args.steps - step) / speed):>7} left")
@@ -514,6 +538,7 @@ def usage(device) -> list[str]:
 
 def print_sample(run: Run, key) -> None:
     """Prints how the model continues --prompt, or answers it."""
+    say("continuing --prompt")
     model = run.model
     length = min(100, model.config.max_position_embeddings - len(run.prompt))
     stop_ids = [] if run.data.template is None else end_of_turn(run)
@@ -685,6 +710,7 @@ def keys_of(config, layers: int, T: int) -> list[int]:
 
 def measure_peak(devices: list, dtype) -> float:
     """FLOP/s that the devices reach in the product of two large square matrices."""
+    say("measuring the FLOP/s of the devices")
     n = 2048 if devices[0].platform == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
     seconds = timeit.repeat(lambda: (a @ a).block_until_ready(), number=1, repeat=4)
@@ -940,7 +966,9 @@ def make_build_model(mesh, graphdef, dtype, params, frozen) -> Callable:
 def evaluate(run: Run, params, batches) -> tuple:
     """(mean loss, accuracy) over all targets of some validation batches [N, groups, rows, T]."""
     sums = []
-    for i in range(len(batches.tokens)):
+    hidden = None if jax.process_index() == 0 else True  # None: where there is no terminal
+    numbers = range(len(batches.tokens))
+    for i in tqdm(numbers, desc="evaluating", delay=1, leave=False, disable=hidden):
 
         def read(index, i=i):
             return jax.tree.map(lambda x: x[i][index], batches)
@@ -1155,6 +1183,7 @@ def find_files(names: list[str]) -> list[Path]:
 
 def python_source() -> list[Path]:
     """The files of Python's standard library."""
+    say("reading Python's source")
     library = Path(os.__file__).parent
     others = re.compile("(site|dist)-packages|/(idle_)?tests?/")
     files = sorted(library.rglob("*.py"))
@@ -1311,6 +1340,8 @@ def encode_once(args, model_file, folder: Path | None, source, letters, has_toke
         cached.parent.mkdir(parents=True, exist_ok=True)
         if cached.exists():
             return cached
+        if source.characters > 2**20:  # some seconds
+            say("tokenising the text")
 
         # Under another name until it is complete: all of it is there, or nothing.
         with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as part:
@@ -1617,6 +1648,8 @@ def read_tokens(file: Path, V: int) -> np.ndarray:
 def scan_tokens(files: list[Path], V: int) -> tuple[int, int]:
     """(the largest token, the checksum) of .bin files, which are read in blocks: a map would keep
     all that was touched in memory."""
+    if sum(file.stat().st_size for file in files) > 2**30:  # some seconds
+        say("reading the tokens")
     largest, checksum = 0, 0
     for file in files:
         kind = stored_type(file, V)
@@ -1791,8 +1824,10 @@ class ChatTemplate:
     """The chat template of a tokenizer: the program that writes messages as one text."""
 
     def __init__(self, folder: Path):
+        if "transformers" not in sys.modules:  # some seconds, which texts need not wait
+            say("importing transformers")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # PyTorch is not missing
-        from transformers import AutoTokenizer  # half a second, which texts need not wait
+        from transformers import AutoTokenizer
 
         self.folder = folder
         unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
@@ -2206,12 +2241,14 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # a Mixtral's routing reads it
 
     if folder:
+        say(f"reading {short_name(args.weights)}")
         # Frozen weights need no more digits than they are computed with.
         stored = args.dtype if args.lora and not args.merge else "float32"
         model = model_file.load(folder, param_dtype=stored, mesh=mesh, **options)
         if args.unused_sizes:
             note(f"not used: {', '.join(args.unused_sizes)}; the model of --weights has its own")
     else:
+        say("initialising the model")
         model = init_sharded(model_file, config, init_model, mesh)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout):
@@ -2464,6 +2501,7 @@ def resume(run: Run):
 
 def restore_state(run: Run, step: int) -> dict:
     """The state after a step, in the shapes and on the devices of run.state."""
+    say(f"reading the checkpoint of step {step}")
     return restore(run, step, state=ocp.args.StandardRestore(run.state)).state
 
 
@@ -2754,8 +2792,13 @@ def title_of(args, params) -> str:
         names = [*names[:2], f"{len(names) - 2} more"]
     model = f"{args.model}.py"
     if args.weights:
-        model += f", from {'/'.join(Path(args.weights).parts[-2:])}"
+        model += f", from {short_name(args.weights)}"
     return f"{model}: {trained:,} parameters trained on {', '.join(names)}"
+
+
+def short_name(weights: str) -> str:
+    """What --weights names, without the folders above it."""
+    return "/".join(Path(weights).parts[-2:])
 
 
 def column(rows: list[dict], name: str) -> tuple:
