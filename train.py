@@ -168,9 +168,11 @@ def train(run: Run, stop: "Stop") -> None:
     while run.step < run.args.steps and not run.stopped and not run.out_of_patience:
         start_trace(run)  # with --profile
         batch = next_batch(run)
+        learning_rate = run.learning_rate(run.step)
         run.state, metrics = run.train_step(run.state, run.frozen, batch, key)
         run.step += 1
-        run.waiting.append(metrics)  # loss, accuracy and gradient norm: nothing waits for them yet
+        # Learning rate, loss, accuracy and gradient norm: nothing waits for them yet.
+        run.waiting.append({"lr": learning_rate, **metrics})
         wait_on_emulated_devices(run, metrics)
         end_trace_after_five(run, metrics)  # with --profile
 
@@ -446,9 +448,7 @@ def log_steps(run: Run) -> None:
     On a terminal, the progress line shows them as they come.
     """
     for step, metrics in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
-        learning_rate = float(run.learning_rate(step - 1))
-        row = {"step": step, "lr": learning_rate, **jax.tree.map(float, metrics)}
-        run.metrics.add([row])
+        run.metrics.add([{"step": step, **jax.tree.map(float, metrics)}])
         run.clock.stop()
         run.clock.go_on()
         if is_overdue(run):
@@ -487,10 +487,10 @@ def print_progress(run: Run, end: str) -> None:
 
     # The mean training loss since the last estimate. Of later steps, nothing is known yet.
     args = run.args
-    step = run.metrics.rows[-1]["step"]
+    rows = [row for row in run.metrics.rows[-2 * args.eval_every :] if "loss" in row]
+    step = rows[-1]["step"]
     since = 1 + (step - 1) % args.eval_every  # steps
-    losses = [row["loss"] for row in run.metrics.rows[-2 * args.eval_every :] if "loss" in row]
-    losses = losses[-since:]
+    losses = [row["loss"] for row in rows[-since:]]
 
     # The first step does not count: it is mostly compilation.
     speed = 0.0
@@ -506,7 +506,7 @@ def print_progress(run: Run, end: str) -> None:
     if speed > 0:
         parts.append(f"{duration((args.steps - step) / speed):>7} left")
         parts.append(f"{tokens_per_second:>9,.0f} tokens/s")
-    parts.append(f"lr {run.learning_rate(step - 1):.2e}")
+    parts.append(f"lr {rows[-1]['lr']:.2e}")
     if speed > 0:
         parts.append(f"MFU {mfu:5.1%}")
     parts += usage(own_device(run.mesh))

@@ -321,7 +321,8 @@ def test_what_is_counted_is_one_or_several(number, text):
 
 def some_run(steps_done=0):
     """What `print_progress` and `log_steps` need of a run."""
-    metrics = Namespace(rows=[{"step": step, "loss": 2.0} for step in range(1, steps_done + 1)])
+    rows = [{"step": step, "loss": 2.0, "lr": 1e-3} for step in range(1, steps_done + 1)]
+    metrics = Namespace(rows=rows)
     metrics.add = metrics.rows.extend
     clock = train.Clock()
     clock.seconds = 1.0
@@ -368,7 +369,7 @@ def test_a_terminal_shows_slow_steps_as_they_come(terminal, shown, monkeypatch, 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     run = some_run()
     run.step = 6
-    run.waiting = [{"loss": Loss()} for _ in range(6)]
+    run.waiting = [{"loss": Loss(), "lr": 1e-3} for _ in range(6)]
     train.log_steps(run)
     lines = capsys.readouterr().err.split("\r")
     assert [int(line[4:].split("/")[0]) for line in lines if line.startswith("step")] == shown
