@@ -22,9 +22,11 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -1381,6 +1383,8 @@ def explained(errors, message: str):
 
 def run_program(main) -> NoReturn:
     """Runs `main` and exits with the code that it returns. What is no bug has no traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+    sys.unraisablehook = hear_again
     try:
         try:
             code = main()
@@ -1399,6 +1403,17 @@ def run_program(main) -> NoReturn:
         print(f"{Path(__file__).name}: {error}: make room", file=sys.stderr, flush=True)
         code = 2
     os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
+
+
+def hear_again(lost):
+    """Sends Ctrl-C again, a moment later, where its exception is lost; shows other lost exceptions.
+
+    Python drops what a callback of the garbage collector raises, such as the one that JAX has.
+    """
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def not_empty(text: str) -> str:

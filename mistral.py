@@ -185,8 +185,8 @@ def causal_mask(q_positions, k_positions, first, window=None):
     q_positions and first [B, queries], k_positions [B, keys] -> [B, 1, queries, keys]
     Positions alone decide: a key must be real, it must not be later than the query, and not before
     `first`, where the query's document begins. Padding and empty slots of the cache have position
-    -1. With a sliding window, a key must also be among
-    the last `window` positions up to the query's.
+    -1. With a sliding window, a key must also be among the last `window` positions up to the
+    query's.
     """
     q_pos = q_positions[:, None, :, None]
     k_pos = k_positions[:, None, None, :]

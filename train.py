@@ -136,6 +136,7 @@ class Run:
     metrics: "Metrics" = None
     waiting: list = field(default_factory=list)  # metrics of steps still in flight
     clock: "Clock" = None
+    shown: float = 0.0  # when the progress line was printed last
     val_loss: float = math.nan  # the last estimate
     trouble: str = ""  # why the run must stop
     stopped: bool = False  # by a signal
@@ -167,15 +168,19 @@ def train(run: Run, stop: "Stop") -> None:
     while run.step < run.args.steps and not run.stopped and not run.out_of_patience:
         start_trace(run)  # with --profile
         batch = next_batch(run)
+        learning_rate = run.learning_rate(run.step)
         run.state, metrics = run.train_step(run.state, run.frozen, batch, key)
         run.step += 1
-        run.waiting.append(metrics)  # loss, accuracy and gradient norm: nothing waits for them yet
+        # Learning rate, loss, accuracy and gradient norm: nothing waits for them yet.
+        run.waiting.append({"lr": learning_rate, **metrics})
         wait_on_emulated_devices(run, metrics)
         end_trace_after_five(run, metrics)  # with --profile
 
         due = what_is_due(run, stop)
         run.stopped = due.stop
         if not due.log:
+            if is_overdue(run):
+                log_steps(run)
             continue
 
         # From here on the host waits for the device.
@@ -201,6 +206,8 @@ def finish(run: Run) -> int:
     end_trace(run)
     run.metrics.close()
     with exit_on_write_error(run.args.out):
+        if run.checkpoints.is_saving_in_progress():
+            say("writing the last checkpoint")
         run.checkpoints.wait_until_finished()
 
     if run.trouble:
@@ -226,8 +233,8 @@ def write_best(run: Run) -> None:
     """Writes the finished model: the weights with the lowest validation loss, or the last."""
     if run.out_of_patience:
         print(
-            f"stopped after step {run.step}: {run.args.patience} estimates without a lower "
-            "validation loss"
+            f"stopped after step {run.step}: {counted(run.args.patience, 'estimate')} without a "
+            "lower validation loss"
         )
 
     # The best weights, as they are written: in --save-dtype.
@@ -237,8 +244,10 @@ def write_best(run: Run) -> None:
         print(f"the validation loss was lowest at step {best}: its weights are written")
     dtype = run.args.save_dtype
     params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), run.learned)
+    say("evaluating on the whole validation text")
     loss, accuracy = evaluate(run, params, run.data.val_batches)
 
+    say("writing the model")
     frozen = run.frozen
     if run.args.multihost:  # each host gets all of them
         params, frozen = process_allgather((params, frozen), tiled=True)
@@ -281,6 +290,11 @@ def say(doing: str) -> None:
     note(f"{doing} ...")
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 step" and "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as 1:02:03 or 0:07."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -321,7 +335,9 @@ def is_over(run: Run) -> bool:
     """Whether a resumed run has nothing left to train; its model is then written again."""
     patience = run.args.patience
     if run.step == run.args.steps:
-        note(f"all {run.step} steps are done: the model is written again; a larger --steps goes on")
+        note(
+            f"step {run.step} was the last: the model is written again; a larger --steps goes on"
+        )
         return True
     if patience and estimates_since_lowest(run) >= patience:
         note(
@@ -417,24 +433,37 @@ class Clock:
         self.started = None
 
     def stop(self):
-        """After the metrics of the last steps were read. The first step is mostly compilation."""
+        """After the metrics of a step were read. The first step is mostly compilation."""
         if self.started is not None:
             self.seconds += timeit.default_timer() - self.started
 
     def go_on(self):
-        """Before the next step."""
+        """Before the next step, or the next that is read."""
         self.started = timeit.default_timer()
 
 
 def log_steps(run: Run) -> None:
-    """Adds the metrics of the steps since the last call to metrics.jsonl; waits for the device."""
-    rows = []
+    """Adds the metrics of the steps since the last call to metrics.jsonl; waits for the device.
+
+    On a terminal, the progress line shows them as they come.
+    """
     for step, metrics in enumerate(run.waiting, run.step + 1 - len(run.waiting)):
-        learning_rate = float(run.learning_rate(step - 1))
-        rows.append({"step": step, "lr": learning_rate, **jax.tree.map(float, metrics)})
-    run.metrics.add(rows)
+        run.metrics.add([{"step": step, **jax.tree.map(float, metrics)}])
+        run.clock.stop()
+        run.clock.go_on()
+        if is_overdue(run):
+            print_progress(run, end="\r")
     run.waiting = []
-    run.clock.stop()
+
+
+def is_overdue(run: Run) -> bool:
+    """Whether a terminal has shown the same progress line for 2 seconds.
+
+    Of several hosts, only the first has one: they may do nothing together because of this.
+    """
+    if jax.process_index() != 0 or not sys.stderr.isatty():
+        return False
+    return time.monotonic() - run.shown > 2
 
 
 def log_validation(run: Run) -> None:
@@ -454,12 +483,14 @@ def print_progress(run: Run, end: str) -> None:
     """
     if jax.process_index() != 0:
         return
+    run.shown = time.monotonic()
 
-    # The mean training loss since the last estimate.
-    args, step = run.args, run.step
+    # The mean training loss since the last estimate. Of later steps, nothing is known yet.
+    args = run.args
+    rows = [row for row in run.metrics.rows[-2 * args.eval_every :] if "loss" in row]
+    step = rows[-1]["step"]
     since = 1 + (step - 1) % args.eval_every  # steps
-    losses = [row["loss"] for row in run.metrics.rows[-2 * args.eval_every :] if "loss" in row]
-    losses = losses[-since:]
+    losses = [row["loss"] for row in rows[-since:]]
 
     # The first step does not count: it is mostly compilation.
     speed = 0.0
@@ -469,13 +500,13 @@ def print_progress(run: Run, end: str) -> None:
     mfu = run.flops_per_token * tokens_per_second / run.peak_flops
     parts = [
         f"step {step:>6}/{args.steps}",
-        f"train {np.mean(losses):.4f}",
-        f"val {run.val_loss:.4f}",
+        f"train (mean) {np.mean(losses):.4f}",
+        f"val (last) {run.val_loss:.4f}",
     ]
     if speed > 0:
         parts.append(f"{duration((args.steps - step) / speed):>7} left")
         parts.append(f"{tokens_per_second:>9,.0f} tokens/s")
-    parts.append(f"lr {run.learning_rate(step - 1):.2e}")
+    parts.append(f"lr {rows[-1]['lr']:.2e}")
     if speed > 0:
         parts.append(f"MFU {mfu:5.1%}")
     parts += usage(own_device(run.mesh))
@@ -507,6 +538,7 @@ def usage(device) -> list[str]:
 
 def print_sample(run: Run, key) -> None:
     """Prints how the model continues --prompt, or answers it."""
+    say("continuing --prompt")
     model = run.model
     length = min(100, model.config.max_position_embeddings - len(run.prompt))
     stop_ids = [] if run.data.template is None else end_of_turn(run)
@@ -678,6 +710,7 @@ def keys_of(config, layers: int, T: int) -> list[int]:
 
 def measure_peak(devices: list, dtype) -> float:
     """FLOP/s that the devices reach in the product of two large square matrices."""
+    say("measuring the FLOP/s of the devices")
     n = 2048 if devices[0].platform == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
     seconds = timeit.repeat(lambda: (a @ a).block_until_ready(), number=1, repeat=4)
@@ -933,7 +966,9 @@ def make_build_model(mesh, graphdef, dtype, params, frozen) -> Callable:
 def evaluate(run: Run, params, batches) -> tuple:
     """(mean loss, accuracy) over all targets of some validation batches [N, groups, rows, T]."""
     sums = []
-    for i in range(len(batches.tokens)):
+    hidden = None if jax.process_index() == 0 else True  # None: where there is no terminal
+    numbers = range(len(batches.tokens))
+    for i in tqdm(numbers, desc="evaluating", delay=1, leave=False, disable=hidden):
 
         def read(index, i=i):
             return jax.tree.map(lambda x: x[i][index], batches)
@@ -992,7 +1027,8 @@ def learning_rate(args) -> Callable:
     elif args.schedule == "linear":
         fall = optax.linear_schedule(args.lr, args.min_lr, steps)
     else:
-        last = max(1, min(steps, args.steps // 5))  # wsd: falls only in the last fifth
+        # wsd: falls only in the last fifth. In two steps at least, as the first has still --lr.
+        last = min(steps, max(2, args.steps // 5))
         fall = optax.linear_schedule(args.lr, args.min_lr, last, steps - last)
     rise = optax.linear_schedule(args.lr / (args.warmup + 1), args.lr, args.warmup)
     return optax.join_schedules([rise, fall], [args.warmup])
@@ -1098,7 +1134,7 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
 def open_source(files: list[Path], dataset: str | None) -> "Texts | Conversations":
     """The texts or the conversations of --data and --dataset: the first row says which."""
     if sum(file.stat().st_size for file in files) > 2**26:  # some seconds
-        say(f"reading {len(files)} files")
+        say(f"reading {counted(len(files), 'file')}")
     rows = load_rows(dataset) if dataset else None
     first = next(iter(rows), None) if dataset else None
     if files and files[0].suffix.lower() in JSON:
@@ -1147,6 +1183,7 @@ def find_files(names: list[str]) -> list[Path]:
 
 def python_source() -> list[Path]:
     """The files of Python's standard library."""
+    say("reading Python's source")
     library = Path(os.__file__).parent
     others = re.compile("(site|dist)-packages|/(idle_)?tests?/")
     files = sorted(library.rglob("*.py"))
@@ -1269,7 +1306,7 @@ def load_rows(name: str):
     errors = (ValueError, OSError, KeyError, RuntimeError)
     with explained(errors, f"--dataset {name}: {{}}"):
         rows = load_dataset(*name.split(":"), split="train")
-        if "text" in rows.column_names:
+        if "text" in rows.column_names and not is_conversation(dict.fromkeys(rows.column_names)):
             rows = rows.select_columns("text")
         return rows
 
@@ -1303,6 +1340,8 @@ def encode_once(args, model_file, folder: Path | None, source, letters, has_toke
         cached.parent.mkdir(parents=True, exist_ok=True)
         if cached.exists():
             return cached
+        if source.characters > 2**20:  # some seconds
+            say("tokenising the text")
 
         # Under another name until it is complete: all of it is there, or nothing.
         with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as part:
@@ -1609,6 +1648,8 @@ def read_tokens(file: Path, V: int) -> np.ndarray:
 def scan_tokens(files: list[Path], V: int) -> tuple[int, int]:
     """(the largest token, the checksum) of .bin files, which are read in blocks: a map would keep
     all that was touched in memory."""
+    if sum(file.stat().st_size for file in files) > 2**30:  # some seconds
+        say("reading the tokens")
     largest, checksum = 0, 0
     for file in files:
         kind = stored_type(file, V)
@@ -1667,8 +1708,16 @@ class Conversation(NamedTuple):
 
 
 def is_conversation(row) -> bool:
-    """Whether a row of JSON is a conversation and not a text."""
-    return isinstance(row, dict) and ("messages" in row or "prompt" in row)
+    """Whether a row is a conversation and not a text.
+
+    Some rows have a text, too: beside messages it is another form of them; beside a prompt alone it
+    is what somebody wrote for that prompt.
+    """
+    if not isinstance(row, dict):
+        return False
+    if "messages" in row:
+        return True
+    return "prompt" in row and ("completion" in row or "text" not in row)
 
 
 def read_conversation(row, place: str) -> Conversation:
@@ -1695,16 +1744,33 @@ def read_conversation(row, place: str) -> Conversation:
 
     if not isinstance(messages, list) or not messages:
         fail(f"{place}: messages must be a list of one message or more")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            fail(f'{place}: message {number} must be like {{"role": "user", "content": "..."}}')
-        if not isinstance(message.get("content"), str):
-            fail(f"{place}: the content of message {number} must be a text")
-        with explained(UnicodeError, f"{place}: message {number} is no Unicode text: {{}}"):
-            (message["role"] + message["content"]).encode()  # rejects lone surrogates
+    messages = [read_message(message, i, place) for i, message in enumerate(messages, 1)]
     if row.get("tools"):
         fail(f"{place}: tools are not supported; leave such rows out")
     return Conversation(messages, first, place, texts)
+
+
+def read_message(message, number: int, place: str) -> dict:
+    """A message of a row. Its content may be a list of texts, which are joined."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        fail(f'{place}: message {number} must be like {{"role": "user", "content": "..."}}')
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(is_text_part(part) for part in content):
+            fail(f"{place}: message {number} has parts that are no texts; leave such rows out")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        fail(f"{place}: the content of message {number} must be a text")
+    with explained(UnicodeError, f"{place}: message {number} is no Unicode text: {{}}"):
+        (message["role"] + content).encode()  # rejects lone surrogates
+    return message | {"content": content}
+
+
+def is_text_part(part) -> bool:
+    """Whether a part of a content is like {"type": "text", "text": "..."}, and no picture."""
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 class Conversations:
@@ -1758,8 +1824,10 @@ class ChatTemplate:
     """The chat template of a tokenizer: the program that writes messages as one text."""
 
     def __init__(self, folder: Path):
+        if "transformers" not in sys.modules:  # some seconds, which texts need not wait
+            say("importing transformers")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # PyTorch is not missing
-        from transformers import AutoTokenizer  # half a second, which texts need not wait
+        from transformers import AutoTokenizer
 
         self.folder = folder
         unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
@@ -1918,12 +1986,13 @@ def read_examples(folder: Path, V: int, args) -> tuple:
     kept = np.flatnonzero(first < used)
     if len(kept) < len(used) or (used < lengths).any():
         print(
-            f"of {len(used):,} conversations, {np.sum(used < lengths):,} are longer than --block "
-            f"{args.block} and cut; {len(used) - len(kept):,} have nothing to learn before the cut "
-            "and are left out"
+            f"of {counted(len(used), 'conversation')}: {np.sum(used < lengths):,} longer than "
+            f"--block {args.block}, and cut; {len(used) - len(kept):,} without anything to learn "
+            "before the cut, and left out"
         )
     if len(kept) < 2:
-        fail(f"--block {args.block} leaves {len(kept)} conversations: raise it, or give more")
+        left = counted(len(kept), "conversation")
+        fail(f"--block {args.block} leaves {left}, and two are needed: raise it, or give more")
 
     # The last tenth is for validation, and 2^20 tokens at most.
     starts, used = starts[kept], used[kept]
@@ -1941,7 +2010,7 @@ def read_examples(folder: Path, V: int, args) -> tuple:
 def show_data(model_file, data: Data):
     """Prints the first example or row, and which of its tokens are learned."""
     ids, learned = data.train.first()
-    print(f"first in the data: {len(ids)} tokens, of which {learned.sum()} are learned")
+    print(f"first in the data: {len(ids)} tokens, {learned.sum()} of them learned")
     codec = model_file.tokenizer(data.tokenizer_folder).backend
     for is_learned, run in itertools.groupby(zip(learned, ids, strict=True), lambda pair: pair[0]):
         text = codec.decode([int(token) for _, token in run], skip_special_tokens=False)
@@ -1966,7 +2035,7 @@ class Text:
 
     def describe(self) -> str:
         """How much it is."""
-        return f"{len(self.tokens):,} tokens"
+        return counted(len(self.tokens), "token")
 
     def first(self) -> tuple:
         """The first T tokens, and which of them are learned."""
@@ -2028,9 +2097,10 @@ class Examples:
 
     def describe(self) -> str:
         """How much it is."""
-        rows = len(self.packing)
-        full = np.sum(self.lengths - 1) / (rows * self.block)
-        return f"{len(self.lengths):,} conversations ({rows:,} rows, {full:.0%} full)"
+        conversations = counted(len(self.lengths), "conversation")
+        rows = counted(len(self.packing), "row")
+        full = np.sum(self.lengths - 1) / (len(self.packing) * self.block)
+        return f"{conversations} ({rows}, {full:.0%} full)"
 
     def first(self) -> tuple:
         """The tokens of the first example, and which of them are learned."""
@@ -2171,12 +2241,14 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # a Mixtral's routing reads it
 
     if folder:
+        say(f"reading {short_name(args.weights)}")
         # Frozen weights need no more digits than they are computed with.
         stored = args.dtype if args.lora and not args.merge else "float32"
         model = model_file.load(folder, param_dtype=stored, mesh=mesh, **options)
         if args.unused_sizes:
             note(f"not used: {', '.join(args.unused_sizes)}; the model of --weights has its own")
     else:
+        say("initialising the model")
         model = init_sharded(model_file, config, init_model, mesh)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout):
@@ -2429,6 +2501,7 @@ def resume(run: Run):
 
 def restore_state(run: Run, step: int) -> dict:
     """The state after a step, in the shapes and on the devices of run.state."""
+    say(f"reading the checkpoint of step {step}")
     return restore(run, step, state=ocp.args.StandardRestore(run.state)).state
 
 
@@ -2719,8 +2792,13 @@ def title_of(args, params) -> str:
         names = [*names[:2], f"{len(names) - 2} more"]
     model = f"{args.model}.py"
     if args.weights:
-        model += f", from {'/'.join(Path(args.weights).parts[-2:])}"
+        model += f", from {short_name(args.weights)}"
     return f"{model}: {trained:,} parameters trained on {', '.join(names)}"
+
+
+def short_name(weights: str) -> str:
+    """What --weights names, without the folders above it."""
+    return "/".join(Path(weights).parts[-2:])
 
 
 def column(rows: list[dict], name: str) -> tuple:
@@ -2935,6 +3013,8 @@ def explained(errors, message: str):
 
 def run_program(main) -> NoReturn:
     """Runs `main` and exits with the code that it returns. What is no bug has no traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+    sys.unraisablehook = hear_again
     try:
         try:
             code = main()
@@ -2953,6 +3033,17 @@ def run_program(main) -> NoReturn:
         print(f"{Path(__file__).name}: {error}: make room", file=sys.stderr, flush=True)
         code = 2
     os._exit(code)  # at once: the usual clean-up can crash under a computation that still runs
+
+
+def hear_again(lost):
+    """Sends Ctrl-C again, a moment later, where its exception is lost; shows other lost exceptions.
+
+    Python drops what a callback of the garbage collector raises, such as the one that JAX has.
+    """
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def not_empty(text: str) -> str:

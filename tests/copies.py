@@ -34,7 +34,8 @@ COPIES = [
         PROGRAMS,
         [
             *("KINDS", "MODELS", "AXIS", "PARALLEL", "fail", "explained", "not_empty"),
-            *("run_program", "model_of", "check_family", "pick_devices", "memory_of", "make_mesh"),
+            *("run_program", "hear_again", "model_of", "check_family"),
+            *("pick_devices", "memory_of", "make_mesh"),
         ],
     ),
 ]

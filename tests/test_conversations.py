@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,11 @@ ROOT = Path(__file__).parents[1]
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 TWO_TURNS = [*HI, {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def in_parts(part):
+    """A message of two parts; this is the second."""
+    return [{"role": "user", "content": [{"type": "text", "text": "What is this, "}, part]}]
 
 
 def write_tokenizer(folder, template, special=templates.SPECIAL):
@@ -210,10 +216,9 @@ def test_blanks_that_have_no_width_are_learned_in_answers_only():
         ({"messages": ["Hi"]}, 'message 1 must be like {"role": "user", "content": "..."}'),
         ({"messages": [{"content": "Hi"}]}, "message 1 must be like"),
         ({"messages": [*HI, {"role": "user"}]}, "the content of message 3 must be a text"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "the content of message 1 must be a text",
-        ),
+        ({"messages": in_parts({"type": "image"})}, "message 1 has parts that are no texts"),
+        ({"messages": in_parts({"type": "text"})}, "message 1 has parts that are no texts"),
+        ({"messages": in_parts("Hi")}, "message 1 has parts that are no texts"),
         ({"prompt": "Hi"}, "prompt and completion must both be texts, or both lists"),
         ({"prompt": HI[:1], "completion": 3}, "prompt and completion must both be texts"),
         ({"messages": HI, "tools": [{}]}, "tools are not supported"),
@@ -226,6 +231,23 @@ def test_a_malformed_row_is_named(row, said, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"train.py: --data a.jsonl, line 7: {said}")
     assert error.count("\n") == 1
+
+
+def test_a_content_in_parts_is_one_text():
+    row = {"messages": in_parts({"type": "text", "text": "and what?"})}
+    [message] = train.read_conversation(row, "line 1").messages
+    assert message == {"role": "user", "content": "What is this, and what?"}
+
+
+def test_a_row_with_messages_and_text_is_a_conversation_wherever_it_stands(monkeypatch):
+    both = {"messages": HI, "text": "User: Hi\nAssistant: Hello."}
+    written = {"prompt": "Write of the sea.", "text": "The sea is wide."}
+    for row, expected in [(both, True), (written, False), (written | {"completion": ""}, True)]:
+        assert train.is_conversation(row) == expected
+        rows = Namespace(column_names=list(row), select_columns=lambda names: "the texts alone")
+        found = Namespace(load_dataset=lambda name, split, rows=rows: rows)
+        monkeypatch.setitem(sys.modules, "datasets", found)
+        assert train.load_rows("some/name") == (rows if expected else "the texts alone")
 
 
 def test_what_a_template_refuses_is_named(tmp_path, capsys):
@@ -403,8 +425,8 @@ def test_a_model_from_scratch_learns_to_answer_and_chats(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "first in the data: 32 tokens, of which 4 are learned"),
-        (["--loss", "all"], "first in the data: 32 tokens, of which 31 are learned"),
+        ([], "first in the data: 32 tokens, 4 of them learned"),
+        (["--loss", "all"], "first in the data: 32 tokens, 31 of them learned"),
     ],
     ids=["assistant", "all"],
 )
@@ -428,10 +450,11 @@ def test_long_conversations_are_cut_and_those_with_nothing_to_learn_left_out(tmp
     done = run(*flags, "--pack", "no", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (
-        "of 4 conversations, 2 are longer than --block 40 and cut; 1 have nothing to learn before "
-        "the cut and are left out"
+        "of 4 conversations: 2 longer than --block 40, and cut; 1 without anything to learn before "
+        "the cut, and left out"
     ) in done.stdout
     assert "2 conversations (2 rows, " in done.stdout
+    assert "1 conversation (1 row, " in done.stdout
 
 
 def shown_first(tmp_path, rows):
@@ -464,7 +487,7 @@ def test_among_conversations_prompt_and_completion_are_one(tmp_path):
         ([{"messages": talk(1)}, {"text": "a"}], [], "line 2: it must be like {"),
         ([{"text": "a"}, {"messages": talk(1)}], [], 'line 2: it must be like {"text": "..."}'),
         ([{"messages": talk(1)}, {"messages": []}], [], "line 2: messages must be a list"),
-        ([{"messages": talk(1)}], [], "leaves 1 conversations: raise it, or give more"),
+        ([{"messages": talk(1)}], [], "leaves 1 conversation, and two are needed: raise it"),
         ([{"messages": talk(1)[:1]}] * 3, [], "no message has the role assistant, so no answer"),
         ([{"messages": [{"role": "user", "content": "\ud800"}]}] * 3, [], "is no Unicode text"),
         ([{"text": "some text"}] * 9, ["--loss", "all"], "--loss is for conversations"),

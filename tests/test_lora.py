@@ -220,7 +220,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(command, run, tmp_pa
     run(*flags, "--out", tmp_path / "whole")
     parts = [*flags, "--out", tmp_path / "parts"]
     process = subprocess.Popen(**command(*parts))
-    first = process.stderr.readline()  # of the tenth step
+    first = ""
+    while not first.startswith("step "):  # the tenth
+        first = process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, first + stderr

@@ -579,7 +579,7 @@ def test_what_changed_is_said_and_stored_in_later_checkpoints(changed, refused):
         assert change in stderr
     again = run(*flags)
     assert again.returncode == 0 and "->" not in again.stderr
-    assert "all 220 steps are done: the model is written again; a larger --steps" in again.stderr
+    assert "step 220 was the last: the model is written again; a larger --steps" in again.stderr
     error = refused(*flags, "--steps", 100)
     assert f"--steps 100: the checkpoint is of step {STEPS + 20}" in error
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.small import byte_tokenizer, edit_config, write_checkpoint
@@ -350,6 +351,47 @@ def test_ctrl_c_ends_at_once_without_a_traceback(tmp_path):
     assert process.returncode == 130
     assert err.splitlines()[-1] == "stopped"
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("where", ["in the program", "in a callback of the garbage collector"])
+def test_ctrl_c_is_heard_at_any_moment_and_where_a_shell_ignores_it(where):
+    """Python goes on after an exception in such a callback. JAX has one, which runs often while a
+    program starts. A shell ignores Ctrl-C for what it runs in the background."""
+    program = """
+import gc, signal, sys, time
+import sample
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def interrupt(*_):
+    gc.callbacks.remove(interrupt)
+    signal.raise_signal(signal.SIGINT)
+
+def main():
+    gc.callbacks.append(interrupt)
+    if sys.argv[1] == "in the program":
+        interrupt()
+    gc.collect()
+    time.sleep(60)
+
+sample.run_program(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, where],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130
+    assert done.stderr.split() == ["stopped"]
+
+
+def test_other_exceptions_that_are_lost_are_shown_as_ever(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+    lost = SimpleNamespace(exc_value=ValueError("some"))
+    sample.hear_again(lost)
+    assert shown == [lost]
 
 
 def test_a_reader_that_leaves_early_is_no_error(weights):
