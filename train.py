@@ -335,9 +335,7 @@ def is_over(run: Run) -> bool:
     """Whether a resumed run has nothing left to train; its model is then written again."""
     patience = run.args.patience
     if run.step == run.args.steps:
-        note(
-            f"step {run.step} was the last: the model is written again; a larger --steps goes on"
-        )
+        note(f"step {run.step} was the last: the model is written again; a larger --steps goes on")
         return True
     if patience and estimates_since_lowest(run) >= patience:
         note(
