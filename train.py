@@ -2770,7 +2770,9 @@ def draw_curves(rows: list[dict], title: str) -> Figure:
     plot_training(panels["norm"], steps, norms)
     if (norms > 0).any():
         panels["norm"].set_yscale("log")
-        panels["norm"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        spread = norms[norms > 0].max() / norms[norms > 0].min()
+        labels = (1, 2, 5) if spread < 100 else (1,)  # of each power of ten
+        panels["norm"].yaxis.set_major_locator(LogLocator(subs=labels))
         panels["norm"].yaxis.set_major_formatter("{x:g}")
         panels["norm"].yaxis.set_minor_formatter("")
     panels["lr"].plot(*thinned(*column(rows, "lr")), color=TRAINING)
@@ -2857,25 +2859,40 @@ def thinned(steps, values) -> tuple:
 
 
 def robust_range(*curves) -> tuple[float, float] | None:
-    """(bottom, top) of the loss, or None: what the curves need after a twentieth of the steps.
+    """(bottom, top) of the loss, or None. curves: (steps, values).
 
-    curves: (steps, values). Before that they fall from where every token is as likely. Values that
-    would count as diverged get no room, see `Metrics.divergence`; another point at step 0 does.
+    From scratch, a loss first falls from where every token is as likely. So the first twentieth of
+    1,000 steps or more gets no room where it would leave less than a third of the height to the
+    others. A point at step 0 always has room: --eval-first asked for it.
     """
     last = max((steps.max() for steps, _ in curves if len(steps) > 0), default=0)
-    bottoms, tops = [], []
-    for steps, values in curves:
-        late = (steps > last / 20) & np.isfinite(values)
-        if not late.any():
-            continue
-        most = 1.5 * np.median(values[late]) + 0.5
-        shown = values[(late | (steps == 0)) & (values <= most)]
-        bottoms.append(shown.min())
-        tops.append(shown.max())
-    if not bottoms or min(bottoms) >= max(tops):
+    shown = usual_values(curves, after=0)
+    later = usual_values(curves, after=last / 20)
+    if last >= 1000 and len(later) > 0 and np.ptp(later) < np.ptp(shown) / 3:
+        shown = later
+    at_0 = [values[(steps == 0) & np.isfinite(values)] for steps, values in curves]
+    shown = np.concatenate([shown, *at_0])
+    if len(shown) == 0 or np.ptp(shown) == 0:
         return None
-    margin = 0.05 * (max(tops) - min(bottoms))
-    return min(bottoms) - margin, max(tops) + margin
+    margin = 0.05 * np.ptp(shown)
+    return shown.min() - margin, shown.max() + margin
+
+
+def usual_values(curves, after: float) -> np.ndarray:
+    """The values after a step, without those that would count as diverged: `Metrics.divergence`.
+
+    They are compared with the median of their curve or with its first value, as a loss that falls
+    to almost 0 has not diverged where it began.
+    """
+    found = [np.zeros(0)]
+    highest = 0.0
+    for steps, values in curves:
+        values = values[(steps > after) & np.isfinite(values)]
+        if len(values) > 0:
+            found.append(values)
+            highest = max(highest, np.median(values), values[0])
+    found = np.concatenate(found)
+    return found[found <= 1.5 * highest + 0.5]
 
 
 # --------------------------------------- Devices and hosts ----------------------------------------

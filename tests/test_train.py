@@ -912,23 +912,46 @@ def test_a_long_run_is_drawn_with_few_points_and_ends_with_its_last():
             assert len(line.get_xdata()) <= 2000 and line.get_xdata().max() == 100_000
 
 
-def test_the_first_steps_do_not_rule_the_range_of_the_loss_and_neither_does_a_divergence():
+def test_the_first_steps_of_a_long_run_do_not_rule_the_range_and_neither_does_a_divergence():
     def loss(step):
-        return 10.0 - step if step < 5 else 2.0 + 1 / step
+        return 10.0 - step / 10 if step < 50 else 2.0 + 1 / step
 
-    rows = [*curve_rows(200, 10, loss), {"step": 201, "loss": 1e9, "norm": 1.0}]
+    rows = [*curve_rows(2000, 100, loss), {"step": 2001, "loss": 1e9, "norm": 1.0}]
     bottom, top = panels_of(train.draw_curves(rows, ""))["loss (nats per token)"].get_ylim()
-    assert 1.8 < bottom < 2.0 and 3.1 < top < 3.3  # training from 2.0, validation to 3.1
+    assert 1.8 < bottom < 2.0 and 3.0 < top < 3.2  # training from 2.0, validation to 3.0
 
 
-@pytest.mark.parametrize("first, drawn", [(2.2, True), (9.0, False)])
-def test_a_point_before_the_first_step_has_room_where_it_is_near(first, drawn):
-    """As in fine-tuning; from scratch it is far."""
+@pytest.mark.parametrize("first", [2.2, 9.0])
+def test_a_point_before_the_first_step_has_room(first):
+    """Near, as in fine-tuning, or far, as from scratch: --eval-first asked for it."""
     rows = [{"step": 0, "val_loss": first, "val_accuracy": 0.0}]
     rows += curve_rows(100, 10, lambda step: 1.0)
     axes = panels_of(train.draw_curves(rows, ""))["loss (nats per token)"]
     assert drawn_lines(axes)["validation"].get_ydata()[0] == first
-    assert (axes.get_ylim()[1] > first) == drawn
+    assert first < axes.get_ylim()[1] < 1.1 * first
+
+
+def fine_tuning(steps):
+    """A loss that falls from 3.3 to almost 0 in twenty steps."""
+    return curve_rows(steps, every=steps // 4, loss=lambda step: 3.3 * 0.8 ** (step - 1))
+
+
+@pytest.mark.parametrize("steps", [20, 100, 500])
+def test_a_short_run_shows_its_whole_fall(steps):
+    figure = train.draw_curves(fine_tuning(steps), "")
+    bottom, top = panels_of(figure)["loss (nats per token)"].get_ylim()
+    assert 3.3 < top < 3.6 and bottom < 0.1
+
+
+@pytest.mark.parametrize("rows", [fine_tuning(100), curve_rows(2000, 100)], ids=["short", "long"])
+@pytest.mark.parametrize("height", [8.0, 1e9])
+def test_no_single_spike_rules_the_range_wherever_it_is(rows, height):
+    axis = "loss (nats per token)"
+    expected = panels_of(train.draw_curves(rows, ""))[axis].get_ylim()
+    for place in range(1, len(rows), len(rows) // 7):
+        if "loss" in rows[place]:
+            spiked = [*rows[:place], rows[place] | {"loss": height}, *rows[place + 1 :]]
+            assert panels_of(train.draw_curves(spiked, ""))[axis].get_ylim() == expected
 
 
 @pytest.mark.parametrize(
