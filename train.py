@@ -1106,13 +1106,16 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
         fail("--data: a .bin stands alone, or before the one to validate on")
 
     source = open_source([] if encoded else files, args.dataset)
-    check_source(args, source)
+    context = model_file.read_config(folder).max_position_embeddings if folder else math.inf
+    check_source(args, source, context)
     letters = read_meta(encoded[0]) if args.tokens == META else None
     cached = encode_once(args, model_file, folder, source, letters, has_tokens=bool(encoded))
     encoded = encoded or [cached / "tokens.bin"]
     tokenizer_folder = folder or cached
-    V, _ = vocabulary(model_file, tokenizer_folder)
+    V, eos = vocabulary(model_file, tokenizer_folder)
     if isinstance(source, Texts):
+        if source.number > 1 and eos is None:
+            note("no end-of-text token: the model does not learn where a text ends")
         train, val = read_text(encoded, V, args.block)
     else:
         train, val = read_examples(cached, V, args)
@@ -1125,6 +1128,11 @@ def prepare_data(args, model_file, folder: Path | None) -> Data:
     checksum = zlib.crc32(train.learned, checksum)
     template = ChatTemplate(tokenizer_folder)
     if template.is_plain and source.without_roles:
+        if not template.templates.eos_token:
+            note(
+                "no end-of-text token: the model does not learn to stop after a completion; end "
+                "each one alike, such as by a newline, and generate with --stop"
+            )
         template = None  # the conversations are texts in two parts
     return Data(train, val, tokenizer_folder, checksum, template)
 
@@ -1838,19 +1846,24 @@ class ChatTemplate:
         if isinstance(named, dict) and "default" not in named:
             fail(f"{folder} has the chat templates {', '.join(named)}, but none called default")
 
+        self.ending_checked = False
+
         # Only the checkpoint's own template writes what must stand before every text.
         self.is_plain = not named
         if self.is_plain:
             self.templates.chat_template = PLAIN_TEMPLATE
 
-    def example(self, example: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """(an example as a text, where its answers stand there, as (begin, end) in characters)."""
+    def example(self, example: Conversation, loss: str = "assistant") -> tuple[str, list]:
+        """(an example as a text, where its answers stand there, as (begin, end) in characters).
+
+        loss: what --loss says; if all is learned, nobody asks for the answers.
+        """
         if self.is_plain and example.texts:  # no roles have to be told apart
             prompt, completion = example.texts
             text = prompt + completion + (self.templates.eos_token or "")
             return text, [(len(prompt), len(text))]
         text = self.write(example.messages, example.place)
-        return text, self.answers(example, text)
+        return text, [] if loss == "all" else self.answers(example, text)
 
     def write(self, messages: list[dict], place: str, *, prompt: bool = False) -> str:
         """The messages as a text; prompt: up to where the next answer begins."""
@@ -1892,22 +1905,51 @@ class ChatTemplate:
         messages, place = example.messages, example.place
 
         # A mark in its place tells what the template writes before it and after it.
-        marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
-        before, _, after = self.write(marked, place).partition(MARK)
-        if not text.startswith(before) or not text.endswith(after):
-            fail(f"{place}: the chat template of {self.folder} does not write message {i + 1}")
-        begin = len(before)
-        end = len(text) - len(after)
-
-        # The model itself writes what stands between the prompt and its answer, such as a blank.
-        until, _, closing = self.write(marked[: i + 1], place).partition(MARK)
+        mark = unused_character(text + "".join(message["content"] for message in messages))
+        marked = [*messages[:i], messages[i] | {"content": mark}, *messages[i + 1 :]]
+        before, _, after = self.write(marked, place).partition(mark)
+        until, _, closing = self.write(marked[: i + 1], place).partition(mark)
         prompt = self.write(messages[:i], place, prompt=True) if i > 0 else until
+        if until.startswith(prompt):
+            self.check_ending(marked[: i + 1], prompt, closing, place)
+
+        # The model itself writes what stands between the prompt and its answer: a blank, or a
+        # thought that the template takes out of the answer and writes in its own way.
+        begin = len(before)
         if until.startswith(prompt) and before.endswith(until[len(prompt) :]):
             begin -= len(until) - len(prompt)
+        if not text.startswith(before[:begin]) or not text.endswith(after):
+            fail(
+                f"{place}: the chat template of {self.folder} writes the other messages otherwise "
+                f"because of message {i + 1}, so it is not clear what to learn: leave such rows "
+                "out, mark the answers by {% generation %} in the template, or add --loss all"
+            )
 
         # It also ends its turn, by what follows the answer where no other message does.
-        end += shared_prefix(after, closing)
+        end = len(text) - len(after) + shared_prefix(after, closing)
         return begin, end
+
+    def check_ending(self, messages: list[dict], prompt: str, closing: str, place: str):
+        """Stops where a template begins an answer at the end of every text, asked to or not: the
+        model would learn to begin it after its own answers.
+
+        messages: up to an answer. prompt: what the template writes for it. closing: what it writes
+        after it.
+        """
+        *earlier, answer = messages
+        if self.ending_checked or not earlier or earlier[-1]["role"] != "user":
+            return
+        self.ending_checked = True
+        if self.write(earlier, place) != prompt:
+            return  # it begins an answer only where it is asked to
+
+        # Where nothing is begun, what ends the text also stands before the next message.
+        continued = self.write([*messages, earlier[-1]], place)
+        if not continued.partition(answer["content"])[2].startswith(closing):
+            fail(
+                f"the chat template of {self.folder} begins an answer at the end of every text: "
+                "let it do so only `if add_generation_prompt`"
+            )
 
 
 def shared_prefix(one: str, other: str) -> int:
@@ -1918,7 +1960,9 @@ def shared_prefix(one: str, other: str) -> int:
     return min(len(one), len(other))
 
 
-MARK = "\ue000"  # a character for private use, which no text has
+def unused_character(text: str) -> str:
+    """A character for private use that a text does not have."""
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
 
 
 def learned_tokens(offsets, answers) -> np.ndarray:
@@ -1952,7 +1996,7 @@ def write_examples(part: Path, model_file, folder: Path, source: Conversations, 
             if not source.without_roles:
                 # Among conversations, a prompt and its completion are written as one, too.
                 batch = [example._replace(texts=None) for example in batch]
-            written = [template.example(example) for example in batch]
+            written = [template.example(example, loss) for example in batch]
             rows = codec.encode_batch([text for text, _ in written], add_special_tokens=False)
             for (_, answers), row in zip(written, rows, strict=True):
                 ids = np.array(bos + row.ids, token_type(V))
@@ -3244,7 +3288,13 @@ def add_model_flags(parser):
     add_size(model, "--layers", "number of blocks")
     add_size(model, "--heads", "attention heads of a block")
     add_size(model, "--width", "model width: the length of the vectors in the residual stream")
-    add_number(model, "--block", 64, "sequence length; from scratch, the model's context length")
+    model.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="sequence length; from scratch, the model's context length (default: 64; for "
+        "conversations 1024, or the context length of --weights if that is less)",
+    )
     add_number(model, "--dropout", 0.0, "dropout rate (gpt2, opt)")
     add_size(model, "--experts", "experts of a block, two for each token (mistral); 0: none")
     add_number(model, "--lora", 0, "rank of LoRA, which trains adapters and no weights; 0: off")
@@ -3473,8 +3523,12 @@ def choose_tokenizer(args):
         fail(f"--tokens {args.tokens}: it must be {' or '.join(kinds)} here")
 
 
-def check_source(args, source):
-    if isinstance(source, Conversations):
+def check_source(args, source, context: float):
+    """The flags whose defaults depend on the data. context: the context length of --weights."""
+    is_text = isinstance(source, Texts)
+    if args.block is None:
+        args.block = min(64 if is_text else 1024, context)
+    if not is_text:
         args.loss = args.loss or "assistant"
         args.pack = args.pack or "yes"
         return
@@ -3491,7 +3545,8 @@ def check_numbers(args):
     }
     for names, number in least.items():
         for name in names.split():
-            if not getattr(args, name) >= number:
+            value = getattr(args, name)
+            if value is not None and not value >= number:
                 fail(f"--{name.replace('_', '-')} must be {number} or more")
     if args.seed >= 2**63:
         fail("--seed must be below 2^63")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -104,6 +105,33 @@ def with_answers_marked(folder, example):
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello.<|im_end|>›\n"
             "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n‹2<|im_end|>›\n",
             id="marks of its own",
+        ),
+        pytest.param(
+            templates.THINKING,
+            TWO_TURNS,
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello.<|im_end|>\n›"
+            "<|im_start|>user\n1+1<|im_end|>\n"
+            "<|im_start|>assistant\n‹<think>\n\n</think>\n\n2<|im_end|>\n›",
+            id="empty thoughts",
+        ),
+        pytest.param(
+            templates.THINKING,
+            [
+                HI[0],
+                {"role": "assistant", "content": "<think>A greeting.</think>Hello."},
+                TWO_TURNS[2],
+                {"role": "assistant", "content": "<think>A sum.</think>2"},
+            ],
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello.<|im_end|>\n›"
+            "<|im_start|>user\n1+1<|im_end|>\n"
+            "<|im_start|>assistant\n‹<think>\nA sum.\n</think>\n\n2<|im_end|>\n›",
+            id="thoughts",
+        ),
+        pytest.param(
+            templates.CHATML,
+            [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}],
+            "<|im_start|>user\n\ue000<|im_end|>\n<|im_start|>assistant\n‹\ue001<|im_end|>\n›",
+            id="characters for private use",
         ),
         pytest.param(
             templates.CHATML,
@@ -256,6 +284,27 @@ def test_what_a_template_refuses_is_named(tmp_path, capsys):
         train.ChatTemplate(tmp_path).example(train.Conversation([HI[0], HI[0]], 0, "line 2"))
     error = capsys.readouterr().err
     assert "train.py: line 2: the chat template of" in error and "must alternate" in error
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "said"),
+    [
+        (templates.COUNTED, TWO_TURNS, "because of message 2, so it is not clear what to learn"),
+        (templates.ALWAYS_BEGUN, HI, "begins an answer at the end of every text: let it do so"),
+        (templates.ALWAYS_BEGUN, TWO_TURNS, "begins an answer at the end of every text"),
+    ],
+    ids=["the length comes first", "one answer", "two answers"],
+)
+def test_a_template_by_which_answers_cannot_be_told_is_refused(
+    tmp_path, template, messages, said, capsys
+):
+    write_tokenizer(tmp_path, template)
+    example = train.read_conversation({"messages": messages}, "line 2")
+    with pytest.raises(SystemExit, match="2"):
+        train.ChatTemplate(tmp_path).example(example)
+    assert said in capsys.readouterr().err
+    text, answers = train.ChatTemplate(tmp_path).example(example, loss="all")
+    assert "Hello." in text and answers == []
 
 
 # ------------------------------------------------------------------------------- rows of examples
@@ -524,12 +573,53 @@ def test_packed_rows_are_no_longer_than_what_dynamic_rope_leaves_alone(tmp_path,
     assert ("beyond 32 tokens, RoPE scaling depends on" in done.stderr) == (code == 2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "context", "given", "block"),
+    [
+        (train.Texts, math.inf, None, 64),
+        (train.Texts, 32, None, 32),
+        (train.Conversations, 256, None, 256),
+        (train.Conversations, 8192, None, 1024),
+        (train.Conversations, math.inf, None, 1024),
+        (train.Conversations, 8192, 48, 48),
+    ],
+)
+def test_rows_of_conversations_are_long_unless_block_is_given(kind, context, given, block):
+    args = Namespace(block=given, loss=None, pack=None)
+    train.check_source(args, kind.__new__(kind), context)
+    assert args.block == block
+
+
 def teach_tiny_llama(*flags):
-    """Runs train.py as the README does."""
+    """Runs train.py as the README does -> what it printed on both outputs."""
     command = [sys.executable, "train.py", "--model", "llama", "--weights", "tiny"]
     command += map(str, flags)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_conversations_of_two_turns_fit_a_row_without_further_flags(tmp_path):
+    flags = ["--data", "docs/conversations.jsonl", "--show-data"]
+    printed = teach_tiny_llama(*flags, "--out", tmp_path / "out")
+    assert "first in the data" in printed and "--block" not in printed
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "1+1=", "completion": "2"}], "does not learn to stop after a completion"),
+        ([{"text": "some text" * 99}], "does not learn where a text ends"),
+        ([{"messages": HI}], None),  # a line ends an answer
+    ],
+    ids=["prompts", "texts", "messages"],
+)
+def test_where_no_token_ends_a_text_this_is_said(tmp_path, rows, said):
+    """tiny/llama has no such token."""
+    file = chats(tmp_path, rows * 3)
+    printed = teach_tiny_llama("--data", file, "--show-data", "--out", tmp_path / "out")
+    assert ("no end-of-text token: " in printed) == (said is not None)
+    assert said is None or said in printed
 
 
 @pytest.mark.wide

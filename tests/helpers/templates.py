@@ -53,6 +53,25 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# Thoughts stand in the answers to the last user alone; each of these has some, be they empty.
+THINKING = (
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% set parts = m['content'].split('</think>') %}"
+    "{% if m['role'] == 'assistant' and loop.index0 > last.user %}"
+    "{% set thought = parts[0].split('<think>')[-1] | trim if parts | length > 1 else '' %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ parts[-1] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# An answer is begun at the end of every text.
+ALWAYS_BEGUN = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+
+# What stands first depends on all contents.
+COUNTED = "{{ messages | map(attribute='content') | join | length }}\n" + CHATML
+
 SPECIAL = [
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
     *("<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
