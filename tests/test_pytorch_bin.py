@@ -278,7 +278,7 @@ def test_another_zip_file_is_refused(family, folder):
         family.module.load(folder)
 
 
-# ----------------------------------------------- flax_model.msgpack, and what else Flax classes wrote
+# -------------------------------------------- flax_model.msgpack, and what else Flax classes wrote
 
 
 def flax_parameters(hf):
