@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import serialization, traverse_util
+from flax import serialization
 from helpers.families import OPT, once
+from helpers.flax_classes import flax_parameters, msgpack_of
 from helpers.reference import assert_same_model, read_hf, write_random
 from safetensors.numpy import save_file
-from transformers.pytorch_utils import Conv1D
 
 
 @pytest.fixture
@@ -279,34 +279,6 @@ def test_another_zip_file_is_refused(family, folder):
 
 
 # -------------------------------------------- flax_model.msgpack, and what else Flax classes wrote
-
-
-def flax_parameters(hf):
-    """The parameters of a PyTorch model, by path, as transformers' former Flax classes kept them.
-
-    A Linear and a Conv1D had a kernel, transposed; a LayerNorm had a scale, an RMSNorm a weight.
-    Names, shapes and layout were compared with files that transformers 4.52.4 wrote.
-    """
-    kinds = {
-        torch.nn.Linear: "kernel",
-        Conv1D: "kernel",
-        torch.nn.LayerNorm: "scale",
-        torch.nn.Embedding: "embedding",
-    }
-    parameters = {}
-    for name, parameter in hf.named_parameters():  # a tied head is left out
-        path, kind = name.rsplit(".", 1)
-        if kind == "weight":
-            module = hf.get_submodule(path)
-            kind = next((new for cls, new in kinds.items() if isinstance(module, cls)), "weight")
-        value = parameter.detach().numpy()
-        parameters[f"{path}.{kind}"] = value.T if kind == "kernel" else value
-    return parameters
-
-
-def msgpack_of(parameters) -> bytes:
-    """A file of such parameters: nested dictionaries of arrays."""
-    return serialization.msgpack_serialize(traverse_util.unflatten_dict(parameters, sep="."))
 
 
 @pytest.fixture
