@@ -44,7 +44,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, serialization, traverse_util
 from jax.nn.initializers import normal
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -1096,7 +1096,25 @@ def stored_tensors(folder: Path) -> dict:
 
     InputError: there are none, or they are damaged.
     """
-    return {usual_name(name): read for name, read in read_tensors(folder, FORMATS).items()}
+    stored = {}
+    for name, read in read_tensors(folder, FORMATS).items():
+        name, read = as_in_pytorch(name, read)
+        stored[usual_name(name)] = read
+    return stored
+
+
+def as_in_pytorch(name: str, read):
+    """(name, function that reads it) of a tensor, with the name and the layout that PyTorch has.
+
+    Only what transformers' former Flax classes wrote is changed: their names end otherwise, and
+    each kernel is transposed, that of GPT-2's Conv1D too.
+    """
+    path, _, kind = name.rpartition(".")
+    if kind == "kernel":
+        return f"{path}.weight", lambda: read().T
+    if kind in ("scale", "embedding"):
+        return f"{path}.weight", read
+    return name, read
 
 
 def usual_name(name: str) -> str:
@@ -1156,6 +1174,16 @@ def safetensors_in(file: Path) -> dict:
     except SafetensorError as error:
         raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
     return {name: reader(name) for name in names}
+
+
+def flax_tensors_in(file: Path) -> dict:
+    """The same of a flax_model.msgpack, of transformers' former Flax classes. It is read whole."""
+    try:
+        tree = serialization.msgpack_restore(file.read_bytes())
+        tensors = traverse_util.flatten_dict(dict(tree), sep=".")
+    except (ValueError, TypeError, SyntaxError) as error:  # SyntaxError: of the name of a dtype
+        raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
+    return {name: partial(np.asarray, tensor) for name, tensor in tensors.items()}
 
 
 def known_fields(values: dict) -> dict:
@@ -1790,6 +1818,7 @@ IGNORED = r"transformer\.h\.\d+\.attn\.(masked_)?bias|lm_head\.weight"
 FORMATS = {  # files of weights, and what reads them: the first one present is used
     "model.safetensors": safetensors_in,
     "pytorch_model.bin": torch_tensors_in,
+    "flax_model.msgpack": flax_tensors_in,
 }
 # Class and settings of the tokenizer where a folder does not say them.
 OLD_TOKENIZER = ("GPT2Tokenizer", {})

@@ -1110,7 +1110,25 @@ def stored_tensors(folder: Path) -> dict:
 
     InputError: there are none, or they are damaged.
     """
-    return {usual_name(name): read for name, read in read_tensors(folder, FORMATS).items()}
+    stored = {}
+    for name, read in read_tensors(folder, FORMATS).items():
+        name, read = as_in_pytorch(name, read)
+        stored[usual_name(name)] = read
+    return stored
+
+
+def as_in_pytorch(name: str, read):
+    """(name, function that reads it) of a tensor, with the name and the layout that PyTorch has.
+
+    Only what transformers' former Flax classes wrote is changed: their names end otherwise, and
+    each kernel is transposed, that of GPT-2's Conv1D too.
+    """
+    path, _, kind = name.rpartition(".")
+    if kind == "kernel":
+        return f"{path}.weight", lambda: read().T
+    if kind in ("scale", "embedding"):
+        return f"{path}.weight", read
+    return name, read
 
 
 def usual_name(name: str) -> str:
@@ -1170,6 +1188,16 @@ def safetensors_in(file: Path) -> dict:
     except SafetensorError as error:
         raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
     return {name: reader(name) for name in names}
+
+
+def flax_tensors_in(file: Path) -> dict:
+    """The same of a flax_model.msgpack, of transformers' former Flax classes. It is read whole."""
+    try:
+        tree = serialization.msgpack_restore(file.read_bytes())
+        tensors = traverse_util.flatten_dict(dict(tree), sep=".")
+    except (ValueError, TypeError, SyntaxError) as error:  # SyntaxError: of the name of a dtype
+        raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
+    return {name: partial(np.asarray, tensor) for name, tensor in tensors.items()}
 
 
 def known_fields(values: dict) -> dict:
@@ -1807,24 +1835,6 @@ RENAMED = [
     (r"^(?!model\.|lm_head\.)", "model."),  # bare models lack the prefix
 ]
 IGNORED = r"lm_head\.weight"  # ignored where a file has it: the token table again as the head
-
-
-def flax_tensors_in(file: Path) -> dict:
-    """The tensors of a flax_model.msgpack: name -> a function that gives one as a numpy array.
-
-    Names and layout become those of PyTorch, which CHECKPOINT expects.
-    """
-    tree = serialization.msgpack_restore(file.read_bytes())
-    readers = {}
-    for path, tensor in traverse_util.flatten_dict(tree, sep=".").items():
-        read = partial(np.asarray, tensor)
-        if path.endswith("kernel"):
-            read = partial(np.transpose, tensor)
-        name = re.sub(r"(kernel|scale|embedding)$", "weight", path)
-        readers[name] = read
-    return readers
-
-
 FORMATS = {  # files of weights, and what reads them: the first one present is used
     "model.safetensors": safetensors_in,
     "pytorch_model.bin": torch_tensors_in,

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -653,16 +652,3 @@ def test_the_example_of_the_readme_teaches_tiny_llama_to_answer(tmp_path):
     chat = ["--weights", str(tmp_path / "lear"), "--chat", "--prompt"]
     assert sample(*chat, "Who are you?") == "I am Lear, a very small model."
     assert sample(*chat, "Will you sing?") == "Hey, ho, the wind and the rain!"
-
-
-def test_the_training_loop_of_the_readme_learns():
-    """The second block of Python in it, as it stands there."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    [loop] = [block for block in blocks if "optax" in block]
-    done = subprocess.run(
-        [sys.executable, "-c", loop], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(losses) == 20
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3

@@ -1,5 +1,5 @@
 """Weights that are not safetensors: pytorch_model.bin, read without torch and without running what
-is in it, and flax_model.msgpack."""
+is in it, and flax_model.msgpack, of transformers' former Flax classes."""
 
 import codecs
 import json
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import serialization, traverse_util
-from helpers.families import FAMILIES, once
+from flax import serialization
+from helpers.families import OPT, once
+from helpers.flax_classes import flax_parameters, msgpack_of
 from helpers.reference import assert_same_model, read_hf, write_random
-
-WITH_FLAX = [family for family in FAMILIES if hasattr(family.module, "flax_tensors_in")]
+from safetensors.numpy import save_file
 
 
 @pytest.fixture
@@ -278,35 +278,108 @@ def test_another_zip_file_is_refused(family, folder):
         family.module.load(folder)
 
 
-# ------------------------------------------------------------------------------- flax_model.msgpack
+# -------------------------------------------- flax_model.msgpack, and what else Flax classes wrote
 
 
-def flax_parameters(hf):
-    """The parameters of a PyTorch model, as transformers kept them for Flax."""
-    weights = {torch.nn.Linear: "kernel", torch.nn.LayerNorm: "scale"}
-    flat = {}
-    for name, parameter in hf.named_parameters():  # a tied head is left out
-        path, leaf = name.rsplit(".", 1)
-        if leaf == "weight":
-            leaf = weights.get(type(hf.get_submodule(path)), "embedding")
-        value = parameter.detach().numpy()
-        flat[f"{path}.{leaf}"] = value.T if leaf == "kernel" else value
-    return traverse_util.unflatten_dict(flat, sep=".")
+@pytest.fixture
+def msgpack(plain, folder):
+    """The plain checkpoint as a flax_model.msgpack; the path of the file."""
+    file = folder / "flax_model.msgpack"
+    file.write_bytes(msgpack_of(flax_parameters(plain.hf32)))
+    return file
 
 
-@pytest.mark.parametrize("name", ["plain", "norms after, narrow tokens", "own head, narrow tokens"])
-@pytest.mark.parametrize("family", WITH_FLAX, ids=lambda family: family.name)
+@pytest.mark.core_gpt2_only
+def test_flax_classes_named_their_parameters_so(plain):
+    shapes = {path: value.shape for path, value in flax_parameters(plain.hf32).items()}
+    path, shape = {
+        "gpt2": ("transformer.h.1.mlp.c_fc.kernel", (192, 48)),  # Conv1D: [out, in]
+        "opt": ("model.decoder.layers.1.fc1.kernel", (48, 192)),
+        "llama": ("model.layers.1.mlp.up_proj.kernel", (48, 80)),
+        "gemma": ("model.layers.1.mlp.up_proj.kernel", (48, 80)),
+        "mistral": ("model.layers.1.mlp.up_proj.kernel", (48, 80)),
+    }[plain.family.name]
+    assert shapes[path] == shape
+    norm = {"gpt2": "transformer.ln_f.scale", "opt": "model.decoder.final_layer_norm.scale"}
+    assert norm.get(plain.family.name, "model.norm.weight") in shapes
+
+
+@pytest.mark.parametrize("name", ["plain", "square head"])
+@pytest.mark.core_gpt2_only
 def test_a_msgpack_file_gives_the_model_of_the_safetensors(family, make_case, tmp_path, name):
     case = make_case(family, name)
     (tmp_path / "config.json").write_text((case.folder / "config.json").read_text())
-    parameters = flax_parameters(case.hf32)
-    assert parameters["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"].shape == (48, 192)
-    data = serialization.msgpack_serialize(parameters)
-    (tmp_path / "flax_model.msgpack").write_bytes(data)
+    (tmp_path / "flax_model.msgpack").write_bytes(msgpack_of(flax_parameters(case.hf32)))
     assert_same_model(family.module.load(tmp_path), case.model)
 
 
-@pytest.mark.parametrize("family", WITH_FLAX, ids=lambda family: family.name)
+@pytest.mark.parametrize("name", ["norms after, narrow tokens", "own head, narrow tokens"])
+@pytest.mark.wide
+def test_a_msgpack_file_of_an_opt_with_projections_is_read(make_case, tmp_path, name):
+    case = make_case(OPT, name)
+    (tmp_path / "config.json").write_text((case.folder / "config.json").read_text())
+    (tmp_path / "flax_model.msgpack").write_bytes(msgpack_of(flax_parameters(case.hf32)))
+    assert_same_model(OPT.module.load(tmp_path), case.model)
+
+
+@once
+def test_shards_of_msgpack_files_give_the_same_model_as_one(family, plain, folder):
+    parameters = list(flax_parameters(plain.hf32).items())
+    weight_map = {}
+    for i, part in enumerate([parameters[:9], parameters[9:]], 1):
+        file = f"flax_model-{i:05d}-of-00002.msgpack"
+        (folder / file).write_bytes(msgpack_of(dict(part)))
+        weight_map |= {path.replace(".", "/"): file for path, _ in part}
+    (folder / "flax_model.msgpack.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_model(family.module.load(folder), plain.model)
+
+
+@once
+def test_safetensors_that_a_flax_class_wrote_give_the_same_model(family, plain, folder):
+    """save_pretrained(folder, safe_serialization=True) of a Flax class."""
+    parameters = flax_parameters(plain.hf32)
+    contiguous = {path: np.ascontiguousarray(value) for path, value in parameters.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "flax"})
+    assert_same_model(family.module.load(folder), plain.model)
+
+
+@once
+def test_a_msgpack_file_of_a_model_without_a_head_is_read(family, plain, folder):
+    """FlaxGPT2Model wrote no prefix."""
+    parameters = flax_parameters(plain.hf32)
+    bare = {path.removeprefix("transformer."): value for path, value in parameters.items()}
+    (folder / "flax_model.msgpack").write_bytes(msgpack_of(bare))
+    assert_same_model(family.module.load(folder), plain.model)
+
+
+@once
+def test_a_msgpack_file_in_bfloat16_is_read(family, plain, folder):
+    """As to_bf16 made it."""
+    parameters = flax_parameters(plain.hf32)
+    half = {path: value.astype(jnp.bfloat16) for path, value in parameters.items()}
+    (folder / "flax_model.msgpack").write_bytes(msgpack_of(half))
+    model = family.module.load(folder, dtype=jnp.bfloat16)
+    assert_same_model(model, family.module.load(plain.folder, dtype=jnp.bfloat16))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+@once
+def test_a_msgpack_file_that_was_cut_short_is_refused(family, msgpack, share):
+    data = msgpack.read_bytes()
+    msgpack.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(family.module.InputError, match=r"flax_model\.msgpack is damaged"):
+        family.module.load(msgpack.parent)
+
+
+@pytest.mark.parametrize("content", [5, "text", [1, 2], {"model": {5: {"kernel": 1.0}}}], ids=str)
+@once
+def test_a_msgpack_file_of_something_else_is_refused(family, msgpack, content):
+    msgpack.write_bytes(serialization.msgpack_serialize(content))
+    with pytest.raises(family.module.InputError, match=r"flax_model\.msgpack is damaged"):
+        family.module.load(msgpack.parent)
+
+
+@once
 def test_of_several_formats_safetensors_come_first_and_msgpack_last(family, tmp_path):
     """Each file has other weights, so that the model tells which one was read."""
     files = ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"]
@@ -317,7 +390,7 @@ def test_of_several_formats_safetensors_come_first_and_msgpack_last(family, tmp_
     folder = write_random(family, family.config(), tmp_path / "all", seed=1)
     torch.save(read_hf(family, made[1]).state_dict(), folder / "pytorch_model.bin")
     parameters = flax_parameters(read_hf(family, made[2]))
-    (folder / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(parameters))
+    (folder / "flax_model.msgpack").write_bytes(msgpack_of(parameters))
     for file, one in zip(files, made, strict=True):
         assert_same_model(family.module.load(folder), family.module.load(one))
         (folder / file).unlink()
