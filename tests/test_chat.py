@@ -226,7 +226,10 @@ class Talk:
     def answer(self, ids, n):
         self.fed = 0
         parts = SimpleNamespace(
-            init_cache=self.module.init_cache, prefill=self.prefill, decode=self.module.decode
+            init_cache=self.module.init_cache,
+            prefill=self.prefill,
+            decode=self.module.decode,
+            check_tokens=self.module.check_tokens,
         )
         tokens = sample.answer(parts, self.model, self.memory, ids, n, self.args)
         return [int(token[0]) for token in tokens]

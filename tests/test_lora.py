@@ -21,6 +21,7 @@ import pytest
 import torch
 from flax import nnx
 from helpers.reference import ROOT, assert_same_model
+from helpers.small import complaint
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
@@ -318,8 +319,7 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(
     jax.config.update("jax_default_device", None)  # which main set
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
-    assert err.startswith("train.py: ") and err.count("\n") == 1
-    assert message in err and not Path("out").exists()
+    assert message in complaint(err) and not Path("out").exists()
 
 
 def test_an_adapter_on_top_of_an_adapter_must_be_merged(tmp_path, monkeypatch, capsys):
@@ -334,8 +334,8 @@ def test_an_adapter_on_top_of_an_adapter_must_be_merged(tmp_path, monkeypatch, c
         train.main()
     jax.config.update("jax_default_device", None)  # which main set
     out, err = capsys.readouterr()
-    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
-    assert f"{adapter} is an adapter" in err and "add --merge" in err
+    assert (stop.value.code, out) == (2, "")
+    assert f"{adapter} is an adapter" in complaint(err) and "add --merge" in err
 
 
 @pytest.mark.wide

@@ -38,6 +38,13 @@ def write_checkpoint(folder, **sizes) -> Path:
     return Path(folder)
 
 
+def complaint(stderr: str) -> str:
+    """The one line of train.py's standard error that is no note of what it does, `reading ...`."""
+    [line] = [line for line in stderr.splitlines() if not line.endswith(" ...")]
+    assert line.startswith("train.py: ")
+    return line
+
+
 def edit_config(folder, **changes):
     """Changes some entries of a checkpoint's config.json."""
     path = Path(folder, "config.json")
