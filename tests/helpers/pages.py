@@ -120,7 +120,8 @@ def prose_of(text: str) -> str:
 def links_of(text: str) -> list[str]:
     """The targets of all links and pictures."""
     prose = re.sub(r"`[^`]*`", "", prose_of(text))
-    return re.findall(r"\]\(([^)\s]+)\)", prose)
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', prose)
+    return pictures + re.findall(r"\]\(([^)\s]+)\)", prose)
 
 
 def anchors_of(text: str) -> set[str]:
