@@ -9,17 +9,10 @@ nbformat = pytest.importorskip("nbformat", reason="pip install -r notebooks/requ
 import lessons  # noqa: E402
 
 LESSONS = lessons.lessons()
-SLOW = {"11", "17"}  # these train a model
 
 
-def each(paths):
-    """A test for each lesson: those that train are slow, the others wide."""
-    for path in paths:
-        mark = pytest.mark.slow if path.name[:2] in SLOW else pytest.mark.wide
-        yield pytest.param(path, id=path.stem, marks=mark)
-
-
-@pytest.mark.parametrize("path", list(each(LESSONS)))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_and_shows_what_this_code_gives(path):
     pytest.importorskip("nbclient", reason="pip install -r notebooks/requirements.txt")
     if "import keras" in path.read_text() and importlib.util.find_spec("keras") is None:
