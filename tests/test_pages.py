@@ -292,7 +292,7 @@ def sections() -> list:
         if page.name == ELSEWHERE:
             continue
         for section in dict.fromkeys(script.section for script in scripts_of(page.read_text())):
-            mark = [] if section in QUICK else [pytest.mark.wide]
+            mark = [] if section in QUICK else [pytest.mark.slow]
             label = f"{name_of(page)}: {section}"
             found.append(pytest.param(page, section, id=label, marks=mark))
     return found
