@@ -32,7 +32,7 @@ def run(folder, script):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=1200,  # only against what hangs
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -158,7 +158,7 @@ def bash(folder, tmp_path_factory):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=280,
+                timeout=1200,  # only against what hangs
             )
         done.stdout = done.stdout.replace(hub.endpoint, "https://huggingface.co")
         return done
