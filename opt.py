@@ -442,6 +442,11 @@ def update_layer(layer_cache, k, v, k_positions, start):
     return k, v, k_positions, (k, v)
 
 
+def runs_on(config: Config) -> bool:
+    """Whether a text may exceed the context length just so: only sliding windows allow it."""
+    return False
+
+
 def write_slots(slots, new, start):
     """Writes new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
@@ -521,25 +526,31 @@ def top_p_bound(logits, top_p):
     return low
 
 
-def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, **sampling):
+def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, keep=None, **sampling):
     """Autoregressive generation in its plainest form: recompute everything for each new token.
 
     No cache, and a single prompt. `generate` gives the same tokens with key=jnp.stack([key]), a key
-    for each row; `sampling` is passed on to `sample`.
+    for each row; `sampling` is passed on to `sample`. keep: see `generate_stream`.
     """
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     key = as_key(key)
     ids = as_integers(prompt)
-    end = len(prompt) + max_new_tokens
+    length = len(ids) + max_new_tokens
+    if keep is not None:
+        length = min(length, model.config.max_position_embeddings)
 
-    for n in range(len(prompt), end):
-        padded = np.array([ids + [0] * (end - n)])  # [1, end]; no token attends to later ones
+    window = ids  # the part of the text that the model sees
+    for _ in range(max_new_tokens):
+        window = shift_context(model.config, window, keep)
+        n = len(window)
+        padded = np.array([window + [0] * (length - n)])  # no token attends to later ones
         logits = forward(state, padded)[:, n - 1]  # [1, V]
-        seen = np.isin(np.arange(model.config.vocab_size), ids)[None]
-        rng_keys = jax.random.fold_in(key, n)[None]
-        token = sample(logits, rng_keys, seen, **sampling)
-        ids.append(token.item())
+        seen = np.isin(np.arange(model.config.vocab_size), window)[None]
+        rng_keys = jax.random.fold_in(window_key(key, len(ids) - n), n)[None]
+        token = sample(logits, rng_keys, seen, **sampling).item()
+        ids = [*ids, token]
+        window = [*window, token]
     return ids[len(prompt) :]
 
 
@@ -600,14 +611,62 @@ def generate(
     min_p=None,
     repetition_penalty=1.0,
     stop_ids=(),
+    keep=None,
 ) -> list[list[int]]:
     """Continues each prompt by up to max_new_tokens; returns the new tokens only.
 
     A row ends before its first stop id. It depends on its own prompt and key alone, up to
     rounding. key: one jax.random.key for each row, or a single one, which is folded with the row
     numbers; a seed will do. temperature 0: greedy. stop_ids: ids, or a single one, or None.
+    keep: by default an InputError where a text would exceed the context; see `generate_stream`.
     InputError: see `batch_prompts`, `check_sampling` and `check_tokens`, and arguments of another
     kind.
+    """
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    stream = generate_stream(
+        model,
+        prompts,
+        max_new_tokens,
+        key=key,
+        stop_ids=stop_ids,
+        keep=keep,
+        steps=STEPS,
+        **options,
+    )
+    rows = [[] for _ in range(len(prompts))]
+    for new in stream:
+        for row, tokens in zip(rows, new, strict=True):
+            row += tokens
+    return rows
+
+
+def generate_stream(
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    key,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=1.0,
+    stop_ids=(),
+    keep=None,
+    steps=1,
+):
+    """Generates as `generate` does, and yields the new tokens as they come: a list for each row.
+
+    A list holds up to `steps` tokens; that of a row that has ended is empty.
+    keep: lets texts grow beyond the context length. Where a text fills it, the model goes on from
+    the first `keep` tokens (such as a begin token) and the last ones, half a context in all. With
+    sliding windows alone, nothing is cut: see `runs_on`.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling = {
@@ -616,28 +675,92 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
     }
-    tokens, positions, length = batch_prompts(model.config, prompts, max_new_tokens)
-    B = len(tokens)
-    keys = as_key(key)
-    if keys.ndim == 0:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(B))
-    if keys.shape != (B,):
-        raise InputError(f"there are {len(keys)} random keys for {B} prompts")
+    windows = [as_integers(prompt) for prompt in prompts]  # the part of each text that is seen
+    check_room(model.config, windows, max_new_tokens, keep)
+    keys = keys_of_rows(key, len(windows))
     stop_ids = [] if stop_ids is None else as_integers(np.ravel(stop_ids))
+    dropped = [0] * len(windows)  # how many tokens of each text the model no longer sees
+    ended = [False] * len(windows)
+
+    left = max_new_tokens
+    while left > 0:
+        # Where the context is full, a row goes on from its last tokens; the others go on as before.
+        for row, window in enumerate(windows):
+            windows[row] = shift_context(model.config, window, keep)
+            dropped[row] += len(window) - len(windows[row])
+        limit = room_for(model.config, windows, left, keep)
+        left -= limit
+        window_keys = jnp.stack([window_key(*pair) for pair in zip(keys, dropped, strict=True)])
+
+        for new in fill_context(model, windows, limit, window_keys, sampling, top_k, steps):
+            new_rows = []
+            for row, tokens in enumerate(new.tolist()):
+                windows[row] = windows[row] + tokens
+                kept = [] if ended[row] else until_stop(tokens, stop_ids)
+                ended[row] = ended[row] or len(kept) < len(tokens)
+                new_rows.append(kept)
+            yield new_rows
+            if all(ended):
+                return
+
+
+def fill_context(model, prompts, max_new_tokens: int, keys, sampling: dict, top_k, steps: int):
+    """Prefill, then decode: yields new tokens [B, n] of all rows: first 1, then up to `steps`."""
+    graphdef, state = nnx.split(model)
+    tokens, positions, length = batch_prompts(model.config, prompts, max_new_tokens)
+    cache = init_cache(model.config, len(tokens), length, model.dtype)
 
     # The first new token comes from the prompts, the others one after another.
-    graphdef, state = nnx.split(model)
-    cache = init_cache(model.config, B, length, model.dtype)
     cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling, top_k)
     new = np.asarray(token)[:, None]  # [B, 1]
     check_tokens(new)
-    while new.shape[1] < max_new_tokens and not np.isin(new, stop_ids).any(axis=1).all():
-        steps = min(STEPS, max_new_tokens - new.shape[1])
-        cache, more = decode(graphdef, state, cache, new[:, -1], keys, sampling, steps, top_k)
-        new = np.concatenate([new, more[:, :steps]], axis=1)
-        check_tokens(new)
+    yield new
 
-    return [until_stop(row, stop_ids) for row in new.tolist()]
+    left = max_new_tokens - 1
+    while left > 0:
+        n = min(steps, STEPS, left)
+        cache, new = decode(graphdef, state, cache, new[:, -1], keys, sampling, n, top_k)
+        new = np.asarray(new)[:, :n]
+        check_tokens(new)
+        left -= n
+        yield new
+
+
+def shift_context(config, window: list[int], keep: int | None) -> list[int]:
+    """What the model goes on from: `window`, or half a context where it is full.
+
+    The half consists of the first `keep` tokens and the last ones.
+    """
+    context = config.max_position_embeddings
+    if keep is None or runs_on(config) or len(window) < context:
+        return window
+    last = context // 2 - keep
+    return window[:keep] + window[len(window) - last :]
+
+
+def room_for(config, windows: list[list[int]], new_tokens: int, keep: int | None) -> int:
+    """How many of new_tokens can be made before a row fills its context."""
+    if keep is None or runs_on(config):
+        return new_tokens
+    return min(new_tokens, config.max_position_embeddings - max(map(len, windows)))
+
+
+def window_key(key, dropped: int):
+    """The random key of a row that goes on after `dropped` tokens of it are no longer seen.
+
+    Positions begin again, and so would its random numbers.
+    """
+    return key if dropped == 0 else jax.random.fold_in(key, dropped)
+
+
+def keys_of_rows(key, rows: int):
+    """A random key for each row [B]. InputError: `key` holds another number of them."""
+    keys = as_key(key)
+    if keys.ndim == 0:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(rows))
+    if keys.shape != (rows,):
+        raise InputError(f"there are {len(keys)} random keys for {rows} prompts")
+    return keys
 
 
 def check_tokens(new) -> None:
@@ -662,17 +785,9 @@ def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
 
     Shorter prompts are padded on the left, at position -1. T is rounded up to a power of two, at
     least 64, and the cache length to a multiple of 128, since each new shape is compiled; both may
-    exceed the context length. InputError: not lists of token ids, no tokens, too many of them, or
-    ids outside the vocabulary.
+    exceed the context length. InputError: ids outside the vocabulary.
     """
-    prompts = [as_integers(prompt) for prompt in prompts]
-    if not prompts or min(map(len, prompts)) == 0:
-        raise InputError("a prompt must not be empty")
-    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-        raise InputError("max_new_tokens must be an integer of 1 or more")
-    longest = max(map(len, prompts))
-    check_length(config, longest, max_new_tokens)
-    T = max(64, 2 ** (longest - 1).bit_length())
+    T = max(64, 2 ** (max(map(len, prompts)) - 1).bit_length())
 
     tokens = np.zeros((len(prompts), T), int)
     positions = np.full((len(prompts), T), -1)
@@ -683,6 +798,21 @@ def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(f"a prompt has ids outside the vocabulary of {config.vocab_size}")
     return tokens, positions, round_up(T + max_new_tokens, 128)
+
+
+def check_room(config, prompts: list[list[int]], max_new_tokens: int, keep: int | None) -> None:
+    """InputError where prompts are empty, or where they do not fit the context without `keep`."""
+    context = config.max_position_embeddings
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("a prompt must not be empty")
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+        raise InputError("max_new_tokens must be an integer of 1 or more")
+    if keep is None:
+        check_length(config, max(map(len, prompts)), max_new_tokens)
+    elif not isinstance(keep, (int, np.integer)) or not 0 <= keep < context // 2:
+        raise InputError(
+            f"keep must be an integer from 0 to below half the context length of {context}"
+        )
 
 
 def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty) -> None:

@@ -289,19 +289,25 @@ def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
         for _ in range(args.num_samples):
             texts.append(Text(tokenizer, prompt, args.stop))
     prompt_ids = [text.prompt_ids for text in texts]
-    limit = choose_limit(prompt_ids, model.config, args)
+    limit = args.max_new_tokens or (ANSWER if args.chat else CONTINUATION)
+    keep = kept_tokens(tokenizer, model.config)
 
     timing = Timing()
     writer = Writer(texts, args)
-    for new in generate(model_file, model, mesh, prompt_ids, limit, timing, args):
-        if args.profile:
-            record_memory(args.profile, mesh.devices.flat[0], timing)
-        for text, tokens in zip(texts, new, strict=True):
-            text.add(tokens, stop_ids, limit)
-        writer.write(timing)
-        if not writer.waiting:
-            break
+    try:
+        for new in generate(model_file, model, mesh, prompt_ids, limit, keep, timing, args):
+            if args.profile:
+                record_memory(args.profile, mesh.devices.flat[0], timing)
+            for text, tokens in zip(texts, new, strict=True):
+                text.add(tokens, stop_ids, limit)
+            writer.write(timing)
+            if not writer.waiting:
+                break
+    except KeyboardInterrupt:
+        writer.write_ended(timing)
+        raise
 
+    say_if_cut(model_file, model.config, texts)
     print(summary(model, mesh, prompt_ids, timing), file=sys.stderr)
     if args.profile:
         stop_profile(args.profile)
@@ -317,13 +323,29 @@ def streams(args) -> bool:
     return not (args.no_stream or args.json)
 
 
-def choose_limit(prompt_ids: list[list[int]], config, args) -> int:
-    """How many tokens to generate: --max-new-tokens, or a default that the context has room for."""
-    if args.max_new_tokens is not None:
-        return args.max_new_tokens
-    limit = ANSWER if args.chat else CONTINUATION
-    room = config.max_position_embeddings - max(map(len, prompt_ids))
-    return max(1, min(limit, room))
+def kept_tokens(tokenizer, config) -> int:
+    """How many tokens at the beginning of a text stay where it outgrows the context.
+
+    A begin token, which some models cannot do without; in a chat all that comes before the words of
+    the user, the system message included.
+    """
+    if isinstance(tokenizer, ChatTokenizer):
+        beginning = tokenizer.beginning()
+    else:
+        beginning = tokenizer.encode("")
+    return min(len(beginning), config.max_position_embeddings // 4)
+
+
+def say_if_cut(model_file, config, texts: list["Text"]):
+    """Says where a text outgrew the context, so that the model no longer saw all of it."""
+    context = config.max_position_embeddings
+    longest = max(len(text.prompt_ids) + len(text.ids) for text in texts)
+    if longest > context and not model_file.runs_on(config):
+        print(
+            f"longer than the context of {context} tokens: wherever it was full, the model went on "
+            f"from the last {context // 2} tokens",
+            file=sys.stderr,
+        )
 
 
 class Text:
@@ -419,7 +441,11 @@ def hold_back(text: str, stops: list[str]) -> str:
 
 
 class Writer:
-    """Writes texts to standard output, one after the other."""
+    """Writes texts to standard output, one after the other.
+
+    The first streams while the others wait. Samples of a prompt have no order: those that have
+    ended come next.
+    """
 
     def __init__(self, texts: list[Text], args):
         self.args = args
@@ -428,19 +454,42 @@ class Writer:
 
     def write(self, timing):
         """Writes what is new: a streamed text as far as it goes, any other when it is complete."""
-        while self.waiting and (streams(self.args) or self.waiting[0].reason):
+        while self.waiting:
+            if self.written == 0 and self.args.num_samples > 1:
+                self.waiting.sort(key=lambda text: text.reason is None)  # stable: the ended first
             text = self.waiting[0]
-            if self.args.json:
-                print(json.dumps(text.record(timing), ensure_ascii=not is_utf8()), flush=True)
-            else:
-                self.write_new(text)
-
+            if not (streams(self.args) or text.reason):
+                break
+            self.write_text(text, timing)
             if text.reason is None:
                 break
-            self.waiting.pop(0)
-            self.written = 0
-            if self.waiting and not self.args.json:
+            self.finish_text()
+
+    def write_text(self, text: Text, timing):
+        """Writes a text, or what is new of it."""
+        if self.args.json:
+            print(json.dumps(text.record(timing), ensure_ascii=not is_utf8()), flush=True)
+        else:
+            self.write_new(text)
+
+    def finish_text(self):
+        """Goes on to the next text, below a line."""
+        self.waiting.pop(0)
+        self.written = 0
+        if self.waiting and not self.args.json:
+            print("-" * 40, flush=True)
+
+    def write_ended(self, timing):
+        """Writes the texts that have ended, and leaves out the others."""
+        ended = [text for text in self.waiting if text.reason is not None]
+        if self.written > 0 and self.waiting[0] not in ended:
+            print()
+            if ended:
                 print("-" * 40)
+        self.waiting = ended
+        while self.waiting:
+            self.write_text(self.waiting[0], timing)
+            self.finish_text()
 
     def write_new(self, text: Text):
         """Writes the new characters of a text; in a chat, of the answer alone."""
@@ -476,48 +525,98 @@ class Timing:
     decode: float = 0.0  # all calls of decode
     steps: int = 0  # tokens that decode made in each row
 
+    def add_first(self, start: float, seconds: float):
+        """Counts the first token after a prefill: a text that outgrows the context has several."""
+        if self.begin == 0:
+            self.begin = start
+            self.prefill = seconds
+        else:
+            self.decode += seconds
+            self.steps += 1
 
-def generate(model_file, model, mesh, prompts: list[list[int]], limit: int, timing, args):
+
+def generate(model_file, model, mesh, prompts, limit: int, keep: int, timing, args):
     """Autoregressive generation for a batch of B prompts: yields new tokens [B, n] as they come.
 
-    The same as the model file's generate, but over the devices of a mesh, as a stream, and with
-    its time in `timing`. InputError: prompts and `limit` new tokens exceed the context length.
+    The same as the model file's generate_stream, but over the devices of a mesh, with as many
+    tokens at a time as let the text flow, and with its time in `timing`.
     """
-    cache, tokens, positions, keys = place(model_file, model, mesh, prompts, limit, args.seed)
-    sampling = sampling_options(args)
+    config = model.config
+    model_file.check_room(config, prompts, limit, keep)
     programs = Programs(model, mesh, args.top_k, timing)
+    row_key = partial(jax.random.fold_in, random_key(args.seed))
+    keys = [row_key(row) for row in range(len(prompts))]
+    windows = list(prompts)  # the part of each text that the model sees
+    dropped = [0] * len(prompts)  # how many tokens of each text it no longer sees
+
+    left = limit
+    while left > 0:
+        # Where the context is full, a row goes on from its last tokens; the others go on as before.
+        for row, window in enumerate(windows):
+            windows[row] = model_file.shift_context(config, window, keep)
+            dropped[row] += len(window) - len(windows[row])
+        window_keys = list(map(model_file.window_key, keys, dropped))
+
+        # The cache is as long as the context from then on: few lengths are few programs to compile.
+        room = model_file.room_for(config, windows, left, keep)
+        size = room
+        if max(dropped) > 0:
+            size = model_file.room_for(config, windows, config.max_position_embeddings, keep)
+
+        rows = place(model_file, model, mesh, windows, window_keys, size)
+        for new in fill_context(model_file, programs, rows, room, timing, args):
+            new = new[: len(prompts)]
+            for row, tokens in enumerate(new.tolist()):
+                windows[row] = windows[row] + tokens
+            left -= new.shape[1]
+            yield new
+
+
+def fill_context(model_file, programs, rows: "Rows", room: int, timing, args):
+    """Prefill, then decode: yields new tokens [B, n] of all rows, `room` of each row."""
+    sampling = sampling_options(args)
+    cache, keys = rows.cache, rows.keys
     prefill = programs.compile(
-        model_file.prefill, cache, tokens, positions, keys, shared=[sampling]
+        model_file.prefill, cache, rows.tokens, rows.positions, rows.prefill_keys, shared=[sampling]
     )
-    if args.profile:
+    if args.profile and timing.begin == 0:
         # Both programs are compiled before the trace begins, so that it shows only what runs.
-        first = tokens[..., 0]
-        decode = programs.compile(model_file.decode, cache, first, keys, shared=[sampling, 1])
+        programs.compile(
+            model_file.decode, rows.spread(cache), rows.last, keys, shared=[sampling, 1]
+        )
         start_profile(args.profile)
 
     # The first new token of each row.
-    timing.begin = time.perf_counter()
-    cache, token = prefill(cache, tokens, positions, keys, sampling)
+    start = time.perf_counter()
+    compiled = timing.compile
+    cache, token = prefill(cache, rows.tokens, rows.positions, rows.prefill_keys, sampling)
+    if rows.shared:
+        cache = rows.spread(cache)
+        decode = programs.compile(model_file.decode, cache, rows.last, keys, shared=[sampling, 1])
+        cache, token = decode(cache, rows.last, keys, sampling, 1)
+        token = token[..., 0]
     new = np.array(token).reshape(-1, 1)
     model_file.check_tokens(new)
-    timing.prefill = time.perf_counter() - timing.begin
-    yield new[: len(prompts)]
+    timing.add_first(start, time.perf_counter() - start - (timing.compile - compiled))
+    yield new
 
     # The others. Their program is compiled only now, so that the first token is shown early.
-    if not args.profile:
+    if room > 1:
         decode = programs.compile(model_file.decode, cache, token, keys, shared=[sampling, 1])
     steps = 1 if streams(args) else model_file.STEPS
-    while timing.steps + 1 < limit:
-        steps = min(steps, limit - timing.steps - 1)
+    left = room - 1
+    while left > 0:
+        steps = min(steps, left)
         start = time.perf_counter()
         cache, new = decode(cache, token, keys, sampling, steps)
         new = np.asarray(new)  # waits for the devices
         seconds = time.perf_counter() - start
         timing.decode += seconds
         timing.steps += steps
+        left -= steps
 
         token = new[..., steps - 1]
-        new = new.reshape(-1, model_file.STEPS)[: len(prompts), :steps]
+        new = new.reshape(-1, model_file.STEPS)[:, :steps]
         model_file.check_tokens(new)
         yield new
 
@@ -537,39 +636,97 @@ def sampling_options(args) -> dict:
     }
 
 
-def place(model_file, model, mesh, prompts: list[list[int]], limit: int, seed: int):
-    """Puts a batch of prompts on the devices -> (KV cache, tokens, positions, random keys).
+@dataclass
+class Rows:
+    """A batch of B texts on the devices. With pmap, each array has a leading axis of devices.
 
-    With pmap, each array has a leading axis of devices.
+    Texts that are the same are prefilled once, but for their last token: then there are fewer rows
+    in cache, tokens, positions and prefill_keys, and `spread` makes B rows of them.
     """
+
+    mesh: jax.sharding.Mesh
+    cache: tuple  # empty
+    tokens: jax.Array
+    positions: jax.Array
+    prefill_keys: jax.Array
+    keys: jax.Array  # [B]
+    last: jax.Array  # [B], the last token of each text
+    same_as: np.ndarray | None  # [B], the row of the cache that is the beginning of each text
+
+    @property
+    def shared(self) -> bool:
+        """Whether some texts are the same."""
+        return self.same_as is not None
+
+    def spread(self, cache):
+        """A cache with a row for each of the B texts."""
+        if not self.shared:
+            return cache
+
+        def take(x):
+            if "pmap" not in self.mesh.shape:
+                return x[self.same_as]
+            rows = x.reshape(-1, *x.shape[2:])[self.same_as]
+            return rows.reshape(len(x), -1, *rows.shape[1:])
+
+        def spread(cache):
+            layers = [(take(k), take(v), *other) for k, v, *other in cache.layers]
+            tokens = take(cache.tokens)
+            positions = take(cache.positions)
+            return cache._replace(layers=tuple(layers), tokens=tokens, positions=positions)
+
+        shardings = shardings_of(self.mesh, jax.eval_shape(spread, cache))
+        return jax.jit(spread, out_shardings=shardings)(cache)
+
+
+def place(model_file, model, mesh, texts: list[list[int]], keys: list, size: int) -> Rows:
+    """Puts a batch of texts on the devices, with a cache that has room for `size` more tokens."""
     # All devices along the axis tensor share their rows; each such group gets as many rows. The
-    # last prompt is repeated where they do not divide.
+    # last one is repeated where they do not divide.
     groups = mesh.size // mesh.shape.get("tensor", 1)
-    prompts = prompts + prompts[-1:] * (-len(prompts) % groups)
-    rows = len(prompts)
 
-    tokens, positions, length = model_file.batch_prompts(model.config, prompts, limit)
-    key_of_row = partial(jax.random.fold_in, random_key(seed))
-    keys = jax.vmap(key_of_row)(np.arange(rows))
-    batch = [tokens, positions, keys]
+    def padded(rows: list) -> list:
+        return rows + rows[-1:] * (-len(rows) % groups)
 
+    # Each different text once, if that is less to compute.
+    texts = padded([tuple(text) for text in texts])
+    keys = padded(keys)
+    different = list(dict.fromkeys(texts))
+    same_as = None
+    prefilled = texts
+    if len(padded(different)) < len(texts):
+        same_as = np.array([different.index(text) for text in texts])
+        prefilled = padded(different)
+
+    tokens, positions, length = model_file.batch_prompts(model.config, prefilled, size)
+    if same_as is not None:
+        tokens = tokens[:, :-1]
+        positions = positions[:, :-1]
+    prefill_keys = jax.numpy.stack(keys[: len(prefilled)])
+    last = np.array([text[-1] for text in texts])
+    batch = [tokens, positions, prefill_keys, jax.numpy.stack(keys), last]
     if "pmap" in mesh.shape:
         batch = [x.reshape(groups, -1, *x.shape[1:]) for x in batch]
+    batch = jax.device_put(batch, shardings_of(mesh, batch))
 
-        def empty_cache():
-            cache = model_file.init_cache(model.config, rows // groups, length, model.dtype)
-            return jax.tree.map(lambda x: jax.numpy.stack([x] * groups), cache)
-    else:
+    cache = empty_cache(model_file, model, mesh, len(prefilled), length)
+    return Rows(mesh, cache, *batch, same_as)
 
-        def empty_cache():
+
+def empty_cache(model_file, model, mesh, rows: int, length: int):
+    """A cache of `length` slots on the devices."""
+    groups = mesh.size // mesh.shape.get("tensor", 1)
+
+    def make():
+        if "pmap" not in mesh.shape:
             return model_file.init_cache(model.config, rows, length, model.dtype)
+        cache = model_file.init_cache(model.config, rows // groups, length, model.dtype)
+        return jax.tree.map(lambda x: jax.numpy.stack([x] * groups), cache)
 
     # Of several devices, none may have room for the whole cache: each makes its own part.
     if mesh.size > 1:
-        shardings = shardings_of(mesh, jax.eval_shape(empty_cache))
-        empty_cache = jax.jit(empty_cache, out_shardings=shardings)
-    batch = jax.device_put(batch, shardings_of(mesh, batch))
-    return empty_cache(), *batch
+        return jax.jit(make, out_shardings=shardings_of(mesh, jax.eval_shape(make)))()
+    return make()
 
 
 def shardings_of(mesh, arrays):
@@ -601,6 +758,7 @@ class Programs:
         self.mesh = mesh
         self.top_k = top_k
         self.timing = timing
+        self.compiled = {}  # (function, shapes of its inputs) -> its program
 
     def compile(self, function, cache, *batch, shared: list):
         """Compiles a model file's prefill or decode for inputs of these shapes.
@@ -608,6 +766,10 @@ class Programs:
         batch: the inputs with rows. shared: inputs that are the same on all devices. The program
         takes cache, *batch, *shared. The cache is donated: its memory is used for the new one.
         """
+        name = (function, tuple(x.shape for x in jax.tree.leaves([cache, batch])))
+        if name in self.compiled:
+            return self.compiled[name]
+
         start = time.perf_counter()
         function = partial(function, self.graphdef, top_k=self.top_k)
         inputs = (self.state, cache, *batch, *shared)
@@ -622,7 +784,8 @@ class Programs:
 
         compiled = program.lower(*inputs).compile()
         self.timing.compile += time.perf_counter() - start
-        return partial(compiled, self.state)
+        self.compiled[name] = partial(compiled, self.state)
+        return self.compiled[name]
 
 
 # -------------------------------------------- Profile ---------------------------------------------
@@ -726,6 +889,15 @@ class ChatTokenizer:
         """The text of token ids, without special tokens."""
         return self.backend.decode(ids)
 
+    def beginning(self) -> list[int]:
+        """The token ids before the first words of the user, the system message included."""
+        ids = self.encode("a")
+        others = self.encode("b")
+        same = 0
+        while same < min(len(ids), len(others)) and ids[same] == others[same]:
+            same += 1
+        return ids[:same]
+
 
 @dataclass
 class Memory:
@@ -746,7 +918,7 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
         "Ctrl-D ends the conversation",
         file=sys.stderr,
     )
-    context = model.config.max_position_embeddings
+    limit = args.max_new_tokens or ANSWER
     memory = Memory()
     messages = []
     while True:
@@ -759,22 +931,39 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
             continue
 
         messages.append({"role": "user", "content": message})
-        text = Text(tokenizer, messages, args.stop)
-        limit = min(args.max_new_tokens or ANSWER, context - len(text.prompt_ids))
-        if limit < 1:
-            messages.pop()
-            print(f"no room in the context of {context}: say less, or begin anew", file=sys.stderr)
-            continue
-
+        text = fit_context(model_file, model.config, tokenizer, messages, limit, args)
         write_answer(model_file, model, memory, text, stop_ids, limit, args)
         messages.append({"role": "assistant", "content": text.completion})
 
 
+def fit_context(model_file, config, tokenizer, messages: list[dict], limit: int, args) -> Text:
+    """The conversation as a text that leaves room for an answer; `messages` loses what does not fit.
+
+    The oldest turns go, each a question with its answer. The system message stays.
+    """
+    context = config.max_position_embeddings
+    room = min(limit, context // 4)
+    text = Text(tokenizer, messages, args.stop)
+    turns = 0
+    while len(text.prompt_ids) + room > context and len(messages) > 1:
+        if model_file.runs_on(config):
+            break
+        del messages[:2]
+        text = Text(tokenizer, messages, args.stop)
+        turns += 1
+
+    if turns > 0:
+        forgotten = "the oldest turn" if turns == 1 else f"the {turns} oldest turns"
+        print(f"the context of {context} tokens is full: {forgotten} forgotten", file=sys.stderr)
+    return text
+
+
 def write_answer(model_file, model, memory, text, stop_ids, limit, args):
     """Writes an answer while it is generated. Ctrl-C stops it."""
+    keep = kept_tokens(text.tokenizer, model.config)
     written = 0
     try:
-        for token in answer(model_file, model, memory, text.prompt_ids, limit, args):
+        for token in answer(model_file, model, memory, text.prompt_ids, limit, keep, args):
             text.add(token, stop_ids, limit)
             print(text.completion[written:], end="", flush=True)
             written = len(text.completion)
@@ -783,16 +972,36 @@ def write_answer(model_file, model, memory, text, stop_ids, limit, args):
     except KeyboardInterrupt:
         memory.length = 0  # the cache may have been donated to a step that did not finish
     print()
+    say_if_cut(model_file, model.config, [text])
 
 
-def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
-    """Yields up to `limit` tokens after ids, each as an array [1].
+def answer(model_file, model, memory: Memory, ids: list[int], limit: int, keep: int, args):
+    """Yields up to `limit` tokens after ids, each as an array [1]."""
+    config = model.config
+    key = jax.random.fold_in(random_key(args.seed), 0)  # as the first row of a batch has
+    window = ids  # the part of the text that the model sees
+    left = limit
+    dropped = 0
+    while left > 0:
+        # Where the context is full, the model goes on from the last tokens.
+        shorter = model_file.shift_context(config, window, keep)
+        dropped += len(window) - len(shorter)
+        room = model_file.room_for(config, [shorter], left, keep)
+        window_key = model_file.window_key(key, dropped)
+        window = list(shorter)
+        for token in fill_memory(model_file, model, memory, shorter, room, window_key, args):
+            window += token.tolist()
+            yield token
+        left -= room
+
+
+def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, key, args):
+    """Yields up to `limit` tokens after ids, which have room for them in the context.
 
     Computes only those of ids that the memory does not hold. It starts anew if the cache is too
     short, or if ids begin differently: some templates drop parts of earlier answers.
     """
     graphdef, state = nnx.split(model)
-    key = jax.random.fold_in(random_key(args.seed), 0)  # as the first row of a batch has
     options = {"keys": key[None], "sampling": sampling_options(args), "top_k": args.top_k}
     prefill = partial(model_file.prefill, graphdef, state, **options)
     decode = partial(model_file.decode, graphdef, state, **options)
@@ -813,12 +1022,13 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, args):
             known += T
     memory.ids = list(ids)
 
-    for _ in range(limit):
+    for i in range(limit):
         model_file.check_tokens(np.asarray(token))
         yield np.asarray(token)
-        memory.ids += token.tolist()
-        memory.cache, token = decode(memory.cache, token, steps=1)
-        token = token[:, 0]
+        if i + 1 < limit:
+            memory.ids += token.tolist()
+            memory.cache, token = decode(memory.cache, token, steps=1)
+            token = token[:, 0]
 
 
 # ------------------------------------------- Attention --------------------------------------------
