@@ -291,6 +291,8 @@ def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
     prompt_ids = [text.prompt_ids for text in texts]
     limit = args.max_new_tokens or (ANSWER if args.chat else CONTINUATION)
     keep = kept_tokens(tokenizer, model.config)
+    if args.chat and not model_file.runs_on(model.config):
+        model_file.check_room(model.config, prompt_ids, 1, keep=None)  # no question is cut
 
     timing = Timing()
     writer = Writer(texts, args)
@@ -484,6 +486,7 @@ class Writer:
         ended = [text for text in self.waiting if text.reason is not None]
         if self.written > 0 and self.waiting[0] not in ended:
             print()
+            self.written = 0
             if ended:
                 print("-" * 40)
         self.waiting = ended
@@ -918,6 +921,7 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
         "Ctrl-D ends the conversation",
         file=sys.stderr,
     )
+    context = model.config.max_position_embeddings
     limit = args.max_new_tokens or ANSWER
     memory = Memory()
     messages = []
@@ -931,31 +935,35 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
             continue
 
         messages.append({"role": "user", "content": message})
-        text = fit_context(model_file, model.config, tokenizer, messages, limit, args)
+        first, text = fit_context(model_file, model.config, tokenizer, messages, limit, args)
+        if len(text.prompt_ids) >= context and not model_file.runs_on(model.config):
+            messages.pop()
+            print(f"no room in the context of {context}: say less, or begin anew", file=sys.stderr)
+            continue
+        if first > 0:
+            messages = messages[first:]
+            turns = "the oldest turn is" if first == 2 else f"the {first // 2} oldest turns are"
+            print(f"the context of {context} tokens is full: {turns} forgotten", file=sys.stderr)
+
         write_answer(model_file, model, memory, text, stop_ids, limit, args)
         messages.append({"role": "assistant", "content": text.completion})
 
 
-def fit_context(model_file, config, tokenizer, messages: list[dict], limit: int, args) -> Text:
-    """The conversation as a text that leaves room for an answer; `messages` loses what does not fit.
+def fit_context(model_file, config, tokenizer, messages: list[dict], limit: int, args):
+    """How many of the oldest messages have to go, and the others as a text with room for an answer.
 
-    The oldest turns go, each a question with its answer. The system message stays.
+    A question and its answer go together. The system message stays.
     """
     context = config.max_position_embeddings
     room = min(limit, context // 4)
+    first = 0
     text = Text(tokenizer, messages, args.stop)
-    turns = 0
-    while len(text.prompt_ids) + room > context and len(messages) > 1:
+    while len(text.prompt_ids) + room > context and first + 1 < len(messages):
         if model_file.runs_on(config):
             break
-        del messages[:2]
-        text = Text(tokenizer, messages, args.stop)
-        turns += 1
-
-    if turns > 0:
-        forgotten = "the oldest turn" if turns == 1 else f"the {turns} oldest turns"
-        print(f"the context of {context} tokens is full: {forgotten} forgotten", file=sys.stderr)
-    return text
+        first += 2
+        text = Text(tokenizer, messages[first:], args.stop)
+    return first, text
 
 
 def write_answer(model_file, model, memory, text, stop_ids, limit, args):
@@ -1022,13 +1030,12 @@ def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, k
             known += T
     memory.ids = list(ids)
 
-    for i in range(limit):
+    for _ in range(limit):
         model_file.check_tokens(np.asarray(token))
         yield np.asarray(token)
-        if i + 1 < limit:
-            memory.ids += token.tolist()
-            memory.cache, token = decode(memory.cache, token, steps=1)
-            token = token[:, 0]
+        memory.ids += token.tolist()
+        memory.cache, token = decode(memory.cache, token, steps=1)
+        token = token[:, 0]
 
 
 # ------------------------------------------- Attention --------------------------------------------

@@ -225,18 +225,14 @@ class Talk:
 
     def answer(self, ids, n):
         self.fed = 0
-        parts = SimpleNamespace(
-            init_cache=self.module.init_cache,
-            prefill=self.prefill,
-            decode=self.module.decode,
-            check_tokens=self.module.check_tokens,
-        )
-        tokens = sample.answer(parts, self.model, self.memory, ids, n, self.args)
+        parts = SimpleNamespace(**{**vars(self.module), "prefill": self.prefill})
+        tokens = sample.answer(parts, self.model, self.memory, ids, n, 0, self.args)
         return [int(token[0]) for token in tokens]
 
     def anew(self, ids, n):
         """The same without a memory."""
-        [new] = self.module.generate(self.model, [ids], n, key=jax.random.key(0), temperature=0)
+        options = {"key": jax.random.key(0), "temperature": 0, "keep": 0}
+        [new] = self.module.generate(self.model, [ids], n, **options)
         return new
 
 
@@ -305,6 +301,35 @@ def test_a_conversation_is_one_text_and_has_no_profile(folder, options):
     assert terminal.process.wait(20) == 2
 
 
+def test_an_answer_that_outgrows_the_context_goes_on_as_generate_does(tmp_path):
+    talk = Talk(llama, write_chat(tmp_path, max_position_embeddings=64))
+    ids = list(range(5, 25))
+    assert talk.answer(ids, 150) == talk.anew(ids, 150)
+
+
+def test_where_a_conversation_fills_the_context_its_oldest_turns_go(tmp_path):
+    """48 of 64 tokens are for the conversation; with their frame, these messages take some 20."""
+    folder = write_chat(tmp_path, max_position_embeddings=64)
+    codec = sample.ChatTokenizer(llama.tokenizer(folder).backend, folder, "Be short.")
+    config = llama.read_config(folder)
+    args = SimpleNamespace(stop=[])
+    messages = []
+    for i in range(3):
+        messages += [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "A"}]
+    messages.append({"role": "user", "content": "Last"})
+
+    first, text = sample.fit_context(llama, config, codec, messages, 100, args)
+    assert first % 2 == 0 and len(text.prompt_ids) <= 48
+    assert text.prompt_ids == codec.encode(messages[first:])
+    assert len(codec.encode(messages[first - 2 :])) > 48  # no turn goes without need
+    assert codec.decode(text.prompt_ids).count("Be short.") == 1
+
+    # With a sliding window the ring runs on, and all turns stay.
+    windowed = mistral.Config.from_hf({**SIZES, "max_position_embeddings": 64, **MORE[mistral]})
+    first, text = sample.fit_context(mistral, windowed, codec, messages, 100, args)
+    assert (first, text.prompt_ids) == (0, codec.encode(messages))
+
+
 @pytest.mark.wide
 def test_a_message_for_which_the_context_has_no_room_is_not_taken(tmp_path):
     terminal = Terminal(write_chat(tmp_path, max_position_embeddings=64))
@@ -324,7 +349,7 @@ def test_the_same_message_again_is_answered_again(folder):
         seed=0, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0
     )
     memory, model = sample.Memory(), llama.load(folder)
-    once, again = (list(sample.answer(llama, model, memory, [5, 6, 7], 1, args)) for _ in "12")
+    once, again = (list(sample.answer(llama, model, memory, [5, 6, 7], 1, 0, args)) for _ in "12")
     assert len(once) == 1 and once == again
 
 

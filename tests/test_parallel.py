@@ -305,7 +305,11 @@ for array in placed:  # all that loading put on a device
         held[str(shard.device)] += shard.data.nbytes
 args = Namespace(temperature=0, top_p=None, min_p=None, repetition_penalty=1, top_k=None, seed=0,
                  profile=None, json=True, no_stream=False)
-texts = sample.generate(module, model, mesh, [[5, 6]] * 4, 8, sample.Timing(), args)
+keys = list(jax.random.split(jax.random.key(0), 4))
+rows = sample.place(module, model, mesh, [[5, 6], [7, 8], [9], [5]], keys, 8)
+timing = sample.Timing()
+programs = sample.Programs(model, mesh, None, timing)
+texts = sample.fill_context(module, programs, rows, 8, timing, args)
 caches = [next(texts) is None or texts.gi_frame.f_locals["cache"] for _ in range(2)]
 def split(array):  # the axis along which each dimension is split
     spec = [axis[0] if isinstance(axis, tuple) else axis for axis in array.sharding.spec]

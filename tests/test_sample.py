@@ -510,7 +510,6 @@ def test_a_profile_is_not_begun_where_nothing_may_be_written(refused, tmp_path):
         (["--device", "gpu:9"], "--device gpu:9: "),
         (["--device", "cpu:9"], "--device cpu:9: there are 1, counted from 0"),
         (["--device", "toaster"], "--device toaster: it must be cpu, gpu or tpu"),
-        (["--max-new-tokens", "2000"], "do not fit the context"),
         (["--profile", __file__], "--profile must be a writable folder"),
         (["--profile", f"{__file__}/in"], "--profile must be a writable folder"),
         (["--dtype", "int8"], "--dtype"),
