@@ -2441,9 +2441,16 @@ def main():
         codec = tokenizer(folder)
         model = load(folder)
         prompt = codec.encode(text)
-        room = model.config.max_position_embeddings - len(prompt)
-        options = {"temperature": 0.8, "top_k": 50, "stop_ids": read_stop_ids(folder, model.config)}
-        [new] = generate(model, [prompt], max(1, min(100, room)), key=jax.random.key(0), **options)
+        [new] = generate(
+            model,
+            [prompt],
+            100,
+            key=jax.random.key(0),
+            temperature=0.8,
+            top_k=50,
+            stop_ids=read_stop_ids(folder, model.config),
+            keep=len(codec.encode("")),  # the begin token, if there is one
+        )
     except InputError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
