@@ -579,12 +579,12 @@ def fill_context(model_file, programs, rows: "Rows", room: int, timing, args):
     """Prefill, then decode: yields new tokens [B, n] of all rows, `room` of each row."""
     sampling = sampling_options(args)
     cache, keys = rows.cache, rows.keys
-    prefill = programs.compile(
+    prefill = programs.program(
         model_file.prefill, cache, rows.tokens, rows.positions, rows.prefill_keys, shared=[sampling]
     )
     if args.profile and timing.begin == 0:
         # Both programs are compiled before the trace begins, so that it shows only what runs.
-        programs.compile(
+        programs.program(
             model_file.decode, rows.spread(cache), rows.last, keys, shared=[sampling, 1]
         )
         start_profile(args.profile)
@@ -595,7 +595,7 @@ def fill_context(model_file, programs, rows: "Rows", room: int, timing, args):
     cache, token = prefill(cache, rows.tokens, rows.positions, rows.prefill_keys, sampling)
     if rows.shared:
         cache = rows.spread(cache)
-        decode = programs.compile(model_file.decode, cache, rows.last, keys, shared=[sampling, 1])
+        decode = programs.program(model_file.decode, cache, rows.last, keys, shared=[sampling, 1])
         cache, token = decode(cache, rows.last, keys, sampling, 1)
         token = token[..., 0]
     new = np.array(token).reshape(-1, 1)
@@ -605,7 +605,7 @@ def fill_context(model_file, programs, rows: "Rows", room: int, timing, args):
 
     # The others. Their program is compiled only now, so that the first token is shown early.
     if room > 1:
-        decode = programs.compile(model_file.decode, cache, token, keys, shared=[sampling, 1])
+        decode = programs.program(model_file.decode, cache, token, keys, shared=[sampling, 1])
     steps = 1 if streams(args) else model_file.STEPS
     left = room - 1
     while left > 0:
@@ -763,8 +763,8 @@ class Programs:
         self.timing = timing
         self.compiled = {}  # (function, shapes of its inputs) -> its program
 
-    def compile(self, function, cache, *batch, shared: list):
-        """Compiles a model file's prefill or decode for inputs of these shapes.
+    def program(self, function, cache, *batch, shared: list):
+        """A model file's prefill or decode, compiled for inputs of these shapes.
 
         batch: the inputs with rows. shared: inputs that are the same on all devices. The program
         takes cache, *batch, *shared. The cache is donated: its memory is used for the new one.
