@@ -1041,6 +1041,8 @@ def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, k
 # ------------------------------------------- Attention --------------------------------------------
 
 PICTURE_TOKENS = 512  # the longest text that has room in a picture
+# What stands for the characters that cannot be seen: \u240d for a carriage return, for example.
+SHOWN = {code: chr(0x2400 + code) for code in range(32)} | str.maketrans("\n\t ", "↵⇥·")
 
 
 def draw_attention(model_file, model, tokenizer, prompts: list[str], args):
@@ -1060,15 +1062,28 @@ def draw_attention(model_file, model, tokenizer, prompts: list[str], args):
 
     weights = attention_weights(model_file, model, ids)
     labels = token_labels(tokenizer, ids)
-    with explained(OSError, f"--attention {file} cannot be written: {{}}"):
+    failure = f"--attention {file} cannot be written: {{}}"
+    with explained(OSError, failure), replacement(file) as stream:
         if kind == ".npz":
-            np.savez_compressed(file, weights=weights, ids=np.array(ids), tokens=np.array(labels))
+            np.savez_compressed(stream, weights=weights, ids=np.array(ids), tokens=np.array(labels))
         elif kind == ".html":
-            file.write_text(attention_page(weights, labels), encoding="utf-8")
+            stream.write(attention_page(weights, labels).encode("utf-8"))
         else:
-            save_picture(attention_picture(weights, labels), file)
+            save_picture(attention_picture(weights, labels), stream)
     layers, heads = weights.shape[:2]
-    print(f"{file}: {len(ids)} tokens, {layers} layers, {heads} heads", file=sys.stderr)
+    print(f"{file}: {layers} layers of {heads} heads, tokens: {len(ids)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def replacement(file: Path):
+    """A stream to write a new file to, which takes the place of an older one when it is whole."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with open(part, "wb") as stream:
+            yield stream
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def attention_weights(model_file, model, ids: list[int]) -> np.ndarray:
@@ -1116,11 +1131,15 @@ def weights_of(attend, q, k, *positions, **options):
     numbers, so the weights of Dh keys are read at a time.
     """
     S, Dh = k.shape[1], k.shape[3]
-    columns = []
-    for begin in range(0, S, Dh):
-        identity = jax.numpy.eye(S, Dh, k=-begin)  # row begin + i has its 1 in column i
+
+    def columns_from(begin):
+        rows = jax.numpy.arange(S) - begin
+        identity = jax.nn.one_hot(rows, Dh, dtype="float32")  # row begin + i has its 1 in column i
         values = jax.numpy.broadcast_to(identity[:, None], k.shape)
-        columns.append(attend(q, k, values, *positions, **options))  # [B, T, H, Dh]
+        return attend(q, k, values, *positions, **options)
+
+    # A loop on the device: written out, it would take XLA a minute to compile for a long text.
+    columns = jax.lax.map(columns_from, jax.numpy.arange(0, S, Dh))  # [pieces, B, T, H, Dh]
     weights = jax.numpy.concatenate(columns, axis=-1)[..., :S]
     return weights.swapaxes(1, 2)
 
@@ -1128,32 +1147,40 @@ def weights_of(attend, q, k, *positions, **options):
 def token_labels(tokenizer, ids: list[int]) -> list[str]:
     """The text of each token. One without a text of its own has its name in the vocabulary.
 
-    Decoded with the tokens before it, as its text may depend on them.
+    Decoded with the tokens before it, as its text may depend on them. Where a character has several
+    tokens, the last one has its text, and the others are "�".
     """
     labels = []
     text = ""
     for i, token in enumerate(ids):
         whole = tokenizer.decode(ids[: i + 1])
         label = whole[len(text) :]
-        text = whole
-        if not label or "\ufffd" in label:  # a special token, or a part of a character
+        if label.endswith("\ufffd"):  # a part of a character
+            label = "\ufffd"
+        else:
+            text = whole
+        if not label:  # a special token
             label = tokenizer.backend.id_to_token(token) or str(token)
-        labels.append(label.replace("\n", "↵").replace(" ", "·"))
+        labels.append(label.translate(SHOWN))
     return labels
 
 
 def attention_page(weights, labels: list[str]) -> str:
-    """The picture as a web page, in one file that needs no network; hovering shows a weight."""
-    layers, heads = weights.shape[:2]
-    numbers = np.ceil(weights * 65535).astype("<u2")  # 0 only where a token is hidden
+    """The picture as a web page, in one file that needs no network; hovering shows a weight.
+
+    No token sees a later one, so the page has only the rows' beginnings, up to the diagonal.
+    """
+    layers, heads, T, _ = weights.shape
+    rows, columns = np.tril_indices(T)
+    numbers = np.ceil(weights[:, :, rows, columns] * 65535)  # 0 only where a token is hidden
     data = {
         "tokens": labels,
         "layers": layers,
         "heads": heads,
-        "weights": base64.b64encode(numbers.tobytes()).decode("ascii"),
+        "weights": base64.b64encode(numbers.astype("<u2").tobytes()).decode("ascii"),
     }
-    # In a script, "</" would end it.
-    text = json.dumps(data).replace("</", "<\\/")
+    # In a script, "</script" would end it, and "<!--" may hide its end.
+    text = json.dumps(data).replace("<", "\\u003c")
     template = (HERE / "docs" / "attention.html").read_text(encoding="utf-8")
     return template.replace('{"tokens": []}', text)
 
@@ -1166,15 +1193,16 @@ def attention_picture(weights, labels: list[str]):
 
     layers, heads, T, _ = weights.shape
     colours = ScalarMappable(PowerNorm(0.5, 0, 1), "Blues")  # the root, so that small ones show
-    maps = colours.to_rgba(weights)  # [layers, H, T, T, RGBA]
-    maps[weights == 0] = (0.9, 0.9, 0.92, 1)  # hidden by the mask
+    maps = colours.to_rgba(weights, bytes=True)  # [layers, H, T, T, RGBA]
+    maps[weights == 0] = (230, 230, 235, 255)  # hidden by the mask
     gap = 1 + T // 12
     step = T + gap
 
     # A map has room for all labels, unless there are so many heads that the picture would be wide.
     per_label = 0.13  # inches
     side = min(max(1.2, per_label * T), max(1.2, 40 / heads))
-    size = (side * heads + 2, side * layers + 1.5)
+    font = max(10, 3 * side)  # of the names, in points: they grow with the maps
+    size = (side * heads + 0.2 * font, side * layers + 0.15 * font)
     figure = Figure(size, layout="constrained", dpi=min(110, 6000 / max(size)))
 
     axes = figure.subplots()
@@ -1189,23 +1217,26 @@ def attention_picture(weights, labels: list[str]):
     axes.set_yticks(np.add.outer(step * np.arange(layers), ticks).ravel())
     axes.set_yticklabels(shown * layers, **style)
 
-    name_maps(axes, layers, heads, T, gap)
+    name_maps(axes, layers, heads, T, gap, font)
     bar = {"ticks": [0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1], "shrink": min(1, 4 / size[1])}
-    figure.colorbar(colours, ax=axes, label="attention weight", **bar)
+    bar = figure.colorbar(colours, ax=axes, **bar)
+    bar.set_label("attention weight", fontsize=font)
+    bar.ax.tick_params(labelsize=font)
     return figure
 
 
-def name_maps(axes, layers: int, heads: int, T: int, gap: int):
+def name_maps(axes, layers: int, heads: int, T: int, gap: int, font: float):
     """Writes the number of each head over its column, and that of each layer beside its row."""
     step = T + gap
     middle = (T - 1) / 2
     for head in range(heads):
-        axes.text(step * head + middle, -0.5 - gap / 2, f"head {head}", ha="center", va="bottom")
+        style = {"ha": "center", "va": "bottom", "fontsize": font}
+        axes.text(step * head + middle, -0.5 - gap / 2, f"head {head}", **style)
     for layer in range(layers):
-        place = {"ha": "left", "va": "center", "rotation": 270}
-        axes.text(step * heads - 0.5, step * layer + middle, f"layer {layer}", **place)
-    axes.set_xlabel("the token that is attended to (key)")
-    axes.set_ylabel("the token that attends (query)")
+        style = {"ha": "left", "va": "center", "rotation": 270, "fontsize": font}
+        axes.text(step * heads - 0.5, step * layer + middle, f"layer {layer}", **style)
+    axes.set_xlabel("the token that is attended to (key)", fontsize=font)
+    axes.set_ylabel("the token that attends (query)", fontsize=font)
 
 
 def tiled(maps, gap: int) -> np.ndarray:
@@ -1215,13 +1246,13 @@ def tiled(maps, gap: int) -> np.ndarray:
     """
     layers, heads, T = maps.shape[:3]
     step = T + gap
-    image = np.ones((layers, step, heads, step, 4))
+    image = np.full((layers, step, heads, step, 4), 255, dtype="uint8")
     image[:, :T, :, :T] = maps.transpose(0, 2, 1, 3, 4)
     return image.reshape(layers * step, heads * step, 4)[:-gap, :-gap]
 
 
-def save_picture(figure, file: Path):
-    """Writes a figure, and says so where its font lacks characters of the text."""
+def save_picture(figure, file):
+    """Writes a figure to a path or a stream, and says so where its font lacks characters."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.2)
@@ -1624,8 +1655,11 @@ def check_machine_flags(args):
 def check_attention_flags(args):
     if args.attention.suffix.lower() not in (".png", ".html", ".npz"):
         fail(f"--attention {args.attention}: its name must end in .png, .html or .npz")
-    if args.attention.is_dir() or not args.attention.absolute().parent.is_dir():
-        fail(f"--attention {args.attention}: it must be a file in a folder that is there")
+    folder = args.attention.absolute().parent
+    with explained(OSError, "--attention cannot be written: {}"):
+        has_place = folder.is_dir() and is_writable(folder) and not args.attention.is_dir()
+    if not has_place:
+        fail(f"--attention {args.attention}: it must be a file in a folder that can be written to")
     if args.num_samples > 1 or args.max_new_tokens or args.stop or args.json or args.profile:
         fail(
             "--attention draws the prompt and does not continue it: leave --num-samples, "

@@ -1,6 +1,8 @@
 """sample.py --attention: what each token attends to, as numbers, as a picture and as a page."""
 
 import base64
+import errno
+import importlib
 import json
 import re
 import shutil
@@ -18,6 +20,7 @@ from test_sample import run
 
 import gpt2
 import sample
+from sample import MODELS
 
 TEXT = "ROMEO: I love thee, my sweet; the night is come."
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -81,11 +84,21 @@ def test_watching_changes_nothing_and_ends_even_after_an_error():
 
 
 def test_a_token_is_labelled_by_its_text_or_by_its_name():
+    """The last token of a character by that character; what cannot be seen by a sign for it."""
     backend = byte_tokenizer()
     backend.add_special_tokens(["<s>"])
     codec = SimpleNamespace(backend=backend, decode=backend.decode)
-    ids = backend.encode("<s>a b\né").ids
-    assert sample.token_labels(codec, ids) == ["<s>", "a", "·", "b", "↵", "Ã", "©"]
+    ids = backend.encode("<s>a b\né\t\r😀c").ids
+    signs = ["↵", "\ufffd", "é", "⇥", "␍", "\ufffd", "\ufffd", "\ufffd", "😀", "c"]
+    assert sample.token_labels(codec, ids) == ["<s>", "a", "·", "b", *signs]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_labels_of_a_text_are_the_text(name):
+    codec = importlib.import_module(name).tokenizer(ROOT / "tiny" / name)
+    text = "naïve 中文 שלום e\u0301 <b>"
+    labels = "".join(sample.token_labels(codec, codec.encode(text)))
+    assert labels.replace("\ufffd", "") == text.replace(" ", "·")
 
 
 def test_the_picture_has_a_map_for_each_head(tmp_path):
@@ -99,7 +112,7 @@ def test_the_picture_has_a_map_for_each_head(tmp_path):
     assert names == ["head 0", "head 1", "head 2", "layer 0", "layer 1"]
 
     # Dark is where a weight is 1; a map and the gap after it have six pixels.
-    dark = axes.images[0].get_array()[..., 0] < 0.5
+    dark = axes.images[0].get_array()[..., 0] < 128
     np.testing.assert_array_equal(dark[6:11, 12:17], weights[1, 2] == 1)
     assert dark.sum() == 5 * 5 + 4
     sample.save_picture(figure, tmp_path / "out.png")
@@ -135,15 +148,32 @@ def data_of(page) -> dict:
     return json.loads(text)
 
 
+def weights_in(data: dict) -> np.ndarray:
+    """The numbers of a page: [layers, heads, T, T]. It holds them up to the diagonal."""
+    layers, heads, T = data["layers"], data["heads"], len(data["tokens"])
+    numbers = np.frombuffer(base64.b64decode(data["weights"]), "<u2")
+    weights = np.zeros((layers, heads, T, T))
+    rows, columns = np.tril_indices(T)
+    weights[:, :, rows, columns] = numbers.reshape(layers, heads, -1) / 65535
+    return weights
+
+
+@pytest.mark.parametrize("token", ["</script><img src=x onerror=alert(1)>", "<!--<script>"])
+def test_no_token_ends_the_script_of_a_page(token):
+    page = sample.attention_page(np.ones((1, 1, 1, 1)), [token])
+    data = page.split('id="data">')[1].split("</script>")[0]
+    assert "<" not in data
+    assert json.loads(data)["tokens"] == [token]
+
+
 def test_the_page_holds_the_weights_and_needs_no_network(page):
     data = data_of(page)
     ids = gpt2.tokenizer(ROOT / "tiny/gpt2").encode("A </script><b>king</b>")
     assert "".join(data["tokens"]) == "A·</script><b>king</b>"
-    numbers = np.frombuffer(base64.b64decode(data["weights"]), "<u2")
     weights = sample.attention_weights(gpt2, gpt2.load(ROOT / "tiny/gpt2"), ids)
     shape = (data["layers"], data["heads"], len(ids), len(ids))
     assert weights.shape == shape
-    np.testing.assert_allclose(numbers.reshape(shape) / 65535, weights, atol=2 / 65535)
+    np.testing.assert_allclose(weights_in(data), weights, atol=2 / 65535)
     assert not re.search(r"https?://|src=|@import|url\(", page.read_text())
 
 
@@ -164,12 +194,11 @@ def test_pointing_at_a_square_of_the_page_shows_its_weight(page, tmp_path):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     data = data_of(page)
-    T = len(data["tokens"])
-    numbers = np.frombuffer(base64.b64decode(data["weights"]), "<u2")
+    weight = weights_in(data)[0, 0, 2, 0]
     said = re.search(r'id="weight">(.*?)<', dom)[1]
     first, third = data["tokens"][0], data["tokens"][2]
     third = third.replace("<", "&lt;").replace(">", "&gt;")
-    assert said == f"{third} (2) attends to {first} (0): {numbers[2 * T] / 65535:.4f}"
+    assert said == f"{third} (2) attends to {first} (0): {weight:.4f}"
     assert dom.count("<button") == data["layers"] * data["heads"]
 
 
@@ -177,7 +206,8 @@ def test_pointing_at_a_square_of_the_page_shows_its_weight(page, tmp_path):
     ("flags", "message"),
     [
         (["out.gif"], "its name must end in .png, .html or .npz"),
-        (["nowhere/out.png"], "it must be a file in a folder that is there"),
+        (["nowhere/out.png"], "it must be a file in a folder that can be written to"),
+        (["a" * 300 + ".png"], "cannot be written: [Errno 36] File name too long"),
         (["out.png", "--prompt", "b"], "draws one text, not 2"),
         (["out.png", "--json"], "leave --num-samples"),
         (["out.png", "--max-new-tokens", "3"], "does not continue it"),
@@ -189,6 +219,35 @@ def test_what_cannot_be_drawn_is_one_line(flags, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["png", "html", "npz"])
+def test_what_was_there_stays_if_the_new_file_cannot_be_written(
+    kind, tmp_path, monkeypatch, capsys
+):
+    """A full disk, after the first bytes: the file is as it was, and nothing lies beside it."""
+    file = tmp_path / f"out.{kind}"
+    file.write_text("the old one")
+    writer = {"png": "save_picture", "html": "attention_page", "npz": "np.savez_compressed"}[kind]
+
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"sample.{writer}", full)
+    codec = gpt2.tokenizer(ROOT / "tiny/gpt2")
+    args = SimpleNamespace(attention=file)
+    with pytest.raises(SystemExit):
+        sample.draw_attention(gpt2, gpt2.load(ROOT / "tiny/gpt2"), codec, ["a"], args)
+    assert f"--attention {file} cannot be written" in capsys.readouterr().err
+    assert file.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_ending_in_capitals_is_kept(tmp_path):
+    done = run("--prompt", "a", "--attention", tmp_path / "OUT.NPZ")
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["OUT.NPZ"]
+    assert np.load(tmp_path / "OUT.NPZ")["tokens"].tolist() == ["a"]
 
 
 def test_a_text_longer_than_the_context_is_one_line(tmp_path):
