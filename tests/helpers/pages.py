@@ -1,5 +1,6 @@
 """What is in a page of Markdown: its headings and links, its Python, and its commands."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ PAGES = [
     *(ROOT / name / "README.md" for name in ("tests", "benchmarks", "notebooks")),
     *sorted((ROOT / "tiny").glob("*/README.md")),
 ]
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # whose code is run
 
 FENCE = re.compile(r"```(\w*)")
@@ -115,6 +117,15 @@ def prose_of(text: str) -> str:
         for i in range(len(block.lines)):
             lines[block.line - 1 + i] = ""
     return "\n".join(lines)
+
+
+def markdown_of(file: Path) -> str:
+    """The text of a page, or of the Markdown cells of a notebook."""
+    text = file.read_text()
+    if file.suffix != ".ipynb":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
 def links_of(text: str) -> list[str]:
