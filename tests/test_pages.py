@@ -283,8 +283,13 @@ def commands_of(page) -> list[str]:
     """The commands of a page, those within a line of prose, too."""
     text = page.read_text()
     commands = [command for script in scripts_of(text) for command in script.commands]
+    return commands + inline_commands(text)
+
+
+def inline_commands(text: str) -> list[str]:
+    """The commands within a line of prose."""
     inline = re.findall(r"`((?:[A-Z_]+=\S+\s)*python [^`]+)`", prose_of(text))
-    return commands + [" ".join(command.split()) for command in inline]
+    return [" ".join(command.split()) for command in inline]
 
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
@@ -354,3 +359,22 @@ def test_every_command_runs_and_prints_what_the_page_shows(page, section, bash):
         assert done.returncode == expected, f"{commands}\n{done.stdout}"
         for line in script.output.splitlines():
             assert matches(line, done.stdout) or not line, f"{line!r} is not in:\n{done.stdout}"
+
+
+INLINE = [
+    command
+    for page in RUN
+    if page.name != ELSEWHERE
+    for command in inline_commands(page.read_text())
+    if "--suite" not in command  # test_bench.py reads its lines
+]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("command", dict.fromkeys(INLINE))
+def test_a_command_within_a_line_runs(command, folder, bash):
+    for name in ("char", "lora"):  # what the commands above it in README.md would have written
+        (folder / "runs").mkdir(exist_ok=True)
+        (folder / "runs" / name).symlink_to(ROOT / "tiny" / "gpt2")
+    done = bash(cheap(command))
+    assert done.returncode == 0, done.stdout
