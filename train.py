@@ -1560,7 +1560,7 @@ def batches(pieces):
     for piece, starts, ends in pieces:
         batch.append((piece, starts, ends))
         size += len(piece) + 10
-        if size >= 2**20:
+        if size >= 2**19:
             yield batch
             batch, size = [], 0
     if batch:
