@@ -5,6 +5,7 @@
     python sample.py --model gpt2 --weights my/folder    # a checkpoint in Hugging Face's format
     python sample.py --model llama --weights HuggingFaceTB/SmolLM2-135M-Instruct --chat
     python sample.py --prompt "The king is dead." --attention attention.html   # what sees what
+    python sample.py --prompt "The king is dead." --score          # how likely each token is
     python sample.py --list                              # what there is, and how large it is
 
 The text goes to standard output while it is generated; all else goes to standard error.
@@ -71,6 +72,8 @@ def main():
 
         if args.attention is not None:
             draw_attention(model_file, model, tokenizer, prompts, args)
+        elif args.score or args.choices:
+            write_scores(model_file, model, tokenizer, prompts, args)
         elif prompts is None:
             converse(model_file, model, mesh, tokenizer, stop_ids, args)
         else:
@@ -1038,6 +1041,219 @@ def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, k
         token = token[:, 0]
 
 
+# --------------------------------------------- Scores ---------------------------------------------
+
+SCORED_AT_ONCE = 512  # tokens whose logits are in memory at the same time
+
+
+def write_scores(model_file, model, tokenizer, prompts: list[str], args):
+    """Writes how likely each token of a text is, or how likely each of --choices goes on with it.
+
+    A table for each text, or a line of JSON.
+    """
+    for i, prompt in enumerate(prompts):
+        if args.choices:
+            record = score_choices(model_file, model, tokenizer, prompt, args.choices)
+            table = choices_table(record)
+        else:
+            record = score_text(model_file, model, tokenizer, prompt)
+            table = score_table(record)
+
+        if args.json:
+            print(json.dumps(record, ensure_ascii=not is_utf8()), flush=True)
+        else:
+            if i > 0:
+                print("-" * 40)
+            print(table, flush=True)
+
+
+def score_text(model_file, model, tokenizer, text: str) -> dict:
+    """The log-probability of each token of a text, given those before it, and its perplexity.
+
+    The first token has none before it, and no score; often it is a token that begins every text.
+    """
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        fail("--score needs a text of two tokens or more: the first one has no score")
+    check_room(len(ids), model.config)
+
+    graphdef, state = nnx.split(model)
+    x, _ = run_hidden(graphdef, state, np.array([ids]))
+    log_probs, ranks = score_in_pieces(graphdef, state, x[0, :-1], np.array(ids[1:]))
+    model_file.check_tokens(ranks)
+
+    # The bytes that were scored: all, or all but those of a first token that has a text.
+    first = tokenizer.decode(ids[:1])
+    scored = len(tokenizer.decode(ids).encode()) - len(first.encode())
+    mean = float(log_probs.mean())
+    bits = -float(log_probs.sum()) / math.log(2)
+    return {
+        "prompt": text,
+        "ids": ids,
+        "tokens": token_texts(tokenizer, ids),
+        "log_probs": [None, *log_probs.tolist()],
+        "ranks": [None, *ranks.tolist()],
+        "scored_tokens": len(log_probs),
+        "mean_log_prob": mean,
+        "perplexity": math.exp(-mean),
+        "bits_per_byte": bits / scored if scored > 0 else None,
+    }
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def run_hidden(graphdef, state, tokens, positions=None, cache=None):
+    """The model without its head: tokens [B, T] -> (x [B, T, D], cache)."""
+    return nnx.merge(graphdef, state).hidden(tokens, positions, cache)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def score_tokens(graphdef, state, x, tokens):
+    """The log-probability and the rank of n tokens: x [n, D] before them -> two arrays [n].
+
+    The likeliest token has rank 1. Where a logit is NaN, the rank is -1.
+    """
+    logits = nnx.merge(graphdef, state).head(x)
+    log_probs = jax.nn.log_softmax(logits)  # [n, V]
+    chosen = jax.numpy.take_along_axis(log_probs, tokens[:, None], axis=-1)  # [n, 1]
+    ranks = 1 + (log_probs > chosen).sum(axis=-1)
+    ranks = jax.numpy.where(jax.numpy.isnan(chosen[:, 0]), -1, ranks)
+    return chosen[:, 0], ranks
+
+
+def score_in_pieces(graphdef, state, x, tokens):
+    """`score_tokens` for any number of tokens: the logits of a few exist at a time."""
+    pieces = []
+    for begin in range(0, len(tokens), SCORED_AT_ONCE):
+        end = begin + SCORED_AT_ONCE
+        pieces.append(score_tokens(graphdef, state, x[begin:end], tokens[begin:end]))
+    log_probs = np.concatenate([piece[0] for piece in pieces])
+    ranks = np.concatenate([piece[1] for piece in pieces])
+    return log_probs, ranks
+
+
+def check_room(tokens: int, config):
+    """Exits where a text is longer than the context."""
+    context = config.max_position_embeddings
+    if tokens > context:
+        fail(
+            f"{tokens} tokens do not fit the context length of {context}: score a shorter text, or "
+            "its parts as prompts of their own"
+        )
+
+
+def score_choices(model_file, model, tokenizer, prompt: str, choices: list[str]) -> dict:
+    """The log-probability of each continuation of a prompt, the likeliest first.
+
+    A prompt and a continuation are encoded together, as one text. The continuation begins where the
+    ids part from those of the prompt alone. That may be before its first letter: where a prompt
+    ends in a blank, the token " Paris" takes the blank along.
+    """
+    prompt_ids = tokenizer.encode(prompt)
+    texts = [tokenizer.encode(prompt + choice) for choice in choices]
+    begins = [count_shared(prompt_ids, ids) for ids in texts]
+    check_room(max(map(len, texts)), model.config)
+    if min(begins) == 0:
+        fail(
+            f"--choices: the first token of {prompt!r} changes with what follows, and no token "
+            "remains before the continuation: give a longer prompt"
+        )
+
+    found = []
+    scores = score_continuations(model_file, model, texts, min(begins))
+    for choice, ids, begin, log_probs in zip(choices, texts, begins, scores, strict=True):
+        log_probs = log_probs[begin - min(begins) :]
+        found.append(
+            {
+                "choice": choice,
+                "ids": ids[begin:],
+                "log_probs": log_probs.tolist(),
+                "log_prob": float(log_probs.sum()),
+                "mean_log_prob": float(log_probs.mean()),
+            }
+        )
+    found.sort(key=lambda choice: choice["log_prob"], reverse=True)
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "choices": found}
+
+
+def count_shared(one: list[int], other: list[int]) -> int:
+    """How many ids two texts begin with alike."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(other))
+
+
+def score_continuations(model_file, model, texts: list[list[int]], shared: int) -> list:
+    """The log-probabilities of each text's tokens from `shared` on; before it all are the same.
+
+    What they share is computed once, and its KV cache repeated for each: the rest is a batch.
+    """
+    graphdef, state = nnx.split(model)
+    length = max(map(len, texts))
+    cache = model_file.init_cache(model.config, 1, length, model.dtype)
+    before, cache = run_hidden(graphdef, state, np.array([texts[0][:shared]]), None, cache)
+    cache = jax.tree.map(partial(repeat_row, times=len(texts)), cache)
+
+    # Padding is on the right here, where no token attends to it.
+    tokens = np.zeros((len(texts), length - shared), int)
+    positions = np.full(tokens.shape, -1)
+    for row, ids in enumerate(texts):
+        n = len(ids) - shared
+        tokens[row, :n] = ids[shared:]
+        positions[row, :n] = np.arange(shared, len(ids))
+    x, _ = run_hidden(graphdef, state, tokens, positions, cache)
+
+    # A token's score comes from the vector of the token before it.
+    found = []
+    for row, ids in enumerate(texts):
+        x_before = jax.numpy.concatenate([before[0, -1:], x[row, :-1]])
+        log_probs, ranks = score_in_pieces(graphdef, state, x_before, tokens[row])
+        n = len(ids) - shared
+        model_file.check_tokens(ranks[:n])
+        found.append(log_probs[:n])
+    return found
+
+
+def repeat_row(x, times: int):
+    """An array of a KV cache of one row [1, ...], for as many rows. A single number stays."""
+    return jax.numpy.repeat(x, times, axis=0) if x.ndim > 1 else x
+
+
+def score_table(record: dict) -> str:
+    """A table with a line for each token of a text, and a line with its perplexity."""
+    lines = [f"{'id':>7}{'log-probability':>17}{'probability':>13}{'rank':>7}  token"]
+    columns = [record["ids"], record["log_probs"], record["ranks"], record["tokens"]]
+    for id, log_prob, rank, token in zip(*columns, strict=True):
+        score = f"{'-':>17}{'-':>13}{'-':>7}"
+        if log_prob is not None:
+            score = f"{log_prob:>17.4f}{math.exp(log_prob):>13.4f}{rank:>7}"
+        lines.append(f"{id:>7}{score}  {quoted(token)}")
+
+    end = (
+        f"{record['scored_tokens']} tokens, mean log-probability {record['mean_log_prob']:.4f}, "
+        f"perplexity {record['perplexity']:.4f}"
+    )
+    if record["bits_per_byte"] is not None:
+        end += f", {record['bits_per_byte']:.4f} bits per byte"
+    return "\n".join([*lines, end])
+
+
+def choices_table(record: dict) -> str:
+    """A table with a line for each continuation, the likeliest first."""
+    lines = [f"{'log-probability':>15}{'mean':>11}{'tokens':>8}  continuation"]
+    for choice in record["choices"]:
+        lines.append(
+            f"{choice['log_prob']:>15.4f}{choice['mean_log_prob']:>11.4f}"
+            f"{len(choice['ids']):>8}  {quoted(choice['choice'])}"
+        )
+    return "\n".join(lines)
+
+
+def quoted(text: str) -> str:
+    """A text on one line, with its blanks visible."""
+    return json.dumps(text, ensure_ascii=not is_utf8())
+
+
 # ------------------------------------------- Attention --------------------------------------------
 
 PICTURE_TOKENS = 512  # the longest text that has room in a picture
@@ -1145,24 +1361,27 @@ def weights_of(attend, q, k, *positions, **options):
 
 
 def token_labels(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token, with its blanks visible."""
+    return [text.translate(SHOWN) for text in token_texts(tokenizer, ids)]
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
     """The text of each token. One without a text of its own has its name in the vocabulary.
 
     Decoded with the tokens before it, as its text may depend on them. Where a character has several
     tokens, the last one has its text, and the others are "�".
     """
-    labels = []
-    text = ""
+    texts = []
     for i, token in enumerate(ids):
-        whole = tokenizer.decode(ids[: i + 1])
-        label = whole[len(text) :]
-        if label.endswith("\ufffd"):  # a part of a character
-            label = "\ufffd"
-        else:
-            text = whole
-        if not label:  # a special token
-            label = tokenizer.backend.id_to_token(token) or str(token)
-        labels.append(label.translate(SHOWN))
-    return labels
+        begin = max(0, i - 8)  # more than the tokens of a character
+        before = tokenizer.decode(ids[begin:i]).rstrip("\ufffd")
+        text = tokenizer.decode(ids[begin : i + 1])[len(before) :]
+        if text.endswith("\ufffd"):  # a part of a character
+            text = "\ufffd"
+        if not text:  # a special token
+            text = tokenizer.backend.id_to_token(token) or str(token)
+        texts.append(text)
+    return texts
 
 
 def attention_page(weights, labels: list[str]) -> str:
@@ -1454,8 +1673,11 @@ def parse_command_line() -> argparse.Namespace:
     check_machine_flags(args)
     if args.attention is not None:
         check_attention_flags(args)
+    if args.score or args.choices:
+        check_score_flags(args)
     args.prompt = [as_utf8(text, "--prompt") for text in args.prompt]
     args.stop = [as_utf8(text, "--stop") for text in args.stop]
+    args.choices = [as_utf8(text, "--choices") for text in args.choices]
     if args.system is not None:
         args.system = as_utf8(args.system, "--system")
     if args.model is None and args.weights in (None, "tiny"):
@@ -1597,6 +1819,19 @@ def add_output_flags(parser):
     )
     output.add_argument("--json", action="store_true", help="print a line of JSON for each text")
     output.add_argument(
+        "--score",
+        action="store_true",
+        help="print how likely each token of the prompt is, and the prompt's perplexity, instead "
+        "of continuing it",
+    )
+    output.add_argument(
+        "--choices",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="rank this continuation of the prompt by its log-probability; repeat it for each",
+    )
+    output.add_argument(
         "--attention",
         metavar="FILE",
         type=Path,
@@ -1665,6 +1900,20 @@ def check_attention_flags(args):
             "--attention draws the prompt and does not continue it: leave --num-samples, "
             "--max-new-tokens, --stop, --json and --profile out"
         )
+
+
+def check_score_flags(args):
+    if args.score and args.choices:
+        fail("--score and --choices are two things: leave one out")
+    if "" in args.choices:
+        fail("--choices must be a text")
+    if args.num_samples > 1 or args.max_new_tokens or args.stop or args.profile:
+        fail(
+            "--score and --choices do not continue a prompt: leave --num-samples, "
+            "--max-new-tokens, --stop and --profile out"
+        )
+    if args.chat or args.attention is not None:
+        fail("--score and --choices go with neither --chat nor --attention: leave those out")
 
 
 def is_writable(folder: Path) -> bool:
