@@ -38,6 +38,7 @@ import numpy as np
 from flax import nnx
 
 HERE = Path(__file__).resolve().parent
+INSTRUCT = HERE / "tiny" / "llama-instruct"  # the model of --chat where none is named
 TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # a checkpoint has one of these
 CONTINUATION = 200  # new tokens by default
 ANSWER = 1000  # the same with --chat
@@ -86,9 +87,13 @@ def main():
 def read_prompts(args) -> list[str] | None:
     """The prompts: from --prompt and --prompt-file, or else from standard input, or else a default.
 
-    None stands for a conversation on the terminal.
+    A prompt that is - stands for standard input. None stands for a conversation on the terminal.
     """
     prompts = list(args.prompt)
+    if prompts.count("-") > 1:
+        fail("--prompt - reads all of standard input: give it once")
+    if "-" in prompts:
+        prompts[prompts.index("-")] = "".join(read_standard_input())
     for file in args.prompt_file:
         with explained((OSError, UnicodeDecodeError), f"--prompt-file {file} cannot be read: {{}}"):
             prompts.append(Path(file).read_bytes().decode("utf-8"))  # keeps \r\n as it is
@@ -112,12 +117,12 @@ def read_prompts(args) -> list[str] | None:
 
 def read_standard_input() -> list[str]:
     """Reads what is piped in, as one prompt. An empty input is no prompt."""
-    ready, _, _ = select.select([0], [], [], 1)
-    if not ready:
-        print("reading the prompt from standard input ...", file=sys.stderr)
-
-    with open(0, "rb", closefd=False) as stream:
-        data = stream.read()
+    with explained(OSError, "standard input cannot be read: {}"):
+        ready, _, _ = select.select([0], [], [], 1)
+        if not ready:
+            print("reading the prompt from standard input ...", file=sys.stderr)
+        with open(0, "rb", closefd=False) as stream:
+            data = stream.read()
     with explained(UnicodeDecodeError, "standard input is not UTF-8 text: {}"):
         text = data.decode("utf-8")
     return [text] if text else []
@@ -159,6 +164,13 @@ def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
     default = next(iter(model_file.PRESETS))
     if name is None:
         name = default
+    if name == str(INSTRUCT):
+        print(
+            "This is a tiny model that comes with the project; it knows next to nothing. A real "
+            "one, 0.3 GB from the Hub:\n"
+            "    python sample.py --chat --weights HuggingFaceTB/SmolLM2-135M-Instruct",
+            file=sys.stderr,
+        )
     if name == "tiny":
         size = model_file.PRESETS[default].download_GB
         print(
@@ -499,7 +511,7 @@ class Writer:
 
     def write_new(self, text: Text):
         """Writes the new characters of a text; in a chat, of the answer alone."""
-        whole = text.completion if self.args.chat else text.prompt + text.completion
+        whole = text.completion.lstrip() if self.args.chat else text.prompt + text.completion
         end = "\n" if text.reason else ""
         print(whole[self.written :], end=end, flush=True)
         self.written = len(whole)
@@ -855,7 +867,7 @@ class ChatTokenizer:
         if not named:
             fail(
                 f"{folder} has no chat template, so it was not tuned to answer: "
-                "leave --chat out, or try HuggingFaceTB/SmolLM2-135M-Instruct"
+                "leave --chat out, or try HuggingFaceTB/SmolLM2-135M-Instruct, or --chat alone"
             )
         if isinstance(named, dict) and "default" not in named:
             fail(f"{folder} has the chat templates {', '.join(named)}, but none called default")
@@ -914,14 +926,21 @@ class Memory:
     length: int = 0  # slots of the cache
 
 
+COMMANDS = """\
+/clear        forget the messages so far
+/system TEXT  the system message of the conversation; without TEXT, none
+/undo         take back the last message and its answer
+/save FILE    write the conversation into a new .jsonl, which train.py --data reads
+/help         show this
+Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+
+
 def converse(model_file, model, mesh, tokenizer, stop_ids, args):
     """Reads messages from the terminal and writes the answers, until Ctrl-D."""
-    import readline  # noqa: F401  (the arrow keys then work in `input`)
-
     sys.stdin.reconfigure(errors="replace")
     print(
         f"{mesh.devices.flat[0].device_kind}, {model.dtype.name}; Ctrl-C stops an answer, "
-        "Ctrl-D ends the conversation",
+        "Ctrl-D ends the conversation, /help lists the commands",
         file=sys.stderr,
     )
     context = model.config.max_position_embeddings
@@ -929,11 +948,13 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
     memory = Memory()
     messages = []
     while True:
-        try:
-            message = input("> ")
-        except EOFError:
+        message = read_message()
+        if message is None:
             print()
             return
+        if message.startswith("/"):
+            obey(message, messages, tokenizer)
+            continue
         if not message.strip():
             continue
 
@@ -941,7 +962,9 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
         first, text = fit_context(model_file, model.config, tokenizer, messages, limit, args)
         if len(text.prompt_ids) >= context and not model_file.runs_on(model.config):
             messages.pop()
-            print(f"no room in the context of {context}: say less, or begin anew", file=sys.stderr)
+            print(
+                f"no room in the context of {context}: say less, /undo, or /clear", file=sys.stderr
+            )
             continue
         if first > 0:
             messages = messages[first:]
@@ -949,7 +972,90 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
             print(f"the context of {context} tokens is full: {turns} forgotten", file=sys.stderr)
 
         write_answer(model_file, model, memory, text, stop_ids, limit, args)
-        messages.append({"role": "assistant", "content": text.completion})
+        messages.append({"role": "assistant", "content": text.completion.strip()})
+
+
+def read_message() -> str | None:
+    """A line from the terminal; None where Ctrl-D ends the conversation.
+
+    Ctrl-C drops what is typed. At an empty prompt, a second one in a row ends the program.
+    """
+    import readline  # the arrow keys then work in `input`, and bring earlier lines back
+
+    warned = False
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if warned and not readline.get_line_buffer():
+                raise
+            print()
+            warned = not readline.get_line_buffer()
+            if warned:
+                print("Ctrl-C again ends the conversation, as Ctrl-D does", file=sys.stderr)
+
+
+def obey(line: str, messages: list[dict], tokenizer):
+    """Follows a command, which is a line that begins with /. It may change the messages."""
+    command, _, text = line.strip().partition(" ")
+    text = text.strip()
+    answer = f"there is no {command}: /help lists the commands"
+    if command == "/help":
+        answer = COMMANDS
+    elif command == "/clear":
+        messages.clear()
+        answer = "the messages are forgotten"
+    elif command == "/undo":
+        answer = undo(messages)
+    elif command == "/system":
+        answer = change_system(tokenizer, text)
+    elif command == "/save":
+        answer = save_conversation(messages, tokenizer.system, Path(text).expanduser())
+    if answer:
+        print(answer, file=sys.stderr)
+
+
+def undo(messages: list[dict]) -> str:
+    """Takes back the last message and its answer; says which."""
+    if not messages:
+        return "there is no message to take back"
+    message = messages[-2]["content"]
+    del messages[-2:]
+    return f"taken back: {message}"
+
+
+def change_system(tokenizer, text: str) -> str | None:
+    """Sets the system message, unless the chat template refuses it; an empty text removes it."""
+    earlier = tokenizer.system
+    tokenizer.system = text or None
+    try:
+        tokenizer.encode("Hello")
+    except SystemExit:  # `fail` has said why; the conversation goes on
+        tokenizer.system = earlier
+        return None
+    return f"the system message: {text}" if text else "there is no system message"
+
+
+def save_conversation(messages: list[dict], system: str | None, file: Path) -> str:
+    """Writes a conversation as a line of a new .jsonl; says where, or why not."""
+    if not messages:
+        return "there is nothing to save yet"
+    if file.suffix != ".jsonl":
+        return "/save FILE: its name must end in .jsonl, so that train.py --data reads it"
+
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    line = json.dumps({"messages": messages}, ensure_ascii=False)
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            print(line, file=stream)
+    except FileExistsError:
+        return f"{file} exists: choose another name"
+    except OSError as error:
+        return f"{file} cannot be written: {error.strerror}"
+    return f"{file}: {len(messages)} messages"
 
 
 def fit_context(model_file, config, tokenizer, messages: list[dict], limit: int, args):
@@ -976,8 +1082,11 @@ def write_answer(model_file, model, memory, text, stop_ids, limit, args):
     try:
         for token in answer(model_file, model, memory, text.prompt_ids, limit, keep, args):
             text.add(token, stop_ids, limit)
-            print(text.completion[written:], end="", flush=True)
-            written = len(text.completion)
+            shown = (
+                text.completion.lstrip()
+            )  # some templates leave the blank before it to the model
+            print(shown[written:], end="", flush=True)
+            written = len(shown)
             if text.reason:
                 break
     except KeyboardInterrupt:
@@ -1126,7 +1235,7 @@ def score_in_pieces(graphdef, state, x, tokens):
     for begin in range(0, len(tokens), SCORED_AT_ONCE):
         end = begin + SCORED_AT_ONCE
         pieces.append(score_tokens(graphdef, state, x[begin:end], tokens[begin:end]))
-    log_probs = np.concatenate([piece[0] for piece in pieces])
+    log_probs = np.concatenate([piece[0] for piece in pieces]).astype(np.float64)  # for the sums
     ranks = np.concatenate([piece[1] for piece in pieces])
     return log_probs, ranks
 
@@ -1658,7 +1767,7 @@ def parse_command_line() -> argparse.Namespace:
         prog="sample.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        usage="python sample.py [--model NAME] [--weights WEIGHTS] [--prompt TEXT] [options]",
+        usage="python sample.py [--model NAME] [--weights WEIGHTS] [options] [TEXT ...]",
     )
     parser.error = fail
     add_model_flags(parser)
@@ -1667,7 +1776,8 @@ def parse_command_line() -> argparse.Namespace:
     add_machine_flags(parser)
     add_output_flags(parser)
 
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # texts may stand anywhere
+    args.prompt += args.texts
     check_text_flags(args)
     check_sampling_flags(args)
     check_machine_flags(args)
@@ -1680,6 +1790,9 @@ def parse_command_line() -> argparse.Namespace:
     args.choices = [as_utf8(text, "--choices") for text in args.choices]
     if args.system is not None:
         args.system = as_utf8(args.system, "--system")
+    if args.chat and args.model is None and args.weights is None:
+        args.model = "llama"
+        args.weights = str(INSTRUCT)
     if args.model is None and args.weights in (None, "tiny"):
         args.model = "gpt2"
         args.weights = "tiny"
@@ -1694,7 +1807,7 @@ def add_model_flags(parser):
         type=not_empty,
         metavar="WEIGHTS",
         help="'tiny' (bundled), a Hub id, or a folder (default: the first preset of --model; "
-        "the tiny GPT-2 if --model is not given either)",
+        "without --model a tiny GPT-2, and with --chat a tiny Llama that answers)",
     )
     model.add_argument("--revision", help="branch, tag or commit of a Hub id")
     model.add_argument(
@@ -1705,11 +1818,14 @@ def add_model_flags(parser):
 def add_text_flags(parser):
     text = parser.add_argument_group("text")
     text.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="a text to continue, as with --prompt"
+    )
+    text.add_argument(
         "--prompt",
         action="append",
         default=[],
         metavar="TEXT",
-        help="a text to continue; may be repeated",
+        help="a text to continue; may be repeated; - is standard input",
     )
     text.add_argument(
         "--prompt-file",

@@ -104,7 +104,7 @@ def test_a_prompt_is_answered_as_the_template_asks_and_only_the_answer_is_printe
     options = ["--weights", folder, "--chat", "--temperature", 0, "--max-new-tokens", 30]
     result = run(*options, "--prompt", "Who are you?")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.decode() == text + "\n"
+    assert result.stdout.decode() == text.lstrip() + "\n"
     assert b"PyTorch" not in result.stderr
     piped = run(*options, "--json", input=b"Who are you?")
     record = json.loads(piped.stdout)
@@ -125,7 +125,7 @@ def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
 class Terminal:
     """sample.py --chat on a terminal of its own."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, env=None):
         self.end, its_end = pty.openpty()
         # A session of its own, so that Ctrl-C of this terminal reaches it and nobody else; and it
         # heeds Ctrl-C also where the tests were started with `&`, which lets children ignore it.
@@ -155,7 +155,7 @@ class Terminal:
             stdin=its_end,
             stdout=its_end,
             stderr=its_end,
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": "dumb", **(env or {})},
         )
         os.close(its_end)
         self.shown = ""
@@ -176,6 +176,17 @@ class Terminal:
     def type(self, text):
         os.write(self.end, text.encode())
 
+    def ask(self, message):
+        """Types a line; what is said to it."""
+        self.type(message + "\n")
+        self.read(until=message + "\n")  # the terminal shows what is typed
+        return self.read(until="\n> ").strip()
+
+    def interrupt(self):
+        """Ctrl-C at the prompt, which it shows before it listens."""
+        time.sleep(0.5)
+        self.type("\x03")
+
 
 def test_a_conversation_keeps_what_was_said_and_ends_with_ctrl_d(folder):
     terminal = Terminal(folder, "--max-new-tokens", "30")
@@ -186,8 +197,8 @@ def test_a_conversation_keeps_what_was_said_and_ends_with_ctrl_d(folder):
         terminal.type(message + "\n")
         terminal.read(until=message + "\n")  # the terminal shows what is typed
         _, text = said(folder, messages, 30)
-        assert terminal.read(until="\n> ") == text
-        messages.append({"role": "assistant", "content": text})
+        assert terminal.read(until="\n> ") == text.lstrip()
+        messages.append({"role": "assistant", "content": text.strip()})
     terminal.type("\x04")
     terminal.read(until="\n")
     assert terminal.process.wait(20) == 0
@@ -203,10 +214,117 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(tmp_path):
         terminal.wait_for_an_answer()
         terminal.type("\x03")
         terminal.read(until="> ")
-    time.sleep(2)  # it asks before it listens
-    terminal.type("\x03")
+    terminal.interrupt()
+    terminal.read(until="Ctrl-C again ends the conversation, as Ctrl-D does\n> ")
+    terminal.interrupt()
     assert "Traceback" not in terminal.read(until="stopped\n")
     assert terminal.process.wait(20) == 130
+
+
+def test_ctrl_c_drops_what_is_typed_and_does_not_count_as_the_first_of_two(folder):
+    terminal = Terminal(folder, "--max-new-tokens", "5")
+    terminal.read(until="> ")
+    for _ in range(2):
+        terminal.type("Not this")
+        terminal.read(until="Not this")
+        terminal.interrupt()
+        assert "again" not in terminal.read(until="> ")
+    terminal.interrupt()
+    terminal.read(until="again ends the conversation, as Ctrl-D does\n> ")
+    terminal.ask("Hi")  # after a message, a second one is again the first
+    terminal.interrupt()
+    terminal.read(until="again ends the conversation, as Ctrl-D does\n> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(20) == 0
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+def test_help_names_every_command_and_an_unknown_one_names_help(folder):
+    terminal = Terminal(folder)
+    assert "/help lists the commands" in terminal.read(until="> ")
+    shown = terminal.ask("/help")
+    for command in ("/clear", "/system TEXT", "/undo", "/save FILE", "/help"):
+        assert f"\n{command} " in "\n" + shown
+    assert terminal.ask("/quit") == "there is no /quit: /help lists the commands"
+
+
+def test_undo_clear_and_system_change_what_is_answered(folder):
+    """Each answer is the greedy one to the messages that should be left."""
+    terminal = Terminal(folder, "--max-new-tokens", "20")
+    terminal.read(until="> ")
+
+    def answer(*messages):
+        """To messages that are user, assistant, user ..., after "!" the system message."""
+        system = [message[1:] for message in messages if message.startswith("!")]
+        others = [message for message in messages if not message.startswith("!")]
+        turns = [{"role": "system", "content": text} for text in system]
+        for i, text in enumerate(others):
+            turns.append({"role": "assistant" if i % 2 else "user", "content": text})
+        return said(folder, turns, 20)[1].strip()
+
+    first = terminal.ask("One")
+    assert first == answer("One")
+    assert terminal.ask("Two") == answer("One", first, "Two")
+    assert terminal.ask("/undo") == "taken back: Two"
+    assert terminal.ask("Three") == answer("One", first, "Three")
+
+    assert terminal.ask("/clear") == "the messages are forgotten"
+    assert terminal.ask("/undo") == "there is no message to take back"
+    assert terminal.ask("Three") == answer("Three")
+
+    terminal.ask("/clear")
+    assert terminal.ask("/system Be brief.") == "the system message: Be brief."
+    assert terminal.ask("Three") == answer("!Be brief.", "Three")
+    assert terminal.ask("/system") == "there is no system message"
+
+
+def test_a_system_message_that_the_template_refuses_changes_nothing(tmp_path):
+    folder = write_chat(tmp_path, template=NO_SYSTEM + CHATML)
+    terminal = Terminal(folder, "--max-new-tokens", "5")
+    terminal.read(until="> ")
+    assert "does not take this: no system" in terminal.ask("/system Be brief.")
+    _, text = said(folder, [{"role": "user", "content": "Hi"}], 5)
+    assert terminal.ask("Hi") == text.strip()
+
+
+def test_a_saved_conversation_is_one_that_train_py_reads(folder, tmp_path):
+    terminal = Terminal(folder, "--max-new-tokens", "20", "--system", "Be brief.")
+    terminal.read(until="> ")
+    file = tmp_path / "talk.jsonl"
+    assert terminal.ask(f"/save {file}") == "there is nothing to save yet"
+    first = terminal.ask("Who are you, é?")
+    assert terminal.ask(f"/save {tmp_path / 'talk.txt'}").startswith(
+        "/save FILE: its name must end"
+    )
+    assert terminal.ask(f"/save {file}").endswith("3 messages")
+
+    expected = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who are you, é?"},
+        {"role": "assistant", "content": first},
+    ]
+    assert json.loads(file.read_text()) == {"messages": expected}
+    command = [sys.executable, "train.py", "--weights", folder, "--data", file, "--show-data"]
+    command += ["--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Be brief." in done.stdout, done.stderr
+
+    before = file.read_text()
+    assert terminal.ask(f"/save {file}").endswith("exists: choose another name")
+    assert file.read_text() == before
+    assert "cannot be written: " in terminal.ask(f"/save {tmp_path / 'no/talk.jsonl'}")
+
+
+def test_the_arrow_keys_bring_an_earlier_line_back(folder):
+    terminal = Terminal(folder, "--max-new-tokens", "5", env={"TERM": "xterm"})
+    terminal.read(until="> ")
+    terminal.type("/undo\n")
+    terminal.read(until="no message to take back\n")
+    terminal.read(until="> ")
+    terminal.type("\x1b[A\n")
+    terminal.read(until="no message to take back\n")
 
 
 class Talk:
@@ -335,7 +453,7 @@ def test_a_message_for_which_the_context_has_no_room_is_not_taken(tmp_path):
     terminal = Terminal(write_chat(tmp_path, max_position_embeddings=64))
     terminal.read(until="> ")
     terminal.type("A message of more than sixty-four letters, and so of more tokens than it has.\n")
-    terminal.read(until="no room in the context of 64: say less, or begin anew\n> ")
+    terminal.read(until="no room in the context of 64: say less, /undo, or /clear\n> ")
     terminal.type("Hi\n")
     terminal.read(until="Hi\n")
     terminal.read(until="\n> ")
