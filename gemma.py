@@ -2237,6 +2237,7 @@ GEMMA3 = {
 }
 PRESETS = {  # by id on the Hub; the first is the default
     "google/gemma-3-270m": preset(268_098_176, 0.5, GEMMA3_SMALL, D=640, F=2048, L=18, H=4, K=1),
+    "google/gemma-3-270m-it": preset(268_098_176, 0.5, GEMMA3_SMALL, D=640, F=2048, L=18, H=4, K=1),
     "google/gemma-3-1b-pt": preset(999_885_952, 2.0, GEMMA3_SMALL, D=1152, F=6912, L=26, H=4, K=1),
     "google/gemma-3-4b-pt": preset(3_880_263_168, 8.6, GEMMA3, D=2560, F=10240, L=34, H=8, K=4),
     "google/gemma-3-12b-pt": preset(11_766_034_176, 24.4, GEMMA3, D=3840, F=15360, L=48, H=16, K=8),

