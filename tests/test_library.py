@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from helpers.families import FAMILIES, GPT2, once
-from helpers.reference import ROOT
+from helpers.pages import python_of
+from helpers.reference import ROOT, read_hf
 
 import gemma
 import gpt2
@@ -559,3 +561,65 @@ def test_a_checkpoint_that_no_file_reads_and_one_that_is_not_there_are_one_line(
     # As of a shell variable that is not set: it would mean the default.
     line = one_line(run(program, *data, *task, "--weights", ""), program)
     assert "--weights: it is empty" in line
+
+
+# ------------------------------------------------------------------------- the README's own blocks
+
+
+def readme_block(word: str) -> str:
+    """The Python of README.md that has this word in it."""
+    [code] = [
+        block.code for block in python_of((ROOT / "README.md").read_text()) if word in block.code
+    ]
+    return code
+
+
+@pytest.mark.core_gpt2_only
+def test_hidden_states_and_attention_are_those_of_transformers(family, monkeypatch):
+    """At most 1e-4 of the largest number apart: float32 after four layers of a trained model."""
+    monkeypatch.chdir(ROOT)
+    call = family.module.Block.__call__
+    found = {}
+    exec(readme_block("hidden_states").replace("llama", family.name), found)
+    assert family.module.Block.__call__ is call
+
+    hf = read_hf(family, ROOT / "tiny" / family.name)
+    with torch.no_grad():
+        asked = {"output_hidden_states": True, "output_attentions": True}
+        expected = hf(torch.tensor([found["ids"]]), **asked)
+    assert len(found["hidden_states"]) == len(expected.hidden_states)
+    for ours, theirs in zip(found["hidden_states"], expected.hidden_states, strict=True):
+        largest = theirs.abs().max().item()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * largest)
+    np.testing.assert_allclose(found["weights"], torch.cat(expected.attentions), atol=1e-4)
+
+
+def test_a_script_with_the_readmes_lines_compiles_nothing_the_second_time(tmp_path):
+    script = (
+        readme_block("jax_compilation_cache_dir")
+        + """
+import gpt2
+misses = []
+jax.monitoring.register_event_listener(lambda event, **_: misses.append(event))
+model = gpt2.load("tiny/gpt2")
+gpt2.generate(model, [[1, 2, 3]], 4, key=0)
+print(misses.count("/jax/compilation_cache/cache_misses"))
+"""
+    )
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
+    numbers = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "script.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        numbers.append(int(done.stdout))
+    first, second = numbers
+    assert first > 0 and second == 0
+    assert any((tmp_path / "compiled").iterdir())
