@@ -6,6 +6,7 @@ import pty
 import select
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,7 @@ class Terminal:
 
     def __init__(self, folder, *options, env=None):
         self.end, its_end = pty.openpty()
+        termios.tcsetwinsize(its_end, (50, 500))  # so that no line is wrapped
         # A session of its own, so that Ctrl-C of this terminal reaches it and nobody else; and it
         # heeds Ctrl-C also where the tests were started with `&`, which lets children ignore it.
         start = (
@@ -316,15 +318,17 @@ def test_a_saved_conversation_is_one_that_train_py_reads(converse, folder, tmp_p
         {"role": "assistant", "content": first},
     ]
     assert json.loads(file.read_text()) == {"messages": expected}
-    command = [sys.executable, "train.py", "--weights", folder, "--data", file, "--show-data"]
-    command += ["--out", tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert "Be brief." in done.stdout, done.stderr
-
     before = file.read_text()
     assert terminal.ask(f"/save {file}").endswith("exists: choose another name")
     assert file.read_text() == before
     assert "cannot be written: " in terminal.ask(f"/save {tmp_path / 'no/talk.jsonl'}")
+
+    other = tmp_path / "other.jsonl"  # train.py wants two, one of them to validate on
+    terminal.ask(f"/save {other}")
+    command = [sys.executable, "train.py", "--weights", folder, "--data", file, other]
+    command += ["--show-data", "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Be brief." in done.stdout, done.stderr
 
 
 def test_the_arrow_keys_bring_an_earlier_line_back(converse, folder):

@@ -263,7 +263,9 @@ def cheap(command: str) -> str:
     names_weights = {"--weights", "--preset"} & set(has())
     if re.search(r"(sample|bench)\.py .*--model", command) and not names_weights:
         command += " --weights tiny"
-    if "sample.py" in command and "--list" not in has() and "--attention" not in has():
+    if "sample.py" in command and not {"--list", "--attention", "--score", "--choices"} & set(
+        has()
+    ):
         command += " --max-new-tokens 5"
     if "--chat" in has() and "--prompt" not in has():
         command += " --prompt Hello"

@@ -89,7 +89,49 @@ def test_help_and_list_read_without_a_model():
     assert "openai-community/gpt2-xl" in table and "1,557,611,200" in table and "6.43 GB" in table
 
 
+def test_the_list_fits_100_columns_and_has_a_checkpoint_to_chat_with_of_each_family(capsys):
+    """GPT-2 and OPT were published without one."""
+    sample.print_presets()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line.split()[:2] for line in lines]
+    for family, checkpoint in [
+        ("llama", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("llama", "tiny/llama-instruct"),
+        ("gemma", "google/gemma-3-270m-it"),
+        ("mistral", "mistralai/Mistral-7B-Instruct-v0.3"),
+    ]:
+        assert [family, checkpoint] in rows
+
+
 # ------------------------------------------------------------------------------------ prompts, text
+
+
+def test_a_prompt_needs_no_flag_and_may_stand_anywhere(weights):
+    flags = ["--weights", weights, "--max-new-tokens", 1, "--json"]
+    out = text_of("Once", *flags, "upon a time", "--temperature", 0, "--prompt", "first")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == [
+        "first",
+        "Once",
+        "upon a time",
+    ]
+
+
+def test_a_prompt_that_is_a_dash_is_standard_input(weights):
+    flags = ["--weights", weights, "--max-new-tokens", 1, "--json"]
+    for dash in (["--prompt", "-"], ["-"]):
+        out = text_of("--prompt", "a", *dash, *flags, stdin="To be,\n")
+        assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a", "To be,\n"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--prompt", "-", "-"], "give it once"), (["--prompt", "-"], "an empty prompt")],
+)
+def test_standard_input_that_is_empty_or_read_twice_is_refused(flags, said):
+    done = run(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_json_has_a_line_for_each_text(records):
