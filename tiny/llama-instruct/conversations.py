@@ -4,8 +4,9 @@
     python tiny/llama-instruct/conversations.py --check              # asks the held-out questions
 
 A question is a fact in one of several wordings. One wording in ten is held out, but for small talk:
-its fact is taught in other words only, and --check asks it. Conversations have one to five questions, typed as people
-type: with and without capitals and full stops, some after a system message.
+its fact is taught in other words only, and --check asks it. Conversations have one to five
+questions, typed as people type: with and without capitals and full stops, some after a system
+message.
 """
 
 import argparse
@@ -417,11 +418,11 @@ class Speaker:
             found.append(self.greet())
         for _ in range(self.rng.choice([1, 1, 2, 2, 3, 4])):
             kind = self.rng.random()
-            if kind < 0.12:
+            if kind < 0.3:
                 found.append(self.personal())
-            elif kind < 0.24:
+            elif kind < 0.4:
                 found.append(self.unknown())
-            elif kind < 0.28:
+            elif kind < 0.45:
                 found.append(self.thank())
             else:
                 found += self.ask()
@@ -446,16 +447,16 @@ class Speaker:
     def personal(self) -> tuple[str, str]:
         """What the user tells of himself, and asks for later."""
         kind = self.rng.random()
-        if kind < 0.35:
+        if kind < 0.4 or (kind < 0.7 and self.name is None and self.rng.random() < 0.7):
             self.name = self.any_name()
             return self.introduction(), f"Nice to meet you, {self.name}!"
-        if kind < 0.65:
+        if kind < 0.75:
             asked = ["What is my name?", "Who am I?", "Do you know my name?", "What's my name?"]
             answer = "You have not told me your name yet."
             if self.name:
                 answer = f"Your name is {self.name}."
             return self.rng.choice(asked), answer
-        if kind < 0.85:
+        if kind < 0.9:
             self.colour = self.rng.choice(listed(LIKED))
             asked = ["My favourite colour is {}.", "I like {}.", "I love {}."]
             answer = f"{capital_first(self.colour)} is a fine colour!"
