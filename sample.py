@@ -6,39 +6,50 @@
     python sample.py --model llama --weights HuggingFaceTB/SmolLM2-135M-Instruct --chat
     python sample.py --prompt "The king is dead." --attention attention.html   # what sees what
     python sample.py --prompt "The king is dead." --score          # how likely each token is
+    python sample.py --ui                                # a chat page, and OpenAI's protocol
     python sample.py --list                              # what there is, and how large it is
 
 The text goes to standard output while it is generated; all else goes to standard error.
 """
 
 import argparse
+import asyncio
 import base64
 import codecs
 import contextlib
 import errno
 import fnmatch
+import hashlib
+import hmac
 import importlib
+import ipaddress
 import json
 import math
 import os
 import re
+import secrets
 import select
 import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import jax
 import numpy as np
 from flax import nnx
 
 HERE = Path(__file__).resolve().parent
-INSTRUCT = HERE / "tiny" / "llama-instruct"  # the model of --chat where none is named
+INSTRUCT = HERE / "tiny" / "llama-instruct"  # for --chat and --ui, where no model is named
 TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")  # a checkpoint has one of these
 CONTINUATION = 200  # new tokens by default
 ANSWER = 1000  # the same with --chat
@@ -54,7 +65,8 @@ def main():
         print_presets()
         return
 
-    prompts = read_prompts(args)
+    listener = open_listener(args.host, args.port) if args.ui else None
+    prompts = None if args.ui else read_prompts(args)
     model_file = importlib.import_module(args.model or model_of(args.weights, args.revision))
     devices = pick_devices(args.device, args.parallel)
     if args.compile_cache != "off":
@@ -66,7 +78,7 @@ def main():
         config = model_file.read_config(folder)
         tokenizer = model_file.tokenizer(folder)
         stop_ids = model_file.read_stop_ids(folder, config) + special_ids(tokenizer, args.stop)
-        if args.chat:
+        if args.chat and not args.ui:
             chat_folder = model_file.tokenizer_folder(folder)
             tokenizer = ChatTokenizer(tokenizer.backend, chat_folder, args.system)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
@@ -75,6 +87,8 @@ def main():
             draw_attention(model_file, model, tokenizer, prompts, args)
         elif args.score or args.choices:
             write_scores(model_file, model, tokenizer, prompts, args)
+        elif args.ui:
+            serve(model_file, model, mesh, folder, tokenizer, stop_ids, listener, args)
         elif prompts is None:
             converse(model_file, model, mesh, tokenizer, stop_ids, args)
         else:
@@ -370,14 +384,15 @@ def say_if_cut(model_file, config, texts: list["Text"]):
 class Text:
     """A prompt and its completion, token by token.
 
-    prompt: a text, or the messages of a chat. stops: the stop strings.
+    prompt: a text, or the messages of a chat. stops: the stop strings. prompt_ids: the prompt's
+    tokens, where they are known.
     """
 
-    def __init__(self, tokenizer, prompt, stops):
+    def __init__(self, tokenizer, prompt, stops, prompt_ids=None):
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.stops = stops
-        self.prompt_ids = tokenizer.encode(prompt)
+        self.prompt_ids = prompt_ids or tokenizer.encode(prompt)
         self.ids = []  # the new tokens
         self.completion = ""  # their text, as far as it can be shown
         self.reason = None  # why it is complete: "stop" or "length"; None while it grows
@@ -695,6 +710,8 @@ class Rows:
             positions = take(cache.positions)
             return cache._replace(layers=tuple(layers), tokens=tokens, positions=positions)
 
+        if self.mesh.size == 1:
+            return spread(cache)  # without a program for it to compile
         shardings = shardings_of(self.mesh, jax.eval_shape(spread, cache))
         return jax.jit(spread, out_shardings=shardings)(cache)
 
@@ -771,14 +788,17 @@ def shardings_of(mesh, arrays):
 
 
 class Programs:
-    """Compiles the programs of a model for a mesh, and adds up the time in `timing`."""
+    """Compiles the programs of a model for a mesh, and adds up the time in `timing`.
+
+    Each is compiled once for inputs of the same shapes.
+    """
 
     def __init__(self, model, mesh, top_k: int | None, timing):
         self.graphdef, self.state = nnx.split(model)
         self.mesh = mesh
         self.top_k = top_k
         self.timing = timing
-        self.compiled = {}  # (function, shapes of its inputs) -> its program
+        self.compiled = {}  # (function, types of its inputs) -> its program
 
     def program(self, function, cache, *batch, shared: list):
         """A model file's prefill or decode, compiled for inputs of these shapes.
@@ -786,7 +806,7 @@ class Programs:
         batch: the inputs with rows. shared: inputs that are the same on all devices. The program
         takes cache, *batch, *shared. The cache is donated: its memory is used for the new one.
         """
-        name = (function, tuple(x.shape for x in jax.tree.leaves([cache, batch])))
+        name = (function, str(jax.tree.map(jax.typeof, [cache, batch, shared])))
         if name in self.compiled:
             return self.compiled[name]
 
@@ -842,6 +862,10 @@ def stop_profile(folder: Path):
 # ---------------------------------------------- Chat ----------------------------------------------
 
 
+class ChatError(ValueError):
+    """A conversation that a chat template does not take; the message says why."""
+
+
 class ChatTokenizer:
     """The tokenizer of a checkpoint, with its chat template and perhaps a system message."""
 
@@ -880,29 +904,35 @@ class ChatTokenizer:
         A message is {"role": "user" or "assistant", "content": its text}. A text stands for a
         single message of the user.
         """
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError
-
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
+        with explained(ChatError, "{}"):
+            return self.encode_messages(messages)
+
+    def encode_messages(self, messages: list[dict]) -> list[int]:
+        """The same for messages as they are. ChatError: the template does not take them."""
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
         # A template is a small program: it may refuse a conversation, or fail.
         failed = (TemplateSyntaxError, TypeError, ValueError, AttributeError, LookupError)
         failed += (ArithmeticError, RuntimeError)
-        refusal = f"the chat template of {self.folder} does not take this: {{}}"
-        if self.system is None:
-            refusal += " (if it wants a system message: --system TEXT)"
-        with (
-            explained(TemplateError, refusal),
-            explained(failed, f"the chat template of {self.folder} fails: {{}}"),
-        ):
+        try:
             text = self.templates.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
+        except failed as error:
+            raise ChatError(f"the chat template of {self.folder} fails: {error}") from error
+        except TemplateError as error:
+            refusal = f"the chat template of {self.folder} does not take this: {error}"
+            if self.system is None:
+                refusal += " (if it wants a system message: --system TEXT)"
+            raise ChatError(refusal) from error
+
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if not ids:
-            fail(f"the chat template of {self.folder} makes no text of the messages")
+            raise ChatError(f"the chat template of {self.folder} makes no text of the messages")
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -1590,6 +1620,1018 @@ def save_picture(figure, file):
         print("the picture's font lacks some characters: a .html shows them", file=sys.stderr)
 
 
+# ----------------------------- The server: one thread owns the model ------------------------------
+
+MOST_ROWS = 8  # texts in one batch, at most
+GATHERING = 0.02  # seconds to wait for another row of the next batch
+KEPT_PROGRAMS = 8  # values of top_k whose programs are kept
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, under the names of the command line. The rows of a batch share it."""
+
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float
+
+    # A server streams, and writes neither a profile nor JSON lines.
+    profile = None
+    no_stream = False
+    json = False
+
+
+@dataclass(eq=False)
+class Choice:
+    """A text that is generated for a request: one of its choices."""
+
+    call: "Call"
+    index: int  # of the choice
+    text: Text
+    number: int  # among the choices of the same prompt
+    every: float  # new tokens after which a part is sent
+    shown: int = 0  # tokens that were sent
+
+    def is_wanted(self) -> bool:
+        """Whether there is a reason to go on with it."""
+        return self.text.reason is None and not self.call.dropped
+
+
+class Engine:
+    """Owns the model. Its one thread runs the rows that wait, as batches of the same sampling."""
+
+    def __init__(self, model_file, model, mesh, tokenizer):
+        self.model_file = model_file
+        self.model = model
+        self.mesh = mesh
+        self.tokenizer = tokenizer
+        self.score = make_scorer(model)
+        self.programs = {}  # by top_k, which is compiled into them
+        self.memory = Memory()
+        self.waiting = []  # rows
+        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(1, initializer=jax.set_mesh, initargs=[mesh])
+
+    def submit(self, rows: list[Choice]):
+        """Has rows generated; their parts are sent to their calls."""
+        with self.lock:
+            self.waiting += rows
+        for _ in rows:  # as many batches at most: where rows share one, the rest find nothing to do
+            self.thread.submit(self.run_next).add_done_callback(show_bug)
+
+    def run_next(self):
+        """Runs the row that waits longest, and those that can share its batch.
+
+        Whatever goes wrong ends these rows, and not the server.
+        """
+        self.gather()
+        rows = self.next_rows()
+        problem = "a fault of the server; its terminal shows where"
+        try:
+            self.run(rows)
+        except (self.model_file.InputError, jax.errors.JaxRuntimeError) as error:
+            problem = str(error)
+            print(f"a request failed: {problem}", file=sys.stderr, flush=True)
+        finally:
+            for row in rows:
+                if row.is_wanted():
+                    row.call.send(ApiError(500, problem))
+
+    def gather(self):
+        """Waits while more rows come: requests that are sent together arrive one by one."""
+        count = 0
+        while count < len(self.waiting) < MOST_ROWS:
+            count = len(self.waiting)
+            time.sleep(GATHERING)
+
+    def next_rows(self) -> list[Choice]:
+        """Takes the next batch from the rows that wait."""
+        rows = []
+        others = []
+        with self.lock:
+            for row in self.waiting:
+                if not row.is_wanted():
+                    continue
+                if self.can_share([*rows, row]):
+                    rows.append(row)
+                else:
+                    others.append(row)
+            self.waiting = others
+        return rows
+
+    def can_share(self, rows: list[Choice]) -> bool:
+        """Whether rows can be one batch: all go on up to the largest of their limits."""
+        longest = max(len(row.text.prompt_ids) for row in rows)
+        limit = max(row.call.limit for row in rows)
+        fits = longest + limit <= self.model.config.max_position_embeddings
+        return fits and len(rows) <= MOST_ROWS and len({row.call.sampling for row in rows}) == 1
+
+    def run(self, rows: list[Choice]):
+        """Generates rows until each has ended, or its client is gone."""
+        for new in self.generate(rows):
+            for row, tokens in zip(rows, new, strict=True):
+                if row.is_wanted():
+                    row.text.add(tokens, row.call.stop_ids, row.call.limit)
+                    self.send_part(row)
+            if not any(row.is_wanted() for row in rows):
+                break
+
+    def generate(self, rows: list[Choice]):
+        """Yields the new tokens of rows as they come, each time [B, n]."""
+        if not rows:
+            return
+        sampling = rows[0].call.sampling
+        limit = max(row.call.limit for row in rows)
+
+        # A conversation that runs alone finds the KV cache of its earlier messages.
+        if len(rows) == 1 and rows[0].call.is_chat and rows[0].number == 0:
+            yield from self.generate_chat(rows[0], limit)
+            return
+
+        # Few numbers of rows and few lengths, so few programs. Short texts fill up the batch, each
+        # of another length, as `place` computes equal ones once.
+        missing = 2 ** (len(rows) - 1).bit_length() - len(rows)
+        prompts = [row.text.prompt_ids for row in rows]
+        keys = [jax.random.fold_in(random_key(row.call.seed), row.number) for row in rows]
+        for length in range(1, missing + 1):
+            prompts.append([0] * length)
+            keys.append(keys[0])
+        tokens, _, _ = self.model_file.batch_prompts(self.model.config, prompts, 1)
+        T = tokens.shape[1]
+        size = 2 ** (T + limit - 1).bit_length() - T
+
+        timing = Timing()
+        programs = self.programs_of(sampling.top_k, timing)
+        batch = place(self.model_file, self.model, self.mesh, prompts, keys, size)
+        for new in fill_context(self.model_file, programs, batch, limit, timing, sampling):
+            yield new[: len(rows)]
+
+    def generate_chat(self, row: Choice, limit: int):
+        """The same for the only row of a chat."""
+        args = argparse.Namespace(**vars(row.call.sampling), seed=row.call.seed)
+        ids = row.text.prompt_ids
+        try:
+            for token in answer(self.model_file, self.model, self.memory, ids, limit, 0, args):
+                yield token[None]
+        except Exception:
+            self.memory = Memory()  # its cache may have been donated to the step that failed
+            raise
+
+    def programs_of(self, top_k: int | None, timing):
+        """The programs for a top_k, which keep what they have compiled."""
+        if top_k not in self.programs:
+            if len(self.programs) == KEPT_PROGRAMS:
+                self.programs.clear()
+            self.programs[top_k] = Programs(self.model, self.mesh, top_k, timing)
+        self.programs[top_k].timing = timing
+        return self.programs[top_k]
+
+    def send_part(self, row: Choice):
+        """Sends what is new of a row to its call, once it is enough."""
+        text = row.text
+        if text.reason is None and len(text.ids) - row.shown < row.every:
+            return
+
+        logprobs = []
+        shown = len(text.ids)
+        if row.call.top is not None:
+            shown = self.count_shown(row)
+            logprobs = self.logprobs(row, shown)
+        row.shown = shown
+        row.call.send(Part(row.index, text.completion, text.reason, len(text.ids), logprobs))
+
+    def count_shown(self, row: Choice) -> int:
+        """How many of a row's tokens are in the text so far: not those held back, or cut off."""
+        text = row.text
+        end = len(text.completion)
+        for count in range(row.shown, len(text.ids)):
+            begins, ends = self.offset(text, count), self.offset(text, count + 1)
+            cut = ends > end
+            if text.reason is not None:
+                cut = cut and begins >= end  # the last token may be cut within
+            if cut:
+                return count
+        return len(text.ids)
+
+    def offset(self, text: Text, count: int) -> int:
+        """Where the token after `count` new ones begins in the completion."""
+        return len(self.tokenizer.decode(text.prompt_ids + text.ids[:count])) - text.begin
+
+    def logprobs(self, row: Choice, end: int) -> list["Logprob"]:
+        """The log-probabilities of new tokens that were not sent yet, up to number `end`.
+
+        They are the model's: before the temperature, and before any token is left out.
+        """
+        text = row.text
+        ids = text.prompt_ids + text.ids[:end]
+        begin = len(text.prompt_ids) + row.shown
+        if begin == len(ids):
+            return []
+        context = self.model.config.max_position_embeddings
+        own, best, best_ids = self.score(ids, begin, context)
+
+        found = []
+        for i in range(begin, len(ids)):
+            before = ids[i - 1]
+            top = []
+            for other, logprob in zip(best_ids[i - begin], best[i - begin], strict=True):
+                top.append((piece_of(self.tokenizer, before, int(other)), float(logprob)))
+            piece = piece_of(self.tokenizer, before, ids[i])
+            offset = self.offset(text, i - len(text.prompt_ids))
+            found.append(Logprob(piece, float(own[i - begin]), top[: row.call.top], offset))
+        return found
+
+
+def show_bug(done):
+    """Shows the exception of a task that should have none."""
+    if done.exception() is not None:
+        traceback.print_exception(done.exception())
+
+
+TOP_LOGPROBS = 20  # alternatives to a token, at most
+
+
+def make_scorer(model):
+    """A function (ids, begin, context) -> the log-probabilities of ids[begin:], and the likeliest.
+
+    It returns three arrays: the log-probability of each token [n], and those of the TOP_LOGPROBS
+    likeliest in its place with their ids, both [n, TOP_LOGPROBS]. One forward pass, without cache.
+    """
+    graphdef, state = nnx.split(model)
+    top = min(TOP_LOGPROBS, model.config.vocab_size)
+
+    @jax.jit
+    def hidden(state, tokens):
+        x, _ = nnx.merge(graphdef, state).hidden(tokens)
+        return x[0]  # [T, D]
+
+    @jax.jit
+    def head(state, x, ids):
+        logits = nnx.merge(graphdef, state).head(x[None])[0]
+        logprobs = jax.nn.log_softmax(logits)  # [n, V]
+        own = jax.numpy.take_along_axis(logprobs, ids[:, None], axis=1)[:, 0]
+        return own, *jax.lax.top_k(logprobs, top)
+
+    def score(ids, begin, context):
+        # Padded on the right, where no token sees it: few lengths, so few programs.
+        T = min(context, max(64, 2 ** (len(ids) - 1).bit_length()))
+        x = hidden(state, np.array([ids + [0] * (T - len(ids))]))
+
+        # Logits of 64 tokens at a time, as those of all may not fit the memory.
+        parts = []
+        for first in range(begin, len(ids), 64):
+            at = np.minimum(np.arange(first, first + 64), len(ids) - 1)
+            scored = head(state, x[at - 1], np.array(ids)[at])
+            parts.append([np.asarray(values)[: len(ids) - first] for values in scored])
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+    return score
+
+
+def piece_of(tokenizer, before: int, token: int) -> str:
+    """The text of a token after another one. One without a text has its name in the vocabulary."""
+    text = tokenizer.decode([before, token])
+    text = text[len(tokenizer.decode([before])) :]
+    if not text or "\ufffd" in text:  # a special token, or a part of a character
+        text = tokenizer.backend.id_to_token(token) or str(token)
+    return text
+
+
+# ------------------------------- The server: requests and responses -------------------------------
+
+MOST_BYTES = 2**20  # of a request
+MOST_SECONDS = 20  # for a request to arrive
+MOST_CHOICES = 128  # of a request
+MOST_WAITING = 512  # texts
+MOST_STOPS = 16  # stop strings
+MOST_STOP = 200  # characters of each
+COMPLETION = 16  # new tokens of /v1/completions, where max_tokens is not given
+
+# The numbers that a request may have: the lowest, the highest, and whether they are whole.
+NUMBERS = {
+    "temperature": (0, 100, False),
+    "top_p": (1e-6, 1, False),
+    "top_k": (1, 2**31 - 1, True),
+    "min_p": (0, 1, False),
+    "repetition_penalty": (0.01, 100, False),
+    "max_tokens": (1, 2**31 - 1, True),
+    "max_completion_tokens": (1, 2**31 - 1, True),
+    "n": (1, MOST_CHOICES, True),
+    "seed": (-(2**63), 2**63 - 1, True),
+    "top_logprobs": (0, TOP_LOGPROBS, True),
+    "logprobs": (0, TOP_LOGPROBS, True),  # of /v1/completions; a chat has true or false
+}
+# What the protocol has and this server has not: only the values that change nothing are taken.
+NEUTRAL = {
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "logit_bias": [{}],
+    "best_of": [1],
+    "echo": [False],
+    "suffix": [""],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "user": None,  # anything
+    "metadata": None,
+    "store": None,
+    "service_tier": None,
+    "safety_identifier": None,
+    "prompt_cache_key": None,
+}
+FIELDS = {"model", "messages", "prompt", "stop", "stream", "stream_options", *NUMBERS, *NEUTRAL}
+
+
+class ApiError(Exception):
+    """A request that gets no answer: an HTTP status, a message, and which field is wrong."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code=None):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    def record(self) -> dict:
+        """The error in OpenAI's form."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token and its log-probability, and those of others in its place."""
+
+    token: str
+    logprob: float
+    top: list  # of (token, log-probability), the likeliest first
+    offset: int  # in the text of the choice
+
+    def record(self) -> dict:
+        """As a chat has it."""
+        top = [{"token": token, "logprob": x, "bytes": bytes_of(token)} for token, x in self.top]
+        own = {"token": self.token, "logprob": self.logprob, "bytes": bytes_of(self.token)}
+        return {**own, "top_logprobs": top}
+
+
+def bytes_of(text: str) -> list[int]:
+    """The bytes of a text, as OpenAI's protocol has them beside it."""
+    return list(text.encode("utf-8"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the engine's thread says of a row."""
+
+    index: int
+    text: str  # the completion so far
+    reason: str | None  # why it has ended; None: it goes on
+    tokens: int  # new ones so far
+    logprobs: list  # of the tokens since the last part
+
+
+class Call:
+    """A request for texts: what it asks for, and the parts that come from the engine."""
+
+    def __init__(self, service, body: dict, is_chat: bool, loop):
+        self.is_chat = is_chat
+        self.loop = loop
+        self.parts = asyncio.Queue()
+        self.dropped = False  # whether the client is gone
+        self.id = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(16)
+        self.created = int(time.time())
+        self.model = service.name
+
+        check_fields_of(body, service)
+        self.stream = read_switch(body, "stream")
+        self.counts = read_switch(read_field(body, "stream_options", dict, {}), "include_usage")
+        self.sampling = read_sampling(body)
+        self.seed = read_number(body, "seed", secrets.randbits(63)) % 2**63
+        self.top = read_logprobs(body, is_chat)
+        stops = read_stops(body)
+        codec = service.chat_codec if is_chat else service.codec
+        self.stop_ids = service.stop_ids + special_ids(codec, stops)
+
+        # Logprobs cost a forward pass each time.
+        every = 1 if self.top is None else 32
+        if not self.stream:
+            every = math.inf
+        config = service.engine.model.config
+        prompts = read_messages(body) if is_chat else read_prompts_of(body)
+        self.rows = []
+        for prompt in prompts:
+            ids = encode_prompt(codec, prompt, config)
+            for number in range(read_number(body, "n", 1)):
+                text = Text(codec, prompt, stops, ids)
+                self.rows.append(Choice(self, len(self.rows), text, number, every))
+        if len(self.rows) > MOST_CHOICES:
+            raise ApiError(400, f"{MOST_CHOICES} choices at most in one request", "n")
+        self.limit = read_limit(body, self.rows, config)
+
+    def send(self, part):
+        """Hands over a Part, or an ApiError; called by the engine's thread."""
+        self.loop.call_soon_threadsafe(self.parts.put_nowait, part)
+
+    def drop(self):
+        """Has the engine stop, as nobody waits any more."""
+        self.dropped = True
+        self.parts.put_nowait(ApiError(499, "the client is gone"))
+
+    async def arriving(self):
+        """Yields the parts of all rows, up to the last part of each. ApiError: it fails."""
+        running = len(self.rows)
+        while running > 0:
+            part = await self.parts.get()
+            if isinstance(part, ApiError):
+                raise part
+            if part.reason is not None:
+                running -= 1
+            yield part
+
+    def usage(self, last: dict) -> dict:
+        """The counts of tokens. last: index -> the last part of each row."""
+        prompts = sum(len(row.text.prompt_ids) for row in self.rows if row.number == 0)
+        new = sum(part.tokens for part in last.values())
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": new,
+            "total_tokens": prompts + new,
+        }
+
+    def head(self, chunk: bool) -> dict:
+        """What each response begins with. chunk: whether it is a part of a stream."""
+        kind = "text_completion"
+        if self.is_chat:
+            kind = "chat.completion.chunk" if chunk else "chat.completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def logprobs(self, found: list[Logprob]) -> dict | None:
+        """Logprobs in the form of the protocol; None if they were not asked for."""
+        if self.top is None:
+            return None
+        if self.is_chat:
+            return {"content": [logprob.record() for logprob in found]}
+        return {
+            "tokens": [logprob.token for logprob in found],
+            "token_logprobs": [logprob.logprob for logprob in found],
+            "top_logprobs": [dict(logprob.top) for logprob in found] if self.top > 0 else None,
+            "text_offset": [logprob.offset for logprob in found],
+        }
+
+    async def whole(self) -> dict:
+        """The response that is not streamed."""
+        last = {}
+        async for part in self.arriving():
+            last[part.index] = part
+
+        choices = []
+        for index, part in sorted(last.items()):
+            choice = {"index": index, "finish_reason": part.reason}
+            if self.is_chat:
+                choice["message"] = {"role": "assistant", "content": part.text}
+            else:
+                choice["text"] = part.text
+            choice["logprobs"] = self.logprobs(part.logprobs)
+            choices.append(choice)
+        return {**self.head(chunk=False), "choices": choices, "usage": self.usage(last)}
+
+    async def chunks(self):
+        """Yields the responses of a stream, each the JSON of a server-sent event."""
+        last = {}
+        try:
+            async for part in self.arriving():
+                first = part.index not in last
+                sent = "" if first else last[part.index].text
+                last[part.index] = part
+                choice = self.choice(part, part.text[len(sent) :], first)
+                yield {**self.head(chunk=True), "choices": [choice]}
+        except ApiError as error:
+            yield error.record()
+            return
+        if self.counts:
+            yield {**self.head(chunk=True), "choices": [], "usage": self.usage(last)}
+
+    def choice(self, part: Part, new: str, first: bool) -> dict:
+        """A choice as a part of a stream has it. new: its new text."""
+        choice = {"index": part.index, "finish_reason": part.reason}
+        if self.is_chat:
+            choice["delta"] = {"content": new}
+            if first:
+                choice["delta"]["role"] = "assistant"
+        else:
+            choice["text"] = new
+        choice["logprobs"] = self.logprobs(part.logprobs)
+        return choice
+
+
+def check_fields_of(body: dict, service):
+    """ApiError: a field that is not known, or a value of it that would be ignored."""
+    if body.get("model") is None:
+        raise ApiError(400, f"name the model: {service.name}", "model")
+    if body["model"] != service.name:
+        message = f"there is no model {body['model']!r:.100} here, only {service.name}"
+        raise ApiError(404, message, "model", "model_not_found")
+    for name, value in body.items():
+        if name not in FIELDS:
+            raise ApiError(400, f"{name[:100]!r} is not a field of this protocol", name[:100])
+        neutral = NEUTRAL.get(name)
+        if neutral is not None and value is not None and value not in neutral:
+            raise ApiError(400, f"{name} is not supported: leave it out", name)
+
+
+def read_field(body: dict, name: str, kind, default):
+    """A field of a type; the default where it is missing or null."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise ApiError(400, f"{name} must be of type {kind.__name__}", name)
+    return value
+
+
+def read_switch(body: dict, name: str) -> bool:
+    return read_field(body, name, bool, False)
+
+
+def read_number(body: dict, name: str, default):
+    """A number within its bounds, which NUMBERS has."""
+    value = body.get(name)
+    if value is None:
+        return default
+    lowest, highest, whole = NUMBERS[name]
+    kinds = int if whole else (int, float)
+    fits = isinstance(value, kinds) and not isinstance(value, bool) and lowest <= value <= highest
+    if not fits:
+        kind = "a whole number" if whole else "a number"
+        raise ApiError(400, f"{name} must be {kind} from {lowest} to {highest}", name)
+    return value
+
+
+def read_sampling(body: dict) -> Sampling:
+    """How tokens are drawn. Values that change nothing are off, so that requests share batches."""
+    top_p = read_number(body, "top_p", None)
+    min_p = read_number(body, "min_p", None)
+    return Sampling(
+        temperature=float(read_number(body, "temperature", 1)),
+        top_p=None if top_p == 1 else top_p,
+        top_k=read_number(body, "top_k", None),
+        min_p=None if min_p == 0 else min_p,
+        repetition_penalty=float(read_number(body, "repetition_penalty", 1)),
+    )
+
+
+def read_logprobs(body: dict, is_chat: bool) -> int | None:
+    """How many alternatives to send with each token; None: no logprobs."""
+    if is_chat:
+        wanted = read_switch(body, "logprobs")
+        top = read_number(body, "top_logprobs", 0)
+        if top > 0 and not wanted:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        return top if wanted else None
+    if "top_logprobs" in body:
+        raise ApiError(400, "here logprobs is the number of alternatives", "top_logprobs")
+    return read_number(body, "logprobs", None)
+
+
+def read_stops(body: dict) -> list[str]:
+    """The stop strings: of one, of a list, or of nothing."""
+    stops = body.get("stop")
+    if stops is None:
+        return []
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS:
+        raise ApiError(400, f"stop must be a text, or {MOST_STOPS} at most", "stop")
+    for stop in stops:
+        check_text(stop, "stop")
+        if not 0 < len(stop) <= MOST_STOP:
+            raise ApiError(400, f"a stop string has 1 to {MOST_STOP} characters", "stop")
+    return stops
+
+
+def check_text(text, name: str):
+    """ApiError: it is no text, or one that no UTF-8 stands for."""
+    if not isinstance(text, str):
+        raise ApiError(400, f"{name} must be a text", name)
+    if re.search("[\ud800-\udfff]", text):
+        raise ApiError(400, f"{name} has half of a character (a surrogate)", name)
+
+
+def read_prompts_of(body: dict) -> list:
+    """The prompts of /v1/completions: texts, or lists of token ids."""
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if prompts and all(isinstance(token, int) for token in prompts):
+        prompts = [prompts]
+    if not 0 < len(prompts) <= MOST_CHOICES:
+        raise ApiError(400, f"prompt must be 1 to {MOST_CHOICES} texts", "prompt")
+    for prompt in prompts:
+        if not isinstance(prompt, list):
+            check_text(prompt, "prompt")
+    return prompts
+
+
+def read_messages(body: dict) -> list[list[dict]]:
+    """The messages of a chat, as the only prompt, in the form that chat templates take."""
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise ApiError(400, "messages must be a list of at least one", "messages")
+    messages = []
+    for message in given:
+        if not isinstance(message, dict):
+            raise ApiError(400, "a message must be an object", "messages")
+        role = message.get("role")
+        if role == "developer":
+            role = "system"  # its name in models before o1
+        if role not in ("system", "user", "assistant"):
+            raise ApiError(400, "a role must be system, user or assistant", "messages")
+        messages.append({"role": role, "content": read_content(message.get("content"))})
+    return [messages]
+
+
+def read_content(content) -> str:
+    """The text of a message, which may be given in parts."""
+    parts = content
+    if not isinstance(content, list):
+        parts = [{"type": "text", "text": content}]
+    text = ""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ApiError(400, "a content must be a text, or parts of type text", "messages")
+        check_text(part.get("text"), "messages")
+        text += part["text"]
+    return text
+
+
+def encode_prompt(codec, prompt, config) -> list[int]:
+    """The token ids of a prompt, which may be such ids. ApiError: they cannot be continued."""
+    ids = prompt
+    if isinstance(codec, ChatTokenizer):
+        try:
+            ids = codec.encode_messages(prompt)
+        except ChatError as error:
+            raise ApiError(400, str(error), "messages") from error
+    elif isinstance(prompt, str):
+        ids = codec.encode(prompt)
+
+    context = config.max_position_embeddings
+    if not ids:
+        raise ApiError(400, "the prompt has no tokens", "prompt")
+    if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
+        raise ApiError(400, f"a token id must be from 0 to {config.vocab_size - 1}", "prompt")
+    if len(ids) >= context:
+        message = f"{len(ids)} tokens leave no room in the context length of {context}"
+        raise ApiError(400, message, "prompt", "context_length_exceeded")
+    return ids
+
+
+def read_limit(body: dict, rows: list[Choice], config) -> int:
+    """The most new tokens of each row: max_tokens, or less where the context ends before that."""
+    default = ANSWER if rows[0].call.is_chat else COMPLETION
+    limit = read_number(body, "max_tokens", default)
+    limit = read_number(body, "max_completion_tokens", limit)
+    longest = max(len(row.text.prompt_ids) for row in rows)
+    return min(limit, config.max_position_embeddings - longest)
+
+
+def parse_body(data: bytes) -> dict:
+    """The object of a request's JSON."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return body
+
+
+async def read_body(request) -> bytes:
+    """The body of a request, within the limits of its size and time."""
+    from starlette.requests import ClientDisconnect
+
+    data = bytearray()
+    try:
+        async with asyncio.timeout(MOST_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MOST_BYTES:
+                    raise ApiError(413, f"a request has {MOST_BYTES:,} bytes at most")
+    except TimeoutError:
+        raise ApiError(408, f"the request took longer than {MOST_SECONDS} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client is gone") from None
+    return bytes(data)
+
+
+# --------------------------------- The server: addresses and page ---------------------------------
+
+KEPT_ANSWERS = 64  # whose attention can be looked at
+PICTURE_BYTES = 24e6  # of the weights on a page of attention
+
+
+def serve(model_file, model, mesh, folder, tokenizer, stop_ids, listener, args):
+    """Serves the page and OpenAI's protocol, until Ctrl-C."""
+    import uvicorn
+
+    engine = Engine(model_file, model, mesh, tokenizer)
+    chat_codec = None
+    codec_folder = model_file.tokenizer_folder(folder)
+    if args.chat or has_chat_template(model_file, codec_folder):
+        chat_codec = ChatTokenizer(tokenizer.backend, codec_folder, None)
+    service = Service(engine, tokenizer, chat_codec, stop_ids, args)
+
+    config = uvicorn.Config(
+        Gate(make_app(service), args.api_key, args.host),
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=512,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    kind = "chat" if chat_codec else "plain completion, as there is no chat template"
+    print(
+        f"{service.name} on {service.device}: {kind}\n"
+        f"the page:          http://{shown}:{port}\n"
+        f"OpenAI's protocol: http://{shown}:{port}/v1\n"
+        "The first answers are slower, as programs are compiled; Ctrl-C stops the server",
+        file=sys.stderr,
+        flush=True,
+    )
+    # In a thread, so that Ctrl-C reaches this one, and ends all at once.
+    sockets = {"sockets": [listener]}
+    server = threading.Thread(target=uvicorn.Server(config).run, kwargs=sockets, daemon=True)
+    server.start()
+    server.join()
+
+
+def has_chat_template(model_file, folder: Path) -> bool:
+    """Whether a checkpoint was tuned to answer, as far as its files say."""
+    settings = model_file.read_json_if_any(folder / "tokenizer_config.json")
+    return any(folder.glob("chat_template*")) or bool(settings.get("chat_template"))
+
+
+def open_listener(host: str, port: int):
+    """The socket that the server listens on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = f"--port {port}: {{}}; stop what uses it, or give another --port"
+    with explained(OSError, taken):
+        return socket.create_server((host, port), family=family, backlog=256)
+
+
+class Service:
+    """What the addresses of the server answer."""
+
+    def __init__(self, engine: Engine, codec, chat_codec, stop_ids, args):
+        model = engine.model
+        self.engine = engine
+        self.codec = codec
+        self.chat_codec = chat_codec  # None: the model was not tuned to answer
+        self.stop_ids = stop_ids
+        self.name = args.weights or next(iter(engine.model_file.PRESETS))
+        if self.name == "tiny":
+            self.name = f"tiny/{engine.model_file.__name__}"
+        self.created = int(time.time())
+        self.device = f"{engine.mesh.devices.flat[0].device_kind}, {model.dtype.name}"
+        self.answers = {}  # id of a response -> token ids of its first choice
+
+        cache = partial(engine.model_file.init_cache, model.config, 1, 1, model.dtype)
+        maps = len(jax.eval_shape(cache).layers) * model.config.num_attention_heads
+        self.picture_tokens = min(PICTURE_TOKENS, int((PICTURE_BYTES / 2 / maps) ** 0.5))
+        self.html = self.fill_page(args)
+
+    def fill_page(self, args) -> str:
+        """The page, with what it has to know."""
+        data = {
+            "model": self.name,
+            "device": self.device,
+            "context": self.engine.model.config.max_position_embeddings,
+            "chat": self.chat_codec is not None,
+            "key": args.api_key is not None,
+            "picture": self.picture_tokens,
+            "system": args.system or "",
+            "max_tokens": args.max_new_tokens or (ANSWER if self.chat_codec else CONTINUATION),
+            "seed": args.seed or None,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
+            "min_p": args.min_p,
+            "repetition_penalty": args.repetition_penalty,
+        }
+        # In a script, "</script" would end it, and "<!--" may hide its end.
+        text = json.dumps(data).replace("<", "\\u003c")
+        template = (HERE / "docs" / "chat.html").read_text(encoding="utf-8")
+        return template.replace('{"model": null}', text)
+
+    async def page(self, request):
+        return html_response(self.html)
+
+    async def models(self, request):
+        """The list of models, or the one of the path."""
+        own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "user"}
+        name = request.path_params.get("name")
+        if name is None:
+            return json_response({"object": "list", "data": [own]})
+        if name != self.name:
+            raise ApiError(404, f"there is no model {name!r:.100} here", "model", "model_not_found")
+        return json_response(own)
+
+    async def chat(self, request):
+        if self.chat_codec is None:
+            raise ApiError(400, f"{self.name} has no chat template: use /v1/completions")
+        return await self.respond(request, is_chat=True)
+
+    async def completions(self, request):
+        return await self.respond(request, is_chat=False)
+
+    async def respond(self, request, is_chat: bool):
+        """The response to a request for texts. Where its client goes away, generation stops."""
+        body = parse_body(await read_body(request))
+        if len(self.engine.waiting) > MOST_WAITING:
+            raise ApiError(429, "too many requests are waiting: try again later")
+        # In another thread, as long texts take their time to be cut into tokens.
+        loop = asyncio.get_running_loop()
+        call = await asyncio.to_thread(Call, self, body, is_chat, loop)
+        self.keep_answer(call)
+        self.engine.submit(call.rows)
+        if call.stream:
+            return EventStream(call)
+
+        watch = asyncio.create_task(drop_when_gone(request, call))
+        try:
+            return json_response(await call.whole())
+        finally:
+            watch.cancel()
+
+    def keep_answer(self, call: Call):
+        """Keeps the last answers, for a picture of their attention."""
+        self.answers[call.id] = call.rows[0].text
+        if len(self.answers) > KEPT_ANSWERS:
+            del self.answers[next(iter(self.answers))]
+
+    async def attention(self, request):
+        """The page of --attention for an answer. Its id is known only to who received it."""
+        text = self.answers.get(request.path_params["id"])
+        if text is None:
+            raise ApiError(404, f"only the last {KEPT_ANSWERS} answers have a picture")
+        ids = text.prompt_ids + text.ids
+        if len(ids) > self.picture_tokens:
+            most = self.picture_tokens
+            raise ApiError(400, f"{len(ids)} tokens: a picture has room for {most}")
+        drawn = self.engine.thread.submit(self.draw, ids)
+        return html_response(await asyncio.wrap_future(drawn))
+
+    def draw(self, ids: list[int]) -> str:
+        """Runs in the engine's thread."""
+        weights = attention_weights(self.engine.model_file, self.engine.model, ids)
+        return attention_page(weights, token_labels(self.codec, ids))
+
+
+class EventStream:
+    """A response that is streamed as server-sent events. Where the client goes, the call ends."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    async def __call__(self, scope, receive, send):
+        from starlette.responses import StreamingResponse
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        stream = StreamingResponse(self.lines(), media_type="text/event-stream", headers=headers)
+        try:
+            await stream(scope, receive, send)
+        finally:
+            self.call.dropped = True
+
+    async def lines(self):
+        async for chunk in self.call.chunks():
+            yield f"data: {json.dumps(chunk)}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+async def drop_when_gone(request, call: Call):
+    """Waits until the client of a request has gone, and drops its call."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    call.drop()
+
+
+def json_response(value: dict, status: int = 200):
+    from starlette.responses import JSONResponse
+
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    return JSONResponse(value, status, headers)
+
+
+def html_response(html: str):
+    """A page that runs its own scripts and no others, and asks this server alone."""
+    from starlette.responses import HTMLResponse
+
+    hashes = []
+    for script in re.findall(r"<script>(.*?)</script>", html, re.DOTALL):
+        digest = hashlib.sha256(script.encode("utf-8")).digest()
+        hashes.append(f"'sha256-{base64.b64encode(digest).decode('ascii')}'")
+    policy = (
+        f"default-src 'none'; script-src {' '.join(hashes)}; style-src 'unsafe-inline'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+    return HTMLResponse(html, headers=headers)
+
+
+def make_app(service: Service):
+    """The addresses of the server. Every error has OpenAI's form."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
+
+    async def refuse(request, error):
+        return json_response(error.record(), error.status)
+
+    async def not_found(request, error):
+        shown = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        return json_response(ApiError(error.status_code, shown).record(), error.status_code)
+
+    routes = [
+        Route("/", service.page),
+        Route("/attention/{id}", service.attention),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.models),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.completions, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={ApiError: refuse, HTTPException: not_found})
+
+
+class Gate:
+    """Lets requests in: those with the key, or without a key those that no other site sent."""
+
+    def __init__(self, app, key: str | None, host: str):
+        self.app = app
+        self.key = key
+        self.host = host
+
+    async def __call__(self, scope, receive, send):
+        from starlette.datastructures import Headers
+
+        headers = Headers(scope=scope)
+        error = self.wrong_key(headers, scope["path"]) if self.key else self.wrong_site(headers)
+        app = self.app
+        if error is not None:
+            app = json_response(error.record(), error.status)
+        await app(scope, receive, send)
+
+    def wrong_key(self, headers, path: str) -> ApiError | None:
+        """Compared in constant time, so that the time of an answer says nothing of the key."""
+        if not path.startswith("/v1/"):
+            return None  # the page itself holds nothing that is secret
+        given = headers.get("authorization", "").encode("utf-8")
+        if hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+            return None
+        return ApiError(401, "a wrong API key, or none", code="invalid_api_key")
+
+    def wrong_site(self, headers) -> ApiError | None:
+        """Another site's page may send requests here, and may give its own name this address."""
+        host = headers.get("host", "")
+        name = host_in(f"//{host}")
+        if not (is_address(name) or name in ("localhost", self.host.lower())):
+            return ApiError(403, f"this server is not called {name[:100]!r}")
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            return ApiError(403, f"requests from {origin[:100]!r} are not answered")
+        return None
+
+
+def host_in(address: str) -> str:
+    """The name of the host in an address, without its port; empty if it has none."""
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_address(name: str) -> bool:
+    """Whether it is an IP address, and not a name that stands for one."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 # ---------------- Errors and devices: the same in sample.py, train.py and bench.py ----------------
 
 # model_type in a config.json -> the model file that reads it
@@ -1777,6 +2819,7 @@ def parse_command_line() -> argparse.Namespace:
     add_sampling_flags(parser)
     add_machine_flags(parser)
     add_output_flags(parser)
+    add_server_flags(parser)
 
     args = parser.parse_intermixed_args()  # texts may stand anywhere
     args.prompt += args.texts
@@ -1787,12 +2830,13 @@ def parse_command_line() -> argparse.Namespace:
         check_attention_flags(args)
     if args.score or args.choices:
         check_score_flags(args)
+    check_server_flags(args)
     args.prompt = [as_utf8(text, "--prompt") for text in args.prompt]
     args.stop = [as_utf8(text, "--stop") for text in args.stop]
     args.choices = [as_utf8(text, "--choices") for text in args.choices]
     if args.system is not None:
         args.system = as_utf8(args.system, "--system")
-    if args.chat and args.model is None and args.weights is None:
+    if (args.chat or args.ui) and args.model is None and args.weights is None:
         args.model = "llama"
         args.weights = str(INSTRUCT)
     if args.model is None and args.weights in (None, "tiny"):
@@ -1961,6 +3005,24 @@ def add_output_flags(parser):
     )
 
 
+def add_server_flags(parser):
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--ui",
+        action="store_true",
+        help="serve a chat page and OpenAI's protocol (/v1). The sampling options given here are "
+        "where the page begins",
+    )
+    server.add_argument(
+        "--host", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)"
+    )
+    server.add_argument("--port", type=int, metavar="N", help="(default: 8000; 0: any free one)")
+    server.add_argument("--api-key", metavar="KEY", help="answer only requests that have this key")
+    server.add_argument(
+        "--no-auth", action="store_true", help="serve other machines, too, without a key"
+    )
+
+
 def as_utf8(text: str, flag: str) -> str:
     """A text of the command line. Where the terminal is not of UTF-8, Python reads it as bytes."""
     if text.isascii():
@@ -1976,8 +3038,8 @@ def check_text_flags(args):
         fail("--num-samples must be 1 or more")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         fail("--max-new-tokens must be 1 or more")
-    if args.system is not None and not args.chat:
-        fail("--system is for --chat")
+    if args.system is not None and not (args.chat or args.ui):
+        fail("--system is for --chat and --ui")
     if "" in args.stop:
         fail("--stop must be a text; leave it out to go on to --max-new-tokens")
 
@@ -2032,6 +3094,41 @@ def check_score_flags(args):
         )
     if args.chat or args.attention is not None:
         fail("--score and --choices go with neither --chat nor --attention: leave those out")
+
+
+def check_server_flags(args):
+    """Checks the options of --ui, and gives the address and the port their defaults."""
+    own = {"--host": args.host, "--port": args.port, "--api-key": args.api_key}
+    own["--no-auth"] = args.no_auth or None
+    given = [flag for flag, value in own.items() if value is not None]
+    if not args.ui and given:
+        fail(f"{given[0]} is for --ui")
+    if not args.ui:
+        return
+
+    if args.prompt or args.prompt_file or args.stop or args.json or args.no_stream:
+        fail("--ui takes its texts from the page: leave --prompt, --stop and --json out")
+    if args.num_samples > 1 or args.profile or args.attention is not None:
+        fail("--ui serves texts: leave --num-samples, --profile and --attention out")
+    if args.score or args.choices:
+        fail("--ui serves texts: leave --score and --choices out")
+    if re.match("pmap|data|fsdp", args.parallel):
+        fail("--ui serves one batch at a time: leave all --parallel but tensor out")
+    for package in ("starlette", "uvicorn"):
+        if not find_spec(package):
+            fail(f"--ui needs {package}: pip install starlette uvicorn")
+
+    args.host = args.host or "127.0.0.1"
+    args.port = 8000 if args.port is None else args.port
+    if not 0 <= args.port < 2**16:
+        fail("--port must be from 0 to 65535")
+    if args.api_key is not None and not re.fullmatch(r"[!-~]+", args.api_key):
+        fail("--api-key must be of ASCII letters, digits and signs, without spaces")
+    is_local = args.host == "localhost" or (
+        is_address(args.host) and ipaddress.ip_address(args.host).is_loopback
+    )
+    if not is_local and args.api_key is None and not args.no_auth:
+        fail(f"--host {args.host} lets other machines in: add --api-key KEY, or --no-auth")
 
 
 def is_writable(folder: Path) -> bool:

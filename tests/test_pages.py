@@ -229,6 +229,7 @@ def test_every_python_block_runs(page, folder, bash):
 
 # What is not run, and why.
 NOT_RUN = {
+    r"python sample\.py .*--ui": "serves until Ctrl-C; test_server.py runs it",
     r"pip install": "needs the network; .ci/run installs what the project needs",
     r"python -m pytest( -m network)? --collect": "is all that pytest finds, this test included",
 }
