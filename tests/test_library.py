@@ -324,7 +324,7 @@ def run(*command, **environment):
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -453,7 +453,7 @@ def shell(program, redirection, tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
