@@ -2398,6 +2398,8 @@ class Service:
         self.name = args.weights or next(iter(engine.model_file.PRESETS))
         if self.name == "tiny":
             self.name = f"tiny/{engine.model_file.__name__}"
+        if self.name == str(INSTRUCT):
+            self.name = f"tiny/{INSTRUCT.name}"
         self.created = int(time.time())
         self.device = f"{engine.mesh.devices.flat[0].device_kind}, {model.dtype.name}"
         self.answers = {}  # id of a response -> token ids of its first choice
