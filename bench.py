@@ -51,7 +51,10 @@ INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
 def main() -> int:
-    """Runs each task in a process of its own, and prints the figures; returns the exit code."""
+    """Runs each task in a process of its own, and prints the figures; returns the exit code.
+
+    1: a task failed or was given up, or `validate` found another model than transformers'.
+    """
     args = parse_command_line()
     if sys.stdout is None:
         fail("standard output is closed")
@@ -61,7 +64,9 @@ def main() -> int:
 
     records = []
     code = 0
-    for options in list_parts(args):
+    parts = list_parts(args)
+    for number, options in enumerate(parts, 1):
+        print(f"bench.py: {number} of {len(parts)}: {shlex.join(options)}", file=sys.stderr)
         found, ended = run_part(args, options)
         records += found
         code = max(code, ended)
@@ -69,7 +74,10 @@ def main() -> int:
             break
 
     if records:
-        print_table(records)
+        print_tables(records)
+        warn_if_busy(records)
+    if any(found["metric"] == "verdict" and found["value"] == 0 for found in records):
+        code = max(code, 1)
     if args.out and records:
         write_results(args.out, records)
     return code
@@ -110,13 +118,14 @@ def run_task(args) -> None:
 
 def list_parts(args) -> list[list[str]]:
     """The options of each process: a task and a dtype, a line of --suite, or a model to plan."""
+    dtypes = [["--dtype", dtype] for dtype in args.dtype]
+    if args.dtype == ["auto"]:
+        dtypes = [[]]
     if args.suite:
         lines = (HERE / f"benchmarks/{args.suite}.txt").read_text().splitlines()
         weights = args.chosen_weights or "random"
         return [
-            ["--weights", weights, "--dtype", dtype, *shlex.split(line)]
-            for line in lines
-            for dtype in args.dtype
+            ["--weights", weights, *dtype, *shlex.split(line)] for line in lines for dtype in dtypes
         ]
 
     if args.every_model:
@@ -127,7 +136,7 @@ def list_parts(args) -> list[list[str]]:
             parts.append(["--model", name, "--preset", largest])
         return parts
 
-    return [["--task", task, "--dtype", dtype] for task in args.task for dtype in args.dtype]
+    return [["--task", task, *dtype] for task in args.task for dtype in dtypes]
 
 
 def run_part(args, options: list[str]) -> tuple[list[dict], int]:
@@ -144,7 +153,6 @@ def run_part(args, options: list[str]) -> tuple[list[dict], int]:
 
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, __file__, *sys.argv[1:], *options, "--scratch", scratch]
-        print(f"bench.py: {' '.join(options)}", file=sys.stderr)
         try:
             done = subprocess.run(command, timeout=limit, env=environment)
             code = abs(done.returncode)
@@ -226,9 +234,15 @@ def peak_memory() -> int:
     return resident_memory()
 
 
+def weights_name(args) -> str:
+    """tiny, a preset of random weights, a Hub id or a folder."""
+    return args.preset if args.weights == "random" else args.weights
+
+
 def record(args, metric: str, who: str, values: list, unit: str, **more) -> None:
     """Hands a figure to the process that started this one: a line of JSON in its folder."""
     figure = {
+        "task": args.task[0],
         "metric": metric,
         "who": who,
         "value": np.median(values),
@@ -237,7 +251,7 @@ def record(args, metric: str, who: str, values: list, unit: str, **more) -> None
         "runs": len(values),
         "unit": unit,
         "model": args.model,
-        "weights": args.preset if args.weights == "random" else args.weights,
+        "weights": weights_name(args),
         "device": jax.config.jax_default_device.device_kind,
         **more,
     }
@@ -348,7 +362,13 @@ def plan(args, dtype) -> None:
     config = find_config(args)
     for B, T, chips in itertools.product(args.batch, args.length, args.chips):
         needs = costs(importlib.import_module(args.model), config, B, T, "bfloat16")
-        shape = {"batch": B, "length": T, "chips": f"{chips} {args.kind}"}
+        shape = {
+            "batch": B,
+            "length": T,
+            "chips": f"{chips} {args.kind}",
+            "dtype": "bfloat16",
+            "device": None,  # it runs on none
+        }
         width = getattr(config, "n_embd", None) or config.hidden_size
         plan_training(args, needs, B, T, width, chips, shape)
         plan_decoding(args, needs, B, chips, shape)
@@ -385,7 +405,7 @@ def record_plan(args, what, held, seconds, tokens, longest, shape) -> None:
     fits = "does not fit"
     if held <= memory:
         fits = f"fits {memory / 1e9:.0f} GB"
-    name = args.preset
+    name = weights_name(args)
     record(args, f"{what}: memory", name, [held / 1e9], "GB a chip", **shape, of=fits)
     limit = f"limited by {longest}"
     record(args, f"{what}: step", name, [1e3 * seconds], "ms", **shape, of=limit)
@@ -398,8 +418,8 @@ def plan_scaling(args, needs: Costs, chips: int, shape) -> None:
     work = needs.train / chips / flops
     sums = 8 * needs.size * (chips - 1) / chips / link
     share = work / (work + sums)
-    of = f"{1e3 * work:.3g} ms of matrix multiplications, {1e3 * sums:.3g} of all-reduce"
-    record(args, "train: scaling", args.preset, [share], "of linear", **shape, of=of)
+    of = f"{number(1e3 * work)} ms matmul, {number(1e3 * sums)} ms all-reduce"
+    record(args, "train: scaling", weights_name(args), [share], "of linear", **shape, of=of)
 
 
 # ------------------------------------ Subjects: this project's ------------------------------------
@@ -801,11 +821,20 @@ PEERS = {
 
 # --------------------------------------------- Speed ----------------------------------------------
 
-# What a figure is a share of, and the letters in it.
+# The work of a run, in the unit of the limit that it meets first; and the letters in it.
 FORMULAS = {
-    "prefill": "share = B (2 N T + 4 L H Dh T^2 + 2 V D) FLOPs / time / limit",
-    "decode": "share = bytes of the weights and of the KV cache, half full / time / limit",
-    "train": "share = 3 B T (2 (N + V D) + 4 L H Dh T) FLOPs / time / limit",
+    "prefill": {
+        "FLOP/s": "B (2 N T + 4 L H Dh T^2 + 2 V D) FLOPs",
+        "B/s": "bytes of the weights",
+    },
+    "decode": {
+        "FLOP/s": "B (2 (N + V D) + 4 L H Dh T) FLOPs",
+        "B/s": "bytes of the weights and of the KV cache, half full",
+    },
+    "train": {
+        "FLOP/s": "3 B T (2 (N + V D) + 4 L H Dh T) FLOPs",
+        "B/s": "3 times the bytes of the weights",
+    },
 }
 LETTERS = (
     "B sequences of T tokens; L blocks of H heads, Dh numbers each; N weights in their matrices;\n"
@@ -823,8 +852,8 @@ def measure_speed(args, dtype, task: str) -> None:
 
     if len(subjects) == 1:
         memory = (peak_memory() - limits.nbytes) / 1e9
-        how = {"dtype": dtype, "how": " + ".join(args.techniques)}
-        record(args, f"memory of {task}", subjects[0].name, [memory], "GB at most", **how)
+        how = {"dtype": dtype, "how": args.how}
+        record(args, f"memory of {task}", subjects[0].name, [memory], "GB", **how)
 
 
 def find_subjects(args, dtype, task: str) -> list:
@@ -890,7 +919,7 @@ def some_prompts(args, config, B: int, T: int) -> list[list[int]]:
 def report_speed(args, dtype, task: str, subjects, seconds, reached, B: int, T: int) -> None:
     """Records the tokens/s of each subject, and the share of the machine's limit that ours is."""
     ours = subjects[0]
-    shape = {"batch": B, "length": T, "dtype": dtype, "how": " + ".join(args.techniques)}
+    shape = {"batch": B, "length": T, "dtype": dtype, "how": args.how}
 
     tokens = {}
     for subject in subjects:
@@ -899,25 +928,22 @@ def report_speed(args, dtype, task: str, subjects, seconds, reached, B: int, T: 
             work = B * subject.groups * each
             tokens[subject.name] = [work / took for took in seconds[subject.name]]
 
-    # Decoding reads the weights and the KV cache for each token; the others compute.
+    # The limit that allows less: reading the weights and the KV cache, or computing.
     seen = T + args.new_tokens // 2 if task == "decode" else T
     needs = costs(ours.module, ours.config, B * ours.groups, seen, dtype)
     flops = getattr(needs, task)
     nbytes = getattr(needs, f"{task}_bytes")
     took = ours.size * np.median(seconds[ours.name])  # seconds of all devices together
-    if task == "decode":
-        share = nbytes / took / reached["B/s"]
-        of = f"{reached['B/s'] / 1e9:,.1f} GB/s memory bandwidth"
-    else:
-        share = flops / took / reached["FLOP/s"]
-        of = f"{reached['FLOP/s'] / 1e9:,.1f} GFLOP/s matmul"
+    intensity = flops / nbytes
+    unit = "FLOP/s" if reached["FLOP/s"] < intensity * reached["B/s"] else "B/s"
+    work = {"FLOP/s": flops, "B/s": nbytes}[unit]
     theory = {
-        "formula": FORMULAS[task],
+        "formula": f"share = {FORMULAS[task][unit]} / time / limit",
         "limits": reached,
-        "share": share,
-        "of": of,
+        "share": work / took / reached[unit],
+        "of": with_prefix(reached[unit], unit),
         "flops": flops / took,
-        "intensity": flops / nbytes,
+        "intensity": intensity,
     }
     compare(args, task, tokens, "tokens/s", shape, **theory)
 
@@ -973,7 +999,7 @@ def measure_compilation(args, dtype) -> None:
             jax.config.update("jax_compilation_cache_dir", folder)
             cold.append(compiling_seconds(run))
             warm.append(compiling_seconds(run))  # from the folder that the first one filled
-    for metric, seconds in [("compile, cold", cold), ("compile, from the cache", warm)]:
+    for metric, seconds in [("compile, cold", cold), ("compile, cached", warm)]:
         record(args, metric, "ours", seconds, "s", batch=B, length=T, dtype=dtype)
 
 
@@ -1010,7 +1036,7 @@ def measure_loading(args, dtype) -> None:
     seconds = {name: [run[0] for run in runs[1:]] for name, runs in found.items()}
     memory = {name: [run[1] for run in runs[1:]] for name, runs in found.items()}
     compare(args, "load", seconds, "s", {"dtype": dtype})
-    compare(args, "resident memory of load", memory, "GB at most", {"dtype": dtype})
+    compare(args, "memory of load", memory, "GB", {"dtype": dtype})
 
 
 def load_once(args, dtype) -> None:
@@ -1076,8 +1102,14 @@ def both_models(args, dtype) -> tuple:
     return ours, theirs, tokenizer, text
 
 
+# How far logits of the same model may be apart by rounding alone: |a - b| / |b|, over all of them.
+# The tiny models reach 7e-6 in float32. In half precision a rounded router may choose another
+# expert for a token: the tiny Mixtral reaches 0.014, the others 0.006.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.03}
+
+
 def validate(args, dtype) -> None:
-    """Ours against transformers: tokens, the residual stream after each block, logits, and text."""
+    """Ours against transformers: token ids, residual stream, logits, greedy text; and a verdict."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     ours, theirs, tokenizer, text = both_models(args, dtype)
@@ -1088,23 +1120,72 @@ def validate(args, dtype) -> None:
     their_class = AutoTokenizer
     if (folder / "tokenizer.json").exists():
         their_class = PreTrainedTokenizerFast
-    same = ids == their_class.from_pretrained(folder).encode(text)
-    record(args, "tokens of the text", "same ids", [float(same)], f"of {len(ids)}")
+    their_ids = their_class.from_pretrained(folder).encode(text)
+    record_agreement(args, dtype, "token ids", ids, their_ids)
 
+    same_ids = ids == their_ids
     ids = ids[: min(256, ours.config.max_position_embeddings - args.new_tokens)]
-    compare_activations(args, dtype, ours, theirs, ids)
+    apart = compare_activations(args, dtype, ours, theirs, ids)
 
-    both = continuations(ours, theirs, ids[:32], args.new_tokens, temperature=0.0)
-    agreed = args.new_tokens
-    for i, (a, b) in enumerate(zip(*both.values(), strict=True)):
-        if a != b:
-            agreed = i
-            break
-    record(args, "greedy tokens", "same until", [agreed], f"of {args.new_tokens}", dtype=dtype)
+    prompt = ids[:32]
+    both = continuations(ours, theirs, prompt, args.new_tokens, temperature=0.0)
+    mine, others = both.values()
+    record_agreement(args, dtype, "greedy tokens", mine, others)
+
+    allowed = TOLERANCES[dtype]
+    faults = []
+    if not same_ids:
+        faults.append("other token ids")
+    if not apart <= allowed:  # nan is no agreement
+        faults.append("other logits")
+    counts = dtype == "float32"  # half precision leads to other texts
+    if counts and mine != others and not nearly_tied(theirs, prompt, mine, others, allowed):
+        faults.append("other greedy tokens, where no two were equally likely")
+    record_verdict(args, dtype, faults, apart)
 
 
-def compare_activations(args, dtype, ours, theirs, ids: list[int]) -> None:
-    """Records the largest differences: residual stream after each block, and logits."""
+def record_verdict(args, dtype, faults: list[str], apart: float) -> None:
+    """The last line of `validate`: whether it is the same model as in transformers."""
+    verdict = "the same model as in transformers"
+    if faults:
+        verdict = f"NOT the same model as in transformers: {', '.join(faults)}"
+    allowed = number(TOLERANCES[dtype])
+    verdict += f" (logits {number(apart)} apart; rounding in {dtype}: up to {allowed})"
+    record(args, "verdict", BESIDE, [float(not faults)], "same", dtype=dtype, of=verdict)
+
+
+BESIDE = "ours beside transformers"
+
+
+def record_agreement(args, dtype, metric: str, mine: list[int], others: list[int]) -> None:
+    """Records how many tokens are the same up to the first that differs."""
+    agreed = common_prefix(mine, others)
+    unit = f"of {len(others)} the same"
+    record(args, metric, BESIDE, [agreed], unit, dtype=dtype)
+
+
+def common_prefix(mine: list[int], others: list[int]) -> int:
+    """How many tokens two lists begin with that are the same."""
+    pairs = zip(mine, others, strict=False)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return len(list(same))
+
+
+def nearly_tied(theirs, prompt: list[int], mine: list[int], others: list[int], tolerance) -> bool:
+    """Whether rounding can make one greedy text of the other: where they part, logits tie."""
+    agreed = common_prefix(mine, others)
+    tokens = theirs.torch.tensor([prompt + others[:agreed]], device=theirs.device)
+    with theirs.torch.no_grad():
+        logits = theirs.model(tokens).logits[0, -1].double()
+    gap = logits[others[agreed]] - logits[mine[agreed]]
+    return gap.item() <= 2 * tolerance * logits.abs().max().item()
+
+
+def compare_activations(args, dtype, ours, theirs, ids: list[int]) -> float:
+    """Records the largest differences: residual stream after each block, and logits.
+
+    Returns |a - b| / |b| of the logits.
+    """
     mine = []
     call = ours.module.Block.__call__
 
@@ -1129,9 +1210,11 @@ def compare_activations(args, dtype, ours, theirs, ids: list[int]) -> None:
         a = np.asarray(a, np.float64)
         b = b.double().cpu().numpy()
         cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
-        of = f"numbers up to {np.abs(b).max():.3g}, cosine {cosine:.9f}"
+        largest = np.abs(b).max()
+        of = f"numbers up to {number(largest)}, cosine {cosine:.9f}"
         difference = np.abs(a - b).max()
-        record(args, name, "difference", [difference], "at most", dtype=dtype, of=of)
+        record(args, name, BESIDE, [difference], "apart at most", dtype=dtype, of=of)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def continuations(ours, theirs, prompt: list[int], n: int, temperature: float) -> dict:
@@ -1174,7 +1257,7 @@ def measure_loss(args, dtype) -> None:
     for who, loss in total.items():
         loss /= len(ids) - 1
         record(args, "loss", who, [loss], "nats per token", dtype=dtype)
-        record(args, "perplexity", who, [np.exp(loss)], f"of {len(ids) - 1} tokens", dtype=dtype)
+        record(args, "perplexity", who, [np.exp(loss)], f"over {len(ids) - 1} tokens", dtype=dtype)
 
 
 def losses_of_torch(theirs: Transformers, window: list[int]):
@@ -1196,65 +1279,167 @@ def compare_texts(args, dtype) -> None:
         both = continuations(ours, theirs, prompt, args.new_tokens, temperature)
         for who, new in both.items():
             print(f"--- {how}, {who}\n{tokenizer.decode(prompt + new)}", flush=True)
-            record_repetition(args, how, who, new)
+            record_repetition(args, dtype, how, who, new)
 
 
-def record_repetition(args, how: str, who: str, new: list[int]) -> None:
+def record_repetition(args, dtype, how: str, who: str, new: list[int]) -> None:
     """distinct-n, the share of different n-grams; and the share of tokens that just occurred."""
     for n in range(1, min(4, len(new) + 1)):
         grams = [tuple(new[i : i + n]) for i in range(len(new) - n + 1)]
         distinct = len(set(grams)) / len(grams)
-        record(args, f"{how}: distinct-{n}", who, [distinct], f"of {n}-grams")
+        record(args, f"{how}: distinct-{n}", who, [distinct], f"of {n}-grams", dtype=dtype)
     repeated = [token in new[max(0, i - 16) : i] for i, token in enumerate(new)]
     share = sum(repeated) / len(new)
-    record(args, f"{how}: repetition", who, [share], "seen in the 16 before")
+    record(args, f"{how}: repetition", who, [share], "seen in the 16 before", dtype=dtype)
 
 
 # -------------------------------------- Tables and pictures ---------------------------------------
 
 
-def print_table(records: list[dict]) -> None:
-    """The records as a Markdown table, and the formulas behind the shares of the limits."""
-    rows = [["figure", "who", "of", "median", "spread", "unit", "share of the limit"]]
-    rows += [table_row(found) for found in records]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print(f"| {' | '.join(cells)} |")
+WIDTH = 100  # columns of a table, at most
+BUSY = 1.5  # runs whose highest figure is more than this times the lowest: something else ran
+
+
+def print_tables(records: list[dict]) -> None:
+    """The records as Markdown tables, the formulas behind the shares, and the verdicts."""
+    verdicts = [found for found in records if found["metric"] == "verdict"]
+    figures = [found for found in records if found["metric"] != "verdict"]
+    for group in group_by(setting, figures):
+        print(setting(group[0]))
+        for part in split_to_fit(group, ["task", "metric", "unit"]):
+            print(*table(part), "", sep="\n")
 
     formulas = {found["metric"]: found["formula"] for found in records if "formula" in found}
     for metric, formula in formulas.items():
         print(f"{metric}: {formula}")
     if formulas:
         print(LETTERS)
+    for found in verdicts:
+        print(f"{setting(found)}: {found['of']}")
 
 
-def table_row(found: dict) -> list[str]:
-    """The cells of a record."""
-    shape = []
-    for key, word in [("batch", " x"), ("length", " tokens,"), ("dtype", ""), ("chips", "")]:
-        if found.get(key):
-            shape.append(f"{found[key]}{word}")
-    if found.get("how"):
-        shape.append(found["how"])
+def split_to_fit(records: list[dict], keys: list[str]) -> list[list[dict]]:
+    """The records of each table: all in one, or, where that is too wide, split by one key more."""
+    widest = max(map(len, table(records)))
+    if widest <= WIDTH or not keys:
+        return [records]
+    key, *others = keys
+    groups = group_by(lambda found: found[key], records)
+    return [part for group in groups for part in split_to_fit(group, others)]
 
-    spread = ""
-    if found["runs"] > 1:
-        spread = f"{number(found['low'])} - {number(found['high'])}"
-    share = found.get("of", "")
+
+def group_by(key: Callable, records: list[dict]) -> list[list[dict]]:
+    """The records in groups of the same key, in the order in which the keys first come."""
+    groups = {}
+    for found in records:
+        groups.setdefault(key(found), []).append(found)
+    return list(groups.values())
+
+
+def setting(found: dict) -> str:
+    """What stands above a table: the kind of task, model, weights, dtype, device and options."""
+    parts = [f"{found['model']} ({found['weights']})"]
+    parts += [found[key] for key in ("dtype", "device", "how") if found.get(key)]
+    kind = ""
+    if found["task"] in NOTES:
+        kind = f"{found['task']}: "
+    return kind + ", ".join(parts)
+
+
+# Tasks with tables of their own, and the heading of their last column. The others share theirs.
+NOTES = {"validate": "of", "eval": "", "compare": "", "plan": "which"}
+
+
+def table(records: list[dict]) -> list[str]:
+    """A table's lines. What is the same in all rows stands above it, in place of a column."""
+    value = "median" if max(found["runs"] for found in records) > 1 else "value"
+    note = NOTES.get(records[0]["task"], "share of the limit")
+    columns = {
+        "figure": [found["metric"] for found in records],
+        "who": ["" if found["who"] == found["weights"] else found["who"] for found in records],
+        "tokens": [tokens_cell(found) for found in records],
+        "chips": [found.get("chips", "") for found in records],
+        value: [number(found["value"]) for found in records],
+        "range": [range_cell(found) for found in records],
+        "unit": [found["unit"] for found in records],
+        note: [note_cell(found) for found in records],
+    }
+    common = []
+    for name in ("figure", "who", "tokens", "chips", "unit"):
+        cells = set(columns[name]) - {""}
+        if len(cells) < 2:
+            del columns[name]
+            common += [f"{cell} tokens" if name == "tokens" else cell for cell in cells]
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+
+    lines = []
+    if common:
+        lines.append(", ".join(common))
+    return [*lines, "", *markdown(columns, right=(value, "range"))]
+
+
+def markdown(columns: dict[str, list[str]], right) -> list[str]:
+    """A Markdown table; the columns named in `right` are aligned to the right."""
+    laid_out = []
+    for name, cells in columns.items():
+        width = max(map(len, [name, *cells]))
+        if name in right:
+            rule = "-" * (width - 1) + ":"
+            laid_out.append([name.rjust(width), rule, *[cell.rjust(width) for cell in cells]])
+        else:
+            rule = "-" * width
+            laid_out.append([name.ljust(width), rule, *[cell.ljust(width) for cell in cells]])
+    return [f"| {' | '.join(row)} |" for row in zip(*laid_out, strict=True)]
+
+
+def tokens_cell(found: dict) -> str:
+    """The shape of a batch, such as 8 x 1,024 tokens."""
+    if "length" not in found:
+        return ""
+    return f"{found['batch']:,} x {found['length']:,}"
+
+
+def range_cell(found: dict) -> str:
+    """The lowest and the highest of several runs."""
+    if found["runs"] == 1:
+        return ""
+    return f"{number(found['low'])} - {number(found['high'])}"
+
+
+def note_cell(found: dict) -> str:
+    """The share of the limit, or what else is to be said of a figure."""
     if "share" in found:
-        share = f"{found['share']:.0%} of {share}"
-    what = " ".join(shape).strip(",")
-    median = number(found["value"])
-    return [found["metric"], found["who"], what, median, spread, found["unit"], share]
+        return f"{found['share']:.0%} of {found['of']}"
+    return found.get("of", "")
 
 
 def number(x: float) -> str:
-    """A number with about four digits."""
-    if abs(x) >= 1000:
+    """A number with three digits that count: 0.0243, 54.0, 159, 1,319; a whole one as it is."""
+    if abs(x) >= 999.5 or x == round(x):
         return f"{x:,.0f}"
-    return f"{x:.4g}"
+    return f"{x:#.3g}".rstrip(".")
+
+
+def with_prefix(x: float, unit: str) -> str:
+    """A number of FLOP/s or B/s, in giga or tera."""
+    if x >= 1e12:
+        return f"{number(x / 1e12)} T{unit}"
+    return f"{number(x / 1e9)} G{unit}"
+
+
+def warn_if_busy(records: list[dict]) -> None:
+    """Says on stderr which runs differ by more than they do on a machine that does nothing else."""
+    wide = {}
+    for found in records:
+        if found["runs"] > 1 and found["high"] > BUSY * found["low"]:
+            text = f"{found['metric']} {range_cell(found)} {found['unit']}"
+            wide.setdefault(found["metric"], text)
+    if wide:
+        print(
+            f"bench.py: the machine was busy: {', '.join(wide.values())}. Let nothing else run, "
+            "or take more --runs",
+            file=sys.stderr,
+        )
 
 
 def write_results(out: Path, records: list[dict]) -> None:
@@ -1278,27 +1463,68 @@ def about_this_machine() -> dict:
 
 
 def draw_roofline(records: list[dict], file: Path) -> None:
-    """FLOP/s over FLOPs per byte: the machine's limits, and a point for each of our figures."""
+    """FLOP/s over FLOPs per byte: each of our figures, below the limit of the same runs."""
     from matplotlib.figure import Figure  # not in the processes whose memory is measured
 
     axes = Figure(figsize=(8, 5)).subplots()
-    for found in records:
-        label = f"{found['metric']}, {found['batch']} x {found['length']} tokens, {found['dtype']}"
-        axes.loglog(found["intensity"], found["flops"], "o", label=label)
+    labels = point_labels(records)
+    for i, (found, label) in enumerate(zip(records, labels, strict=True)):
+        x = found["intensity"]
+        limit = roof(found["limits"], x)
+        color = f"C{i % 10}"
+        marker = "os^Dv<>P"[i % 8]
+        axes.loglog(x, found["flops"], marker, color=color, label=label)
+        axes.loglog(x, limit, "_", color=color, markersize=14)
+        axes.loglog([x, x], [found["flops"], limit], ":", color=color)
 
-    limits = {found["dtype"]: found["limits"] for found in records}
-    for dtype, limit in limits.items():
-        matmul = limit["FLOP/s"]
-        read = limit["B/s"]
-        ends = [0.1, matmul / read, 1000]
-        roof = [min(matmul, read * x) for x in ends]
-        axes.loglog(ends, roof, label=f"limits, {dtype}")
+    # A line for each measurement of the limits: where they differ, the machine did.
+    for limits in [found["limits"] for found in records]:
+        ends = [0.1, limits["FLOP/s"] / limits["B/s"], 10_000]
+        axes.loglog(ends, [roof(limits, x) for x in ends], color="0.8", zorder=0)
 
-    axes.set_title(f"{records[-1]['weights']} on {records[-1]['device']}")
+    names = {found["weights"] for found in records}
+    title = f"on {records[0]['device']}"
+    if len(names) == 1:
+        title = f"{names.pop()} {title}"
+    axes.set_title(title)
     axes.set_xlabel("arithmetic intensity: FLOPs per byte of weights and KV cache")
     axes.set_ylabel("FLOP/s")
-    axes.legend(fontsize=7)
+    axes.legend(
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        frameon=False,
+        title="share of its limit (bar), which was\nmeasured in the same runs (gray)",
+        title_fontsize=8,
+        alignment="left",
+    )
     axes.figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
+def roof(limits: dict, intensity: float) -> float:
+    """The FLOP/s that the limits allow at so many FLOPs per byte."""
+    return min(limits["FLOP/s"], intensity * limits["B/s"])
+
+
+def point_labels(records: list[dict]) -> list[str]:
+    """A label for each point: what tells it from the others, and its share of the limit."""
+    rows = []
+    for found in records:
+        what = f"{found['metric']} {tokens_cell(found)}"
+        rows.append([what, *[found[key] for key in ("who", "model", "weights", "dtype", "how")]])
+    varies = [len(set(column)) > 1 for column in zip(*rows, strict=True)]
+
+    labels = []
+    counts = {}
+    for found, (what, *rest) in zip(records, rows, strict=True):
+        differing = [text for text, other in zip(rest, varies[1:], strict=True) if other and text]
+        label = ", ".join([what, *differing])
+        counts[label] = counts.get(label, 0) + 1
+        if counts[label] > 1:
+            label += f", again ({counts[label]})"
+        share = found["flops"] / roof(found["limits"], found["intensity"])
+        labels.append(f"{label}: {share:.0%}")
+    return labels
 
 
 # ------------------------------------------- Checkpoints ------------------------------------------
@@ -1722,11 +1948,23 @@ def fill_defaults(args):
     args.weights = args.weights or first
     args.preset = args.preset or first
 
-    args.techniques = [name for name in ("ragged", "remat", "chunked") if getattr(args, name)]
+    args.training = [name for name in ("remat", "chunked") if getattr(args, name)]
     for name in ("accumulate", "loss_parts"):
         parts = getattr(args, name)
         if parts > 1:
-            args.techniques.append(f"{name} {parts}")
+            args.training.append(f"{name.replace('_', '-')} {parts}")
+    args.how = " + ".join([*args.training, *decoding_options(args)])
+
+
+def decoding_options(args) -> list[str]:
+    """What the prompts and the sampler are asked for, where it is not the default."""
+    options = ["ragged"] if args.ragged else []
+    if args.temperature:
+        for name in ("temperature", "top_k", "top_p"):
+            value = getattr(args, name)
+            if value is not None:
+                options.append(f"{name.replace('_', '-')} {value:g}")
+    return options
 
 
 def model_of_checkpoint(args) -> str:
@@ -1775,8 +2013,7 @@ def check_checkpoint(args):
 def check_training_flags(args):
     if any(batch % args.accumulate for batch in args.batch):
         fail("--accumulate must divide --batch")
-    of_training = set(args.techniques) - {"ragged"}
-    if of_training and (args.task != ["train"] or args.vs):
+    if args.training and (args.task != ["train"] or args.vs):
         fail("--remat, --chunked, --accumulate, --loss-parts: for --task train, without --vs")
 
 
