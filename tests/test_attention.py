@@ -192,7 +192,7 @@ def test_pointing_at_a_square_of_the_page_shows_its_weight(page, tmp_path):
     file = tmp_path / "hover.html"
     file.write_text(page.read_text().replace("</body>", HOVER + "</body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
     data = data_of(page)
     weight = weights_in(data)[0, 0, 2, 0]
     said = re.search(r'id="weight">(.*?)<', dom)[1]

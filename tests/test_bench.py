@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -280,9 +281,11 @@ def test_ctrl_c_shows_what_was_measured(tmp_path):
     )
     while "decode" not in bench.stderr.readline():
         pass
-    time.sleep(1)  # or the task's process may not yet be there
+    children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+    while not children.read_text():  # the process of the task
+        time.sleep(0.05)
     os.killpg(bench.pid, signal.SIGINT)
-    out, _ = bench.communicate(timeout=60)
+    out, _ = bench.communicate(timeout=600)
     assert bench.returncode == 130 and "| decode: step" in out
 
 

@@ -50,7 +50,7 @@ def test_sample_py_writes_with_it_and_no_network(tiny):
     family, _ = tiny
     command = [sys.executable, "sample.py", "--model", family.name, "--weights", "tiny"]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ROMEO:\n") and len(done.stdout) > 200
@@ -86,7 +86,7 @@ def test_chat_alone_talks_to_it_and_names_a_real_one():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The capital of France is Paris.\n"

@@ -69,7 +69,7 @@ def write(folder, tensors):
     save_file(tensors, folder / "model.safetensors")
 
 
-def run(script, timeout=120, **environment):
+def run(script, timeout=600, **environment):
     """Runs a script in a process of its own, from which the model files can be imported."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run(

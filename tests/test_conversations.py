@@ -465,7 +465,7 @@ def test_a_model_from_scratch_learns_to_answer_and_chats(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert answered.stdout.strip() == "1 2 3"
 
@@ -639,7 +639,7 @@ def test_the_example_of_the_readme_teaches_tiny_llama_to_answer(tmp_path):
 
     def sample(*options):
         command = [sys.executable, "sample.py", *options, "--temperature", "0"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

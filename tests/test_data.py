@@ -754,7 +754,7 @@ def test_sample_goes_on_with_what_was_trained(model):
             [sys.executable, str(ROOT / program[0]), *program[1:]],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
     assert "The 3 of 9" in done.stdout

@@ -326,7 +326,7 @@ def run(*command, **environment):
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -455,7 +455,7 @@ def shell(program, redirection, tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -109,7 +109,7 @@ def test_mkdocs_builds_the_pages_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="pip install -r requirements-dev.txt")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "tests/mkdocs.yml"]
     done = subprocess.run(
-        [*command, "-d", tmp_path / "site"], capture_output=True, text=True, timeout=120
+        [*command, "-d", tmp_path / "site"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "performance" / "index.html").exists()

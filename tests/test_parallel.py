@@ -449,7 +449,7 @@ def test_two_hosts_learn_what_one_learns_and_only_the_first_prints(again, text, 
             )
             for i in range(2)
         ]
-        printed = [host.communicate(timeout=200) for host in hosts]
+        printed = [host.communicate(timeout=600) for host in hosts]
         assert [host.returncode for host in hosts] == [0, 0], printed
         (first, lines), (second, nothing) = printed
         assert "on 4 x cpu" in first and "finished" in first and "step     20/20" in lines

@@ -59,7 +59,7 @@ def command(*flags):
     return [sys.executable, str(ROOT / "train.py"), *SMALL.split(), *RUN.split(), *map(str, flags)]
 
 
-def run(*flags, timeout=120):
+def run(*flags, timeout=600):
     """Runs train.py with the flags (a later one wins) and returns the finished process."""
     return subprocess.run(command(*flags), capture_output=True, text=True, timeout=timeout)
 
@@ -123,11 +123,11 @@ def kill(process, lines, seconds):
             process.wait(seconds)
     finally:
         process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
 
 
-def kill_and_resume(flags, out, kills, seed, timeout=120):
+def kill_and_resume(flags, out, kills, seed, timeout=600):
     """Kills a run again and again at random moments, and at last lets it come to its end."""
     rng = np.random.default_rng(seed)
     for _ in range(kills):
@@ -160,7 +160,7 @@ def test_a_signal_to_stop_saves_first_and_says_how_to_go_on(number, text_file, w
     process = start(*flags)
     read_until(process, "step ")
     process.send_signal(number)
-    lines = process.communicate(timeout=60)[0].splitlines()
+    lines = process.communicate(timeout=600)[0].splitlines()
     assert process.returncode == 130
     stopped = int(
         re.match(r"stopped after step (\d+): the same command with --resume", lines[-1])[1]

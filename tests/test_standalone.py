@@ -43,7 +43,7 @@ def run(folder, *arguments):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ def run(*flags, env=None, **options):
     """Runs train.py with the flags (a later one wins) and returns the finished process."""
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(TIKTOKEN)} | (env or {})
     return subprocess.run(
-        command(*flags), capture_output=True, text=True, timeout=120, env=env, **options
+        command(*flags), capture_output=True, text=True, timeout=600, env=env, **options
     )
 
 
@@ -759,7 +759,7 @@ def test_a_profile_shows_five_steps_and_changes_no_bit(text_file, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert traced.returncode == 0, traced.stderr
     assert f"five steps are traced: run `xprof {folder}`" in traced.stderr

@@ -140,7 +140,7 @@ class Request(BaseHTTPRequestHandler):
         self.wfile.flush()
         if name == self.hub.stall:
             self.hub.stalled.set()
-            self.hub.closing.wait(60)
+            self.hub.closing.wait()
         self.hub.cut = self.hub.stall = None
         self.close_connection = True
 
