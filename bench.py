@@ -1102,9 +1102,11 @@ def both_models(args, dtype) -> tuple:
     return ours, theirs, tokenizer, text
 
 
+BESIDE = "ours beside transformers"  # whose figures these are
+
 # How far logits of the same model may be apart by rounding alone: |a - b| / |b|, over all of them.
-# The tiny models reach 7e-6 in float32. In half precision a rounded router may choose another
-# expert for a token: the tiny Mixtral reaches 0.014, the others 0.006.
+# The tiny models come to 4e-7 in float32 and to 0.006 in bfloat16, where a Mixtral's router may
+# choose another expert for a token, too: 0.014.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.03}
 
 
@@ -1112,7 +1114,10 @@ def validate(args, dtype) -> None:
     """Ours against transformers: token ids, residual stream, logits, greedy text; and a verdict."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # Products in the precision that was asked for; both round more by default on a GPU or TPU.
+    jax.config.update("jax_default_matmul_precision", "highest")
     ours, theirs, tokenizer, text = both_models(args, dtype)
+    theirs.torch.backends.cuda.matmul.allow_tf32 = False
     ids = tokenizer.encode(text)
 
     # AutoTokenizer may rebuild a tokenizer.json by the rules of a class, and give other ids.
@@ -1149,12 +1154,9 @@ def record_verdict(args, dtype, faults: list[str], apart: float) -> None:
     verdict = "the same model as in transformers"
     if faults:
         verdict = f"NOT the same model as in transformers: {', '.join(faults)}"
-    allowed = number(TOLERANCES[dtype])
+    allowed = f"{TOLERANCES[dtype]:g}"
     verdict += f" (logits {number(apart)} apart; rounding in {dtype}: up to {allowed})"
     record(args, "verdict", BESIDE, [float(not faults)], "same", dtype=dtype, of=verdict)
-
-
-BESIDE = "ours beside transformers"
 
 
 def record_agreement(args, dtype, metric: str, mine: list[int], others: list[int]) -> None:
@@ -1473,7 +1475,7 @@ def draw_roofline(records: list[dict], file: Path) -> None:
         limit = roof(found["limits"], x)
         color = f"C{i % 10}"
         marker = "os^Dv<>P"[i % 8]
-        axes.loglog(x, found["flops"], marker, color=color, label=label)
+        axes.loglog(x, found["flops"], marker, color=color, fillstyle="none", label=label)
         axes.loglog(x, limit, "_", color=color, markersize=14)
         axes.loglog([x, x], [found["flops"], limit], ":", color=color)
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import pytest
 from helpers.reference import ROOT
@@ -165,6 +166,177 @@ def test_a_mesh_draws_the_tokens_of_generate(axes):
     assert found == ours_with().generate(prompts, n)()
 
 
+# ------------------------------------------------------------------------------ tables and pictures
+
+
+@pytest.mark.parametrize(
+    "x, text",
+    [
+        (0, "0"),
+        (16, "16"),
+        (0.02426, "0.0243"),
+        (1.431e-05, "1.43e-05"),
+        (0.9999, "1.00"),
+        (54.02, "54.0"),
+        (159.4, "159"),
+        (999.4, "999"),
+        (999.6, "1,000"),
+        (1319.4, "1,319"),
+        (25_294_214.3, "25,294,214"),
+    ],
+)
+def test_a_number_has_three_digits_that_count_and_no_exponent_above_one(x, text):
+    assert bench.number(x) == text
+
+
+def figure(metric="decode", who="ours", values=(54.02, 47.1, 56.04), unit="tokens/s", **more):
+    """A record, as bench.py's processes write it."""
+    low, value, high = sorted(values) if len(values) == 3 else values * 3
+    return {
+        "task": "decode",
+        "metric": metric,
+        "who": who,
+        "value": value,
+        "low": low,
+        "high": high,
+        "runs": len(values),
+        "unit": unit,
+        "model": "gpt2",
+        "weights": "openai-community/gpt2",
+        "device": "NVIDIA H200",
+        "batch": 1,
+        "length": 32,
+        "dtype": "bfloat16",
+        "how": "",
+        **more,
+    }
+
+
+def point(limits, share=0.5, intensity=4.0, **more):
+    """A record with its place in the roofline: at a share of its own limits."""
+    flops = share * bench.roof(limits, intensity)
+    more = {"intensity": intensity, "flops": flops, "limits": limits, **more}
+    return figure(share=share, of="29.9 GB/s", formula="share = bytes / time / limit", **more)
+
+
+def printed(records, capsys):
+    """The lines of the tables of these records."""
+    bench.print_tables(records)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_what_is_the_same_in_all_rows_stands_above_the_table(capsys):
+    records = [figure(), figure("memory of decode", values=(0.4,), unit="GB")]
+    assert printed(records, capsys) == [
+        "gpt2 (openai-community/gpt2), bfloat16, NVIDIA H200",
+        "ours, 1 x 32 tokens",
+        "",
+        "| figure           | median |       range | unit     |",
+        "| ---------------- | -----: | ----------: | -------- |",
+        "| decode           |   54.0 | 47.1 - 56.0 | tokens/s |",
+        "| memory of decode |  0.400 |             | GB       |",
+        "",
+    ]
+
+
+def test_no_table_is_wider_than_100_columns_and_no_figure_is_lost(capsys):
+    """The longest names and large numbers; what is too wide as one table is several."""
+    limits = {"FLOP/s": 8e14, "B/s": 4.8e12}
+    large = (9_876_543.0, 8_876_543.0, 10_876_543.0)
+    records = []
+    for metric in ("prefill", "decode", "train"):
+        for batch in (1, 1024):
+            shape = {"task": metric, "metric": metric, "batch": batch, "length": 131_072}
+            records.append(point(limits, values=large, **shape))
+            for peer in bench.PEERS:
+                records.append(figure(who=peer, values=large, **shape))
+                records.append(figure(who=f"ours / {peer}", unit="times", **shape))
+        scaling = {"task": metric, "metric": f"{metric}, scaling", "unit": "of linear"}
+        records.append(figure(who="data:16,fsdp:16,tensor:16", **scaling))
+
+    tables = [line for line in printed(records, capsys) if line.startswith("|")]
+    assert max(map(len, tables)) <= 100
+    assert sum("9,876,543" in line for line in tables) == 3 * 2 * 4
+    assert sum("54.0" in line for line in tables) == 3 * (2 * 3 + 1)
+
+
+def test_other_dtypes_and_options_have_tables_of_their_own(capsys):
+    records = [figure(), figure(dtype="float32"), figure(), figure(how="ragged")]
+    lines = printed(records, capsys)
+    above = [line for line in lines if line.startswith("gpt2")]
+    start = "gpt2 (openai-community/gpt2), "
+    assert above == [
+        f"{start}bfloat16, NVIDIA H200",
+        f"{start}float32, NVIDIA H200",
+        f"{start}bfloat16, NVIDIA H200, ragged",
+    ]
+
+
+def test_the_verdict_is_the_last_line(capsys):
+    verdict = figure("verdict", task="validate", values=(1.0,), of="the same model")
+    lines = printed([verdict, figure("logits", task="validate")], capsys)
+    expected = "validate: gpt2 (openai-community/gpt2), bfloat16, NVIDIA H200"
+    assert lines[-1] == f"{expected}: the same model"
+    assert sum("same model" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    "values, busy",
+    [
+        ((50.0, 54.0, 74.0), False),
+        ((50.0, 54.0, 76.0), True),
+        ((-2.0, 54.0, 56.0), True),  # where the first token took longer than all
+        ((54.0,), False),
+    ],
+)
+def test_runs_that_differ_by_half_say_that_the_machine_was_busy(values, busy, capsys):
+    bench.warn_if_busy([figure(values=values), figure("prefill")])
+    err = capsys.readouterr().err
+    assert ("the machine was busy: decode " in err) == busy
+    assert "prefill" not in err
+
+
+def drawn(records, tmp_path, monkeypatch):
+    """The axes of a roofline."""
+    kept = []
+    savefig = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda picture, *args, **more: [kept.append(picture), savefig(picture, *args, **more)],
+    )
+    bench.draw_roofline(records, tmp_path / "roofline.png")
+    [axes] = kept[0].axes
+    return axes
+
+
+def test_each_point_of_the_roofline_has_one_label_and_lies_below_the_limit_of_its_own_runs(
+    tmp_path, monkeypatch
+):
+    """The machine was slow in the second: its point is above the third's limits, not its own."""
+    fast, slow = {"FLOP/s": 2e11, "B/s": 3e10}, {"FLOP/s": 1e11, "B/s": 1e10}
+    records = [
+        point(fast, share=0.9),
+        point(fast, share=0.9, batch=8),
+        point(slow, share=0.4, how="ragged"),
+        point(fast, share=0.9, how="ragged"),
+    ]
+    axes = drawn(records, tmp_path, monkeypatch)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [
+        "decode 1 x 32: 90%",
+        "decode 8 x 32: 90%",
+        "decode 1 x 32, ragged: 40%",
+        "decode 1 x 32, ragged, again (2): 90%",
+    ]
+    bars = [line for line in axes.lines if line.get_marker() == "_"]
+    points = [line for line in axes.lines if line.get_label() in labels]
+    for found, bar, dot in zip(records, bars, points, strict=True):
+        [limit], [height] = bar.get_ydata(), dot.get_ydata()
+        assert limit == bench.roof(found["limits"], 4.0)
+        assert math.isclose(height, found["share"] * limit)
+
+
 # ---------------------------------------------------------------------------------------- programs
 
 
@@ -184,8 +356,12 @@ def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks)
         "--runs",
         3,
     )  # a single first token can take longer than all that follow
-    assert f"| {tasks[0]} " in done.stdout
-    assert ("GB/s memory bandwidth" if tasks == ["decode"] else "GFLOP/s matmul") in done.stdout
+    assert f"| {tasks[0]} " in done.stdout and "2 x 32 tokens" in done.stdout
+    assert "% of " in done.stdout
+    progress = [line for line in done.stderr.splitlines() if " of " in line.split(":")[1]]
+    assert progress == [
+        f"bench.py: {i} of {len(tasks)}: --task {task}" for i, task in enumerate(tasks, 1)
+    ]
     about, found = results(tmp_path)
     assert about["command"].startswith("bench.py --runs 1") and "jax" in about
     for metric in tasks:
@@ -309,7 +485,7 @@ def test_peers_run_in_turn_on_the_same_weights(tasks, tmp_path):
 def test_compiling_is_measured_without_and_with_the_cache(tmp_path):
     run("--task", "compile", "--out", tmp_path)
     _, found = results(tmp_path)
-    cold, warm = (found[f"compile, {how}", "ours"]["value"] for how in ("cold", "from the cache"))
+    cold, warm = (found[f"compile, {how}", "ours"]["value"] for how in ("cold", "cached"))
     assert cold > warm
 
 
@@ -317,7 +493,7 @@ def test_compiling_is_measured_without_and_with_the_cache(tmp_path):
 def test_a_checkpoint_is_validated_against_transformers_and_both_lose_the_same(tmp_path):
     text = tmp_path / "text"
     text.write_text("O Romeo, Romeo! wherefore art thou Romeo?\nDeny thy father " * 12)
-    run(
+    done = run(
         "--task",
         "validate,eval",
         "--model",
@@ -332,10 +508,14 @@ def test_a_checkpoint_is_validated_against_transformers_and_both_lose_the_same(t
         tmp_path,
     )
     _, found = results(tmp_path)
-    assert found["tokens of the text", "same ids"]["value"] == 1
-    assert found["logits", "difference"]["value"] < 1e-4
+    ids = found["token ids", bench.BESIDE]
+    assert ids["unit"] == f"of {ids['value']:.0f} the same"
+    assert found["logits", bench.BESIDE]["value"] < 1e-4
+    assert found["verdict", bench.BESIDE]["value"] == 1
+    last = done.stdout.splitlines()[-1]
+    assert "llama (tiny), float32, cpu: the same model as in transformers" in last
     assert {f"after block {i}" for i in range(3)} <= {metric for metric, _ in found}
-    assert found["greedy tokens", "same until"]["value"] == 16
+    assert found["greedy tokens", bench.BESIDE]["value"] == 16
     ours, theirs = found["loss", "ours"]["value"], found["loss", "transformers"]["value"]
     assert abs(ours - theirs) < 1e-4 and 1 < ours < 5
     assert math.isclose(found["perplexity", "ours"]["value"], math.exp(ours))
@@ -348,6 +528,47 @@ def test_texts_stand_side_by_side(tmp_path):
     assert mine.removeprefix("greedy, ours") == theirs.removeprefix("greedy, transformers")
     _, found = results(tmp_path)
     assert 0 < found["greedy: distinct-1", "ours"]["value"] <= 1
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (None, "the same model as in transformers"),
+        ("gelu", "NOT the same model as in transformers: other logits"),
+        ("decode", "NOT the same model as in transformers: other greedy tokens"),
+    ],
+)
+def test_the_verdict_of_validate_is_about_logits_and_greedy_tokens(
+    fault, said, tmp_path, monkeypatch, capsys
+):
+    """The exact GELU in place of GPT-2's; and a `generate` that makes other tokens."""
+    if fault == "gelu":
+        exact = partial(jax.nn.gelu, approximate=False)
+        monkeypatch.setitem(gpt2.ACTIVATIONS, "gelu_new", exact)
+    if fault == "decode":
+        monkeypatch.setattr(gpt2, "generate", lambda model, prompts, n, **options: [[7] * n])
+    monkeypatch.setattr(gpt2.Block, "__call__", gpt2.Block.__call__)  # which `validate` wraps
+    options = ["--weights", "tiny", "--task", "validate", "--scratch", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "gpt2", *options])
+    args = bench.parse_command_line()
+    bench.pick_devices("cpu", "no")
+    precision = jax.config.jax_default_matmul_precision
+    try:
+        bench.validate(args, "float32")
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+        jax.config.update("jax_default_device", None)
+
+    [verdict] = [found for found in bench.read_records(tmp_path) if found["metric"] == "verdict"]
+    assert verdict["of"].startswith(said)
+    assert verdict["value"] == (fault is None)
+
+
+def test_a_plan_is_for_the_weights_that_were_named(tmp_path):
+    name = "meta-llama/Llama-2-13b-hf"
+    run("--model", "llama", "--weights", name, "--task", "plan", "--out", tmp_path)
+    _, found = results(tmp_path)
+    assert {who for _, who in found} == {name}
 
 
 def test_a_plan_needs_no_weights(tmp_path):
@@ -506,7 +727,7 @@ def test_a_bad_checkpoint_is_named_in_one_line(damage, said, tmp_path):
     done = run("--model", "gpt2", "--weights", folder, "--task", "decode", "--length", 8, code=2)
     *about, line = done.stderr.splitlines()
     assert line.startswith("bench.py: ") and said in line
-    assert all(text.startswith("bench.py: --task") for text in about)
+    assert about == ["bench.py: 1 of 1: --task decode"]
 
 
 def test_a_checkpoint_that_cannot_be_validated_is_named_in_one_line(tmp_path):
