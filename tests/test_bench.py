@@ -533,9 +533,13 @@ def test_texts_stand_side_by_side(tmp_path):
 @pytest.mark.parametrize(
     "fault, said",
     [
-        (None, "the same model as in transformers"),
+        pytest.param(None, "the same model as in transformers", marks=pytest.mark.wide),
         ("gelu", "NOT the same model as in transformers: other logits"),
-        ("decode", "NOT the same model as in transformers: other greedy tokens"),
+        pytest.param(
+            "decode",
+            "NOT the same model as in transformers: other greedy tokens",
+            marks=pytest.mark.wide,
+        ),
     ],
 )
 def test_the_verdict_of_validate_is_about_logits_and_greedy_tokens(
