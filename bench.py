@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import timeit
 from collections.abc import Callable
@@ -1143,9 +1144,9 @@ def validate(args, dtype) -> None:
         faults.append("other token ids")
     if not apart <= allowed:  # nan is no agreement
         faults.append("other logits")
-    counts = dtype == "float32"  # half precision leads to other texts
+    counts = dtype == "float32"  # half precision may lead to other texts
     if counts and mine != others and not nearly_tied(theirs, prompt, mine, others, allowed):
-        faults.append("other greedy tokens, where no two were equally likely")
+        faults.append("other greedy tokens")
     record_verdict(args, dtype, faults, apart)
 
 
@@ -1154,8 +1155,7 @@ def record_verdict(args, dtype, faults: list[str], apart: float) -> None:
     verdict = "the same model as in transformers"
     if faults:
         verdict = f"NOT the same model as in transformers: {', '.join(faults)}"
-    allowed = f"{TOLERANCES[dtype]:g}"
-    verdict += f" (logits {number(apart)} apart; rounding in {dtype}: up to {allowed})"
+    verdict += f" (logits {number(apart)} apart, rounding allows {TOLERANCES[dtype]:g})"
     record(args, "verdict", BESIDE, [float(not faults)], "same", dtype=dtype, of=verdict)
 
 
@@ -1317,7 +1317,7 @@ def print_tables(records: list[dict]) -> None:
     if formulas:
         print(LETTERS)
     for found in verdicts:
-        print(f"{setting(found)}: {found['of']}")
+        print(setting(found), f"verdict: {found['of']}", sep="\n")
 
 
 def split_to_fit(records: list[dict], keys: list[str]) -> list[list[dict]]:
@@ -1437,11 +1437,9 @@ def warn_if_busy(records: list[dict]) -> None:
             text = f"{found['metric']} {range_cell(found)} {found['unit']}"
             wide.setdefault(found["metric"], text)
     if wide:
-        print(
-            f"bench.py: the machine was busy: {', '.join(wide.values())}. Let nothing else run, "
-            "or take more --runs",
-            file=sys.stderr,
-        )
+        found = ", ".join(wide.values())
+        line = f"bench.py: the machine was busy: {found}. Let nothing else run, or take more --runs"
+        print(textwrap.fill(line, WIDTH, break_on_hyphens=False), file=sys.stderr)
 
 
 def write_results(out: Path, records: list[dict]) -> None:

@@ -276,7 +276,7 @@ def test_the_verdict_is_the_last_line(capsys):
     verdict = figure("verdict", task="validate", values=(1.0,), of="the same model")
     lines = printed([verdict, figure("logits", task="validate")], capsys)
     expected = "validate: gpt2 (openai-community/gpt2), bfloat16, NVIDIA H200"
-    assert lines[-1] == f"{expected}: the same model"
+    assert lines[-2:] == [expected, "verdict: the same model"]
     assert sum("same model" in line for line in lines) == 1
 
 
@@ -512,8 +512,9 @@ def test_a_checkpoint_is_validated_against_transformers_and_both_lose_the_same(t
     assert ids["unit"] == f"of {ids['value']:.0f} the same"
     assert found["logits", bench.BESIDE]["value"] < 1e-4
     assert found["verdict", bench.BESIDE]["value"] == 1
-    last = done.stdout.splitlines()[-1]
-    assert "llama (tiny), float32, cpu: the same model as in transformers" in last
+    *_, about, verdict = done.stdout.splitlines()
+    assert about == "validate: llama (tiny), float32, cpu"
+    assert verdict.startswith("verdict: the same model as in transformers (logits ")
     assert {f"after block {i}" for i in range(3)} <= {metric for metric, _ in found}
     assert found["greedy tokens", bench.BESIDE]["value"] == 16
     ours, theirs = found["loss", "ours"]["value"], found["loss", "transformers"]["value"]
