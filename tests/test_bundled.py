@@ -86,7 +86,7 @@ def test_chat_alone_talks_to_it_and_names_a_real_one():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The capital of France is Paris.\n"

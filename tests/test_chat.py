@@ -335,7 +335,7 @@ def test_a_saved_conversation_is_one_that_train_py_reads(converse, folder, tmp_p
     terminal.ask(f"/save {other}")
     command = [sys.executable, "train.py", "--weights", folder, "--data", file, other]
     command += ["--show-data", "--out", tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert "Be brief." in done.stdout, done.stderr
 
 

@@ -80,7 +80,7 @@ class Server:
 
     def post(self, path, body, **more):
         """The status and the error of a request that is not as it should be."""
-        answer = httpx.post(f"{self.url}{path}", content=body, timeout=120, **more)
+        answer = httpx.post(f"{self.url}{path}", content=body, timeout=600, **more)
         return answer.status_code, answer.json()["error"]
 
 
@@ -583,7 +583,7 @@ def test_ctrl_c_ends_the_server_with_one_line_even_while_it_writes():
     stream = client.completions.create(model="tiny/gpt2", prompt="O", max_tokens=200, stream=True)
     next(iter(stream))
     server.send_signal(signal.SIGINT)
-    assert server.wait(60) == 130
+    assert server.wait(600) == 130
     assert server.stderr.read() == "\nstopped\n"
 
 
@@ -611,7 +611,7 @@ def test_the_page_has_the_options_of_the_command_line(writer, monkeypatch):
 
 def test_the_attention_of_an_answer_has_its_page(talker):
     answer = talker.say("Who are you?")
-    page = httpx.get(f"{talker.url}/attention/{answer.id}", timeout=120)
+    page = httpx.get(f"{talker.url}/attention/{answer.id}", timeout=600)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page.text, re.DOTALL)[1])
     assert len(data["tokens"]) == answer.usage.total_tokens
     assert "".join(data["tokens"]).startswith("User:·Who·are·you?")
