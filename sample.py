@@ -806,7 +806,7 @@ class Programs:
         batch: the inputs with rows. shared: inputs that are the same on all devices. The program
         takes cache, *batch, *shared. The cache is donated: its memory is used for the new one.
         """
-        name = (function, str(jax.tree.map(jax.typeof, [cache, batch, shared])))
+        name = (function, str(jax.tree.map(np.shape, [cache, batch, shared])))
         if name in self.compiled:
             return self.compiled[name]
 
