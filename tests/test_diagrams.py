@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import cache
 from xml.etree import ElementTree
 
 import pytest
@@ -21,8 +22,12 @@ def test_the_stored_diagrams_are_those_of_the_present_code():
 
 
 def family(name):
+    """What the diagram of a family is drawn from."""
     file, checkpoint, _ = diagrams.DIAGRAMS[name]
     return diagrams.describe(importlib.import_module(file), checkpoint)
+
+
+described = cache(family)  # of the present code; tracing a large model takes seconds
 
 
 def names_of(row):
@@ -30,10 +35,10 @@ def names_of(row):
 
 
 def test_the_parts_of_a_block_stand_where_it_calls_them():
-    attention, mlp = family("gpt2").rows
+    attention, mlp = described("gpt2").rows
     assert names_of(attention) == [["ln_1"], ["c_attn"], ["attend"], ["c_proj"]]
     assert names_of(mlp) == [["ln_2"], ["c_fc"], [""], ["c_proj"]]
-    attention, mlp = family("gemma").rows
+    attention, mlp = described("gemma").rows
     assert names_of(attention)[1:4] == [
         ["q_proj", "k_proj", "v_proj"],
         ["q_norm", "k_norm", None],
@@ -53,7 +58,7 @@ def test_the_parts_of_a_block_stand_where_it_calls_them():
     ],
 )
 def test_what_a_family_changes_is_new_in_its_diagram(name, before, new):
-    assert new <= family(name).kinds() - family(before).kinds()
+    assert new <= described(name).kinds() - described(before).kinds()
 
 
 def test_a_part_that_is_added_elsewhere_is_drawn_elsewhere(monkeypatch):
