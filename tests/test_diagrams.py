@@ -54,7 +54,10 @@ def test_the_parts_of_a_block_stand_where_it_calls_them():
         ("llama", "opt", {"RoPE", "grouped-query", "gated", "SiLU", "no bias"}),
         ("gemma", "llama", {"1 + weight", "scaled embedding", "window", "GELU"}),
         ("mistral", "llama", {"window", "own head"}),
-        ("mixtral", "mistral", {"router", "experts", "weighted sum"}),
+        pytest.param(
+            *("mixtral", "mistral", {"router", "experts", "weighted sum"}),
+            marks=pytest.mark.slow,  # a minute of tracing
+        ),
     ],
 )
 def test_what_a_family_changes_is_new_in_its_diagram(name, before, new):

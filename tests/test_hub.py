@@ -202,10 +202,10 @@ def test_a_hub_that_never_answers_is_given_up(sample):
 @pytest.mark.parametrize(
     "command",
     [
-        ["gpt2.py", "Hello", REPO],
+        pytest.param(["gpt2.py", "Hello", REPO], marks=pytest.mark.slow),
         ["sample.py", "--weights", REPO],
-        ["train.py", "--weights", REPO],
-        ["bench.py", "--weights", REPO],
+        pytest.param(["train.py", "--weights", REPO], marks=pytest.mark.slow),
+        pytest.param(["bench.py", "--weights", REPO], marks=pytest.mark.slow),
     ],
     ids=lambda command: command[0],
 )

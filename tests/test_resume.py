@@ -199,7 +199,9 @@ def test_a_second_ctrl_c_ends_the_program_at_once_and_a_second_sigterm_does_not(
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_while_the_last_checkpoint_is_written_keeps_the_earlier_ones(
     number, text_file, whole, tmp_path
 ):
