@@ -1327,7 +1327,8 @@ def count_shared(one: list[int], other: list[int]) -> int:
 def score_continuations(model_file, model, texts: list[list[int]], shared: int) -> list:
     """The log-probabilities of each text's tokens from `shared` on; before it all are the same.
 
-    What they share is computed once, and its KV cache repeated for each: the rest is a batch.
+    What they share is computed once, and its KV cache repeated for each: the rest is a batch. With
+    dynamic RoPE beyond the trained length, the cache keeps the angles of the shorter text.
     """
     graphdef, state = nnx.split(model)
     length = max(map(len, texts))

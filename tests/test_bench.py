@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -358,7 +359,7 @@ def test_the_bundled_model_is_measured_and_the_figures_are_kept(tmp_path, tasks)
     )  # a single first token can take longer than all that follow
     assert f"| {tasks[0]} " in done.stdout and "2 x 32 tokens" in done.stdout
     assert "% of " in done.stdout
-    progress = [line for line in done.stderr.splitlines() if " of " in line.split(":")[1]]
+    progress = re.findall(r"^bench.py: \d+ of \d+: .*$", done.stderr, re.MULTILINE)
     assert progress == [
         f"bench.py: {i} of {len(tasks)}: --task {task}" for i, task in enumerate(tasks, 1)
     ]
@@ -732,7 +733,7 @@ def test_a_bad_checkpoint_is_named_in_one_line(damage, said, tmp_path):
     done = run("--model", "gpt2", "--weights", folder, "--task", "decode", "--length", 8, code=2)
     *about, line = done.stderr.splitlines()
     assert line.startswith("bench.py: ") and said in line
-    assert about == ["bench.py: 1 of 1: --task decode"]
+    assert about in ([], ["bench.py: 1 of 1: --task decode"])  # some are found before it begins
 
 
 def test_a_checkpoint_that_cannot_be_validated_is_named_in_one_line(tmp_path):

@@ -138,12 +138,14 @@ def test_continuations_have_the_log_probabilities_of_transformers(family):
 
 
 def test_every_configuration_ranks_by_the_cache_as_without(case):
-    """Sliding windows whose ring is full, and rows of different lengths."""
+    """Rows of different lengths, past the shorter windows, and within the trained length of dynamic
+    RoPE: beyond it each token has other angles once more follow, which a cache does not undo.
+    """
     rows = case.tokens[:, :20].tolist()
-    texts = [rows[0][:16] + row[: 4 + i] for i, row in enumerate(rows)]
-    found = sample.score_continuations(case.family.module, case.model, texts, 16)
+    texts = [rows[0][:9] + row[: 4 + i] for i, row in enumerate(rows)]
+    found = sample.score_continuations(case.family.module, case.model, texts, 9)
     for ids, log_probs in zip(texts, found, strict=True):
-        expected = reference_log_probs(case.hf32, ids)[15:]
+        expected = reference_log_probs(case.hf32, ids)[8:]
         np.testing.assert_allclose(log_probs, expected, rtol=1e-4, atol=1e-4)
 
 

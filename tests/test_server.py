@@ -573,7 +573,7 @@ def test_a_missing_package_is_one_line(refused, monkeypatch):
 
 @pytest.mark.wide
 def test_ctrl_c_ends_the_server_with_one_line_even_while_it_writes():
-    command = [sys.executable, "sample.py", "--ui", "--port", "0"]
+    command = [sys.executable, "sample.py", "--weights", "tiny/gpt2", "--ui", "--port", "0"]
     server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     lines = []
     while not lines or "Ctrl-C" not in lines[-1]:
