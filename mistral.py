@@ -867,7 +867,7 @@ def generate_stream(
         for new in fill_context(model, windows, limit, window_keys, sampling, top_k, steps):
             new_rows = []
             for row, tokens in enumerate(new.tolist()):
-                windows[row] = windows[row] + tokens
+                windows[row] += tokens
                 kept = [] if ended[row] else until_stop(tokens, stop_ids)
                 ended[row] = ended[row] or len(kept) < len(tokens)
                 new_rows.append(kept)

@@ -581,7 +581,7 @@ def generate(model_file, model, mesh, prompts, limit: int, keep: int, timing, ar
     programs = Programs(model, mesh, args.top_k, timing)
     row_key = partial(jax.random.fold_in, random_key(args.seed))
     keys = [row_key(row) for row in range(len(prompts))]
-    windows = list(prompts)  # the part of each text that the model sees
+    windows = [list(prompt) for prompt in prompts]  # the part of each text that the model sees
     dropped = [0] * len(prompts)  # how many tokens of each text it no longer sees
 
     left = limit
@@ -602,7 +602,7 @@ def generate(model_file, model, mesh, prompts, limit: int, keep: int, timing, ar
         for new in fill_context(model_file, programs, rows, room, timing, args):
             new = new[: len(prompts)]
             for row, tokens in enumerate(new.tolist()):
-                windows[row] = windows[row] + tokens
+                windows[row] += tokens
             left -= new.shape[1]
             yield new
 
@@ -942,11 +942,7 @@ class ChatTokenizer:
     def beginning(self) -> list[int]:
         """The token ids before the first words of the user, the system message included."""
         ids = self.encode("a")
-        others = self.encode("b")
-        same = 0
-        while same < min(len(ids), len(others)) and ids[same] == others[same]:
-            same += 1
-        return ids[:same]
+        return ids[: count_shared(ids, self.encode("b"))]
 
 
 @dataclass
@@ -1114,9 +1110,7 @@ def write_answer(model_file, model, memory, text, stop_ids, limit, args):
     try:
         for token in answer(model_file, model, memory, text.prompt_ids, limit, keep, args):
             text.add(token, stop_ids, limit)
-            shown = (
-                text.completion.lstrip()
-            )  # some templates leave the blank before it to the model
+            shown = text.completion.lstrip()  # some templates leave a blank to the model
             print(shown[written:], end="", flush=True)
             written = len(shown)
             if text.reason:
@@ -1216,7 +1210,7 @@ def score_text(model_file, model, tokenizer, text: str) -> dict:
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         fail("--score needs a text of two tokens or more: the first one has no score")
-    check_room(len(ids), model.config)
+    check_scored_length(len(ids), model.config)
 
     graphdef, state = nnx.split(model)
     x, _ = run_hidden(graphdef, state, np.array([ids]))
@@ -1272,7 +1266,7 @@ def score_in_pieces(graphdef, state, x, tokens):
     return log_probs, ranks
 
 
-def check_room(tokens: int, config):
+def check_scored_length(tokens: int, config):
     """Exits where a text is longer than the context."""
     context = config.max_position_embeddings
     if tokens > context:
@@ -1292,7 +1286,7 @@ def score_choices(model_file, model, tokenizer, prompt: str, choices: list[str])
     prompt_ids = tokenizer.encode(prompt)
     texts = [tokenizer.encode(prompt + choice) for choice in choices]
     begins = [count_shared(prompt_ids, ids) for ids in texts]
-    check_room(max(map(len, texts)), model.config)
+    check_scored_length(max(map(len, texts)), model.config)
     if min(begins) == 0:
         fail(
             f"--choices: the first token of {prompt!r} changes with what follows, and no token "
