@@ -429,7 +429,7 @@ def update_layer(layer_cache, k, v, k_positions, start):
 
 
 def runs_on(config: Config) -> bool:
-    """Whether a text may exceed the context length just so: only sliding windows allow it."""
+    """Whether a text may exceed the context length uncut: only sliding windows allow it."""
     return False
 
 
@@ -516,7 +516,8 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, keep=N
     """Autoregressive generation in its plainest form: recompute everything for each new token.
 
     No cache, and a single prompt. `generate` gives the same tokens with key=jnp.stack([key]), a key
-    for each row; `sampling` is passed on to `sample`. keep: see `generate_stream`.
+    for each row; `sampling` is passed on to `sample`. keep: see `generate_stream`; without a cache
+    no text runs on beyond the context, even with sliding windows.
     """
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
@@ -650,9 +651,10 @@ def generate_stream(
     """Generates as `generate` does, and yields the new tokens as they come: a list for each row.
 
     A list holds up to `steps` tokens; that of a row that has ended is empty.
-    keep: lets texts grow beyond the context length. Where a text fills it, the model goes on from
-    the first `keep` tokens (such as a begin token) and the last ones, half a context in all. With
-    sliding windows alone, nothing is cut: see `runs_on`.
+    keep: a number lets texts grow beyond the context length. Where a text fills it, the model goes
+    on from the first `keep` tokens (such as a begin token) and the last ones, half a context in
+    all; so it does with a prompt that is too long. What is cut no longer counts for the repetition
+    penalty. With sliding windows alone, nothing is cut: see `runs_on`.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling = {
