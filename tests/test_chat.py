@@ -1,5 +1,6 @@
 """sample.py --chat: a checkpoint's chat template, once or as a conversation on a terminal."""
 
+import codecs
 import json
 import os
 import pty
@@ -160,14 +161,20 @@ class Terminal:
             env={**os.environ, "TERM": "dumb", **(env or {})},
         )
         os.close(its_end)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.shown = ""
+
+    def read_more(self):
+        """A read may end within a character, or between the two of a line's end."""
+        text = self.decoder.decode(os.read(self.end, 10_000))
+        self.shown = (self.shown + text).replace("\r\n", "\n")
 
     def read(self, *, until, limit=600):
         """What is shown up to a text, which is taken away."""
         deadline = time.monotonic() + limit
         while until not in self.shown:
             assert select.select([self.end], [], [], deadline - time.monotonic())[0], self.shown
-            self.shown += os.read(self.end, 10_000).decode("utf-8", "replace").replace("\r\n", "\n")
+            self.read_more()
         text, _, self.shown = self.shown.partition(until)
         return text
 
@@ -181,7 +188,7 @@ class Terminal:
 
     def wait_for_an_answer(self):
         while len(self.shown) < 100:
-            self.shown += os.read(self.end, 10_000).decode("utf-8", "replace")
+            self.read_more()
 
     def type(self, text):
         os.write(self.end, text.encode())
