@@ -442,7 +442,7 @@ def update_layer(layer_cache, k, v, k_positions, start):
     return k, v, k_positions, (k, v)
 
 
-def runs_on(config: Config) -> bool:
+def has_unbounded_context(config: Config) -> bool:
     """Whether a text may exceed the context length uncut: only sliding windows allow it."""
     return False
 
@@ -541,17 +541,17 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, keep=N
     if keep is not None:
         length = min(length, model.config.max_position_embeddings)
 
-    window = ids  # the part of the text that the model sees
+    visible = ids  # the part of the text that the model sees
     for _ in range(max_new_tokens):
-        window = shift_context(model.config, window, keep)
-        n = len(window)
-        padded = np.array([window + [0] * (length - n)])  # no token attends to later ones
+        visible = shift_context(model.config, visible, keep)
+        n = len(visible)
+        padded = np.array([visible + [0] * (length - n)])  # no token attends to later ones
         logits = forward(state, padded)[:, n - 1]  # [1, V]
-        seen = np.isin(np.arange(model.config.vocab_size), window)[None]
-        rng_keys = jax.random.fold_in(window_key(key, len(ids) - n), n)[None]
+        seen = np.isin(np.arange(model.config.vocab_size), visible)[None]
+        rng_keys = jax.random.fold_in(key_after_shift(key, len(ids) - n), n)[None]
         token = sample(logits, rng_keys, seen, **sampling).item()
         ids = [*ids, token]
-        window = [*window, token]
+        visible = [*visible, token]
     return ids[len(prompt) :]
 
 
@@ -668,7 +668,7 @@ def generate_stream(
     keep: a number lets texts grow beyond the context length. Where a text fills it, the model goes
     on from the first `keep` tokens (such as a begin token) and the last ones, half a context in
     all; so it does with a prompt that is too long. What is cut no longer counts for the repetition
-    penalty. With sliding windows alone, nothing is cut: see `runs_on`.
+    penalty. With sliding windows alone, nothing is cut: see `has_unbounded_context`.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling = {
@@ -677,27 +677,27 @@ def generate_stream(
         "min_p": min_p,
         "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
     }
-    windows = [as_integers(prompt) for prompt in prompts]  # the part of each text that is seen
-    check_room(model.config, windows, max_new_tokens, keep)
-    keys = keys_of_rows(key, len(windows))
+    visible = [as_integers(prompt) for prompt in prompts]  # of each text, what the model sees
+    check_prompts(model.config, visible, max_new_tokens, keep)
+    keys = keys_of_rows(key, len(visible))
     stop_ids = [] if stop_ids is None else as_integers(np.ravel(stop_ids))
-    dropped = [0] * len(windows)  # how many tokens of each text the model no longer sees
-    ended = [False] * len(windows)
+    dropped = [0] * len(visible)  # of each text, how many tokens the model no longer sees
+    ended = [False] * len(visible)
 
     left = max_new_tokens
     while left > 0:
         # Where the context is full, a row goes on from its last tokens; the others go on as before.
-        for row, window in enumerate(windows):
-            windows[row] = shift_context(model.config, window, keep)
-            dropped[row] += len(window) - len(windows[row])
-        limit = room_for(model.config, windows, left, keep)
+        for row, ids in enumerate(visible):
+            visible[row] = shift_context(model.config, ids, keep)
+            dropped[row] += len(ids) - len(visible[row])
+        row_keys = jnp.stack([key_after_shift(*pair) for pair in zip(keys, dropped, strict=True)])
+        limit = tokens_until_full(model.config, visible, left, keep)
         left -= limit
-        window_keys = jnp.stack([window_key(*pair) for pair in zip(keys, dropped, strict=True)])
 
-        for new in fill_context(model, windows, limit, window_keys, sampling, top_k, steps):
+        for new in fill_context(model, visible, limit, row_keys, sampling, top_k, steps):
             new_rows = []
             for row, tokens in enumerate(new.tolist()):
-                windows[row] += tokens
+                visible[row] += tokens
                 kept = [] if ended[row] else until_stop(tokens, stop_ids)
                 ended[row] = ended[row] or len(kept) < len(tokens)
                 new_rows.append(kept)
@@ -728,29 +728,29 @@ def fill_context(model, prompts, max_new_tokens: int, keys, sampling: dict, top_
         yield new
 
 
-def shift_context(config, window: list[int], keep: int | None) -> list[int]:
-    """What the model goes on from: `window`, or half a context where it is full.
+def shift_context(config, ids: list[int], keep: int | None) -> list[int]:
+    """What the model goes on from: all of `ids`, or half a context of them where they fill it.
 
     The half consists of the first `keep` tokens and the last ones.
     """
     context = config.max_position_embeddings
-    if keep is None or runs_on(config) or len(window) < context:
-        return window
+    if keep is None or has_unbounded_context(config) or len(ids) < context:
+        return ids
     last = context // 2 - keep
-    return window[:keep] + window[len(window) - last :]
+    return ids[:keep] + ids[len(ids) - last :]
 
 
-def room_for(config, windows: list[list[int]], new_tokens: int, keep: int | None) -> int:
-    """How many of new_tokens can be made before a row fills its context."""
-    if keep is None or runs_on(config):
+def tokens_until_full(config, rows: list[list[int]], new_tokens: int, keep: int | None) -> int:
+    """How many of new_tokens can be made before the longest row fills the context."""
+    if keep is None or has_unbounded_context(config):
         return new_tokens
-    return min(new_tokens, config.max_position_embeddings - max(map(len, windows)))
+    return min(new_tokens, config.max_position_embeddings - max(map(len, rows)))
 
 
-def window_key(key, dropped: int):
-    """The random key of a row that goes on after `dropped` tokens of it are no longer seen.
+def key_after_shift(key, dropped: int):
+    """The random key of a row that goes on after `dropped` tokens of it have been cut.
 
-    Positions begin again, and so would its random numbers.
+    Its positions begin again, and with the same key so would its random numbers.
     """
     return key if dropped == 0 else jax.random.fold_in(key, dropped)
 
@@ -802,7 +802,7 @@ def batch_prompts(config, prompts: list[list[int]], max_new_tokens: int):
     return tokens, positions, round_up(T + max_new_tokens, 128)
 
 
-def check_room(config, prompts: list[list[int]], max_new_tokens: int, keep: int | None) -> None:
+def check_prompts(config, prompts: list[list[int]], max_new_tokens: int, keep: int | None) -> None:
     """InputError where prompts are empty, or where they do not fit the context without `keep`."""
     context = config.max_position_embeddings
     if not prompts or min(map(len, prompts)) == 0:
@@ -864,7 +864,7 @@ def check_inputs(config, tokens, positions, cache) -> None:
     """
     B, T = tokens.shape
     V = config.vocab_size
-    context = config.max_position_embeddings
+    context = np.inf if has_unbounded_context(config) else config.max_position_embeddings
 
     if has_outside(tokens, 0, V):
         raise InputError(f"there are token ids outside the vocabulary of {V}")

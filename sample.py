@@ -322,8 +322,8 @@ def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
     prompt_ids = [text.prompt_ids for text in texts]
     limit = args.max_new_tokens or (ANSWER if args.chat else CONTINUATION)
     keep = kept_tokens(tokenizer, model.config)
-    if args.chat and not model_file.runs_on(model.config):
-        model_file.check_room(model.config, prompt_ids, 1, keep=None)  # no question is cut
+    if args.chat and not model_file.has_unbounded_context(model.config):
+        model_file.check_prompts(model.config, prompt_ids, 1, keep=None)  # no question is cut
 
     timing = Timing()
     writer = Writer(texts, args)
@@ -373,7 +373,7 @@ def say_if_cut(model_file, config, texts: list["Text"]):
     """Says where a text outgrew the context, so that the model no longer saw all of it."""
     context = config.max_position_embeddings
     longest = max(len(text.prompt_ids) + len(text.ids) for text in texts)
-    if longest > context and not model_file.runs_on(config):
+    if longest > context and not model_file.has_unbounded_context(config):
         print(
             f"longer than the context of {context} tokens: wherever it was full, the model went on "
             f"from the last {context // 2} tokens",
@@ -577,38 +577,39 @@ def generate(model_file, model, mesh, prompts, limit: int, keep: int, timing, ar
     tokens at a time as let the text flow, and with its time in `timing`.
     """
     config = model.config
-    model_file.check_room(config, prompts, limit, keep)
+    model_file.check_prompts(config, prompts, limit, keep)
     programs = Programs(model, mesh, args.top_k, timing)
     row_key = partial(jax.random.fold_in, random_key(args.seed))
     keys = [row_key(row) for row in range(len(prompts))]
-    windows = [list(prompt) for prompt in prompts]  # the part of each text that the model sees
-    dropped = [0] * len(prompts)  # how many tokens of each text it no longer sees
+    visible = [list(prompt) for prompt in prompts]  # of each text, what the model sees
+    dropped = [0] * len(prompts)  # of each text, how many tokens it no longer sees
 
     left = limit
     while left > 0:
         # Where the context is full, a row goes on from its last tokens; the others go on as before.
-        for row, window in enumerate(windows):
-            windows[row] = model_file.shift_context(config, window, keep)
-            dropped[row] += len(window) - len(windows[row])
-        window_keys = list(map(model_file.window_key, keys, dropped))
+        for row, ids in enumerate(visible):
+            visible[row] = model_file.shift_context(config, ids, keep)
+            dropped[row] += len(ids) - len(visible[row])
+        row_keys = list(map(model_file.key_after_shift, keys, dropped))
 
         # The cache is as long as the context from then on: few lengths are few programs to compile.
-        room = model_file.room_for(config, windows, left, keep)
-        size = room
+        n = model_file.tokens_until_full(config, visible, left, keep)
+        size = n
         if max(dropped) > 0:
-            size = model_file.room_for(config, windows, config.max_position_embeddings, keep)
+            context = config.max_position_embeddings
+            size = model_file.tokens_until_full(config, visible, context, keep)
 
-        rows = place(model_file, model, mesh, windows, window_keys, size)
-        for new in fill_context(model_file, programs, rows, room, timing, args):
+        rows = place(model_file, model, mesh, visible, row_keys, size)
+        for new in fill_context(model_file, programs, rows, n, timing, args):
             new = new[: len(prompts)]
             for row, tokens in enumerate(new.tolist()):
-                windows[row] += tokens
+                visible[row] += tokens
             left -= new.shape[1]
             yield new
 
 
-def fill_context(model_file, programs, rows: "Rows", room: int, timing, args):
-    """Prefill, then decode: yields new tokens [B, n] of all rows, `room` of each row."""
+def fill_context(model_file, programs, rows: "Rows", limit: int, timing, args):
+    """Prefill, then decode: yields new tokens [B, n] of all rows, `limit` of each row."""
     sampling = sampling_options(args)
     cache, keys = rows.cache, rows.keys
     prefill = programs.program(
@@ -636,10 +637,10 @@ def fill_context(model_file, programs, rows: "Rows", room: int, timing, args):
     yield new
 
     # The others. Their program is compiled only now, so that the first token is shown early.
-    if room > 1:
+    if limit > 1:
         decode = programs.program(model_file.decode, cache, token, keys, shared=[sampling, 1])
     steps = 1 if streams(args) else model_file.STEPS
-    left = room - 1
+    left = limit - 1
     while left > 0:
         steps = min(steps, left)
         start = time.perf_counter()
@@ -988,7 +989,7 @@ def converse(model_file, model, mesh, tokenizer, stop_ids, args):
 
         messages.append({"role": "user", "content": message})
         first, text = fit_context(model_file, model.config, tokenizer, messages, limit, args)
-        if len(text.prompt_ids) >= context and not model_file.runs_on(model.config):
+        if len(text.prompt_ids) >= context and not model_file.has_unbounded_context(model.config):
             messages.pop()
             print(
                 f"no room in the context of {context}: say less, /undo, or /clear", file=sys.stderr
@@ -1096,7 +1097,7 @@ def fit_context(model_file, config, tokenizer, messages: list[dict], limit: int,
     first = 0
     text = Text(tokenizer, messages, args.stop)
     while len(text.prompt_ids) + room > context and first + 1 < len(messages):
-        if model_file.runs_on(config):
+        if model_file.has_unbounded_context(config):
             break
         first += 2
         text = Text(tokenizer, messages[first:], args.stop)
@@ -1125,20 +1126,20 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, keep: 
     """Yields up to `limit` tokens after ids, each as an array [1]."""
     config = model.config
     key = jax.random.fold_in(random_key(args.seed), 0)  # as the first row of a batch has
-    window = ids  # the part of the text that the model sees
+    visible = ids  # what the model sees of the text
     left = limit
     dropped = 0
     while left > 0:
         # Where the context is full, the model goes on from the last tokens.
-        shorter = model_file.shift_context(config, window, keep)
-        dropped += len(window) - len(shorter)
-        room = model_file.room_for(config, [shorter], left, keep)
-        window_key = model_file.window_key(key, dropped)
-        window = list(shorter)
-        for token in fill_memory(model_file, model, memory, shorter, room, window_key, args):
-            window += token.tolist()
+        begin = model_file.shift_context(config, visible, keep)
+        dropped += len(visible) - len(begin)
+        n = model_file.tokens_until_full(config, [begin], left, keep)
+        shifted_key = model_file.key_after_shift(key, dropped)
+        visible = list(begin)
+        for token in fill_memory(model_file, model, memory, begin, n, shifted_key, args):
+            visible += token.tolist()
             yield token
-        left -= room
+        left -= n
 
 
 def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, key, args):

@@ -24,7 +24,7 @@ PROGRAMS = ["sample", "train", "bench"]
 COPIES = [
     (ALL, ["Model.__call__", "write_slots", "sharding"]),
     (["gpt2", "opt"], ["Cache", "update_layer"]),
-    (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask", "runs_on"]),
+    (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask", "has_unbounded_context"]),
     (["llama", "gemma", "mistral"], ["attend", "rotate"]),
     (["llama", "mistral"], ["rms_norm"]),
     (["sample", "train"], ["random_key"]),

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from helpers.families import GEMMA, MISTRAL
@@ -97,15 +99,19 @@ def test_with_sliding_windows_alone_the_ring_runs_on(make_case, family, name):
     short = nnx.merge(graphdef, state)
     short.config = dataclasses.replace(config, max_position_embeddings=CONTEXT)
 
-    assert module.runs_on(short.config)
+    assert module.has_unbounded_context(short.config)
     options = {"temperature": 0, "repetition_penalty": 1.2}
     rows = module.generate(short, PROMPTS, 150, key=KEYS, keep=0, **options)
     assert rows == module.generate(roomy, PROMPTS, 150, key=KEYS, **options)
 
+    # Neither does a call of the model refuse a position there.
+    beyond = {"positions": [[CONTEXT]], "cache": module.init_cache(config, 1, 128, jnp.float32)}
+    np.testing.assert_array_equal(short([[5]], **beyond)[0], roomy([[5]], **beyond)[0])
+
 
 def test_a_model_with_a_layer_that_sees_everything_does_not_run_on(make_case):
-    assert not GEMMA.module.runs_on(make_case(GEMMA, "third").model.config)
-    assert not MISTRAL.module.runs_on(make_case(MISTRAL).model.config)
+    assert not GEMMA.module.has_unbounded_context(make_case(GEMMA, "third").model.config)
+    assert not MISTRAL.module.has_unbounded_context(make_case(MISTRAL).model.config)
 
 
 # ----------------------------------------------------------------------------------- stream
