@@ -239,8 +239,8 @@ def rope_frequencies(config: Config, sliding: bool):
         factor = config.rope_local_factor
 
     Dh = config.head_dim
-    inv_freq = theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)  # float32: see llama.py
-    return inv_freq / factor
+    exponents = np.arange(0, Dh, 2, dtype=np.float32) / Dh  # in float32, as transformers has it
+    return theta**-exponents / factor
 
 
 class Attention(nnx.Module):

@@ -215,7 +215,8 @@ def rotate(x, positions, inv_freq):
 def rope_frequencies(config: Config):
     """RoPE frequencies in radians per position: [Dh / 2]."""
     Dh = config.head_dim
-    return config.rope_theta ** -(np.arange(0, Dh, 2, dtype=np.float32) / Dh)  # see llama.py
+    exponents = np.arange(0, Dh, 2, dtype=np.float32) / Dh  # in float32, as transformers has it
+    return config.rope_theta**-exponents
 
 
 class Attention(nnx.Module):
@@ -2127,8 +2128,8 @@ def config_from_hf(values: dict) -> Config:
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     known["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check_supported("rope_type", kind, ["default"])
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    check_supported("rope_type", rope_type, ["default"])
     return Config(**known)
 
 

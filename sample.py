@@ -1179,7 +1179,7 @@ def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, k
 
 # --------------------------------------------- Scores ---------------------------------------------
 
-SCORED_AT_ONCE = 512  # tokens whose logits are in memory at the same time
+SCORED_AT_ONCE = 64  # tokens whose logits are in memory at the same time
 
 
 def write_scores(model_file, model, tokenizer, prompts: list[str], args):
@@ -1215,8 +1215,9 @@ def score_text(model_file, model, tokenizer, text: str) -> dict:
 
     graphdef, state = nnx.split(model)
     x, _ = run_hidden(graphdef, state, np.array([ids]))
-    log_probs, ranks = score_in_pieces(graphdef, state, x[0, :-1], np.array(ids[1:]))
+    log_probs, ranks, _, _ = score_in_pieces(graphdef, state, x[0], ids, 1)
     model_file.check_tokens(ranks)
+    log_probs = log_probs.astype(np.float64)  # for the sums
 
     # The bytes that were scored: all, or all but those of a first token that has a text.
     first = tokenizer.decode(ids[:1])
@@ -1242,29 +1243,36 @@ def run_hidden(graphdef, state, tokens, positions=None, cache=None):
     return nnx.merge(graphdef, state).hidden(tokens, positions, cache)
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def score_tokens(graphdef, state, x, tokens):
-    """The log-probability and the rank of n tokens: x [n, D] before them -> two arrays [n].
+@partial(jax.jit, static_argnames=("graphdef", "top"))
+def score_tokens(graphdef, state, x, places, tokens, top):
+    """How likely n tokens of a text are: x [T, D], their places [n] in it, and the tokens [n].
 
-    The likeliest token has rank 1. Where a logit is NaN, the rank is -1.
+    -> (log-probabilities [n], ranks [n], those of the likeliest tokens there [n, top], their ids).
+    A score comes from the vector of the token before. The likeliest token has rank 1. Where a logit
+    is NaN, the rank is -1.
     """
-    logits = nnx.merge(graphdef, state).head(x)
+    logits = nnx.merge(graphdef, state).head(x[places - 1])
     log_probs = jax.nn.log_softmax(logits)  # [n, V]
     chosen = jax.numpy.take_along_axis(log_probs, tokens[:, None], axis=-1)  # [n, 1]
     ranks = 1 + (log_probs > chosen).sum(axis=-1)
     ranks = jax.numpy.where(jax.numpy.isnan(chosen[:, 0]), -1, ranks)
-    return chosen[:, 0], ranks
+    best, best_ids = jax.lax.top_k(log_probs, top)
+    return chosen[:, 0], ranks, best, best_ids
 
 
-def score_in_pieces(graphdef, state, x, tokens):
-    """`score_tokens` for any number of tokens: the logits of a few exist at a time."""
+def score_in_pieces(graphdef, state, x, ids, begin: int, top: int = 1) -> list:
+    """`score_tokens` for ids[begin:] of a text: the logits of a few of them exist at a time."""
+    places = np.arange(begin, len(ids))
+    missing = -len(places) % SCORED_AT_ONCE
+    places = np.pad(places, (0, missing), mode="edge")  # all pieces are as long: one program
+    tokens = np.array(ids)[places]
+
     pieces = []
-    for begin in range(0, len(tokens), SCORED_AT_ONCE):
-        end = begin + SCORED_AT_ONCE
-        pieces.append(score_tokens(graphdef, state, x[begin:end], tokens[begin:end]))
-    log_probs = np.concatenate([piece[0] for piece in pieces]).astype(np.float64)  # for the sums
-    ranks = np.concatenate([piece[1] for piece in pieces])
-    return log_probs, ranks
+    for first in range(0, len(places), SCORED_AT_ONCE):
+        piece = slice(first, first + SCORED_AT_ONCE)
+        pieces.append(score_tokens(graphdef, state, x, places[piece], tokens[piece], top))
+    columns = zip(*pieces, strict=True)
+    return [np.concatenate(column)[: len(ids) - begin] for column in columns]
 
 
 def check_scored_length(tokens: int, config):
@@ -1340,14 +1348,13 @@ def score_continuations(model_file, model, texts: list[list[int]], shared: int) 
         positions[row, :n] = np.arange(shared, len(ids))
     x, _ = run_hidden(graphdef, state, tokens, positions, cache)
 
-    # A token's score comes from the vector of the token before it.
+    # The vector of the last shared token stands before those of each continuation.
     found = []
     for row, ids in enumerate(texts):
-        x_before = jax.numpy.concatenate([before[0, -1:], x[row, :-1]])
-        log_probs, ranks = score_in_pieces(graphdef, state, x_before, tokens[row])
-        n = len(ids) - shared
-        model_file.check_tokens(ranks[:n])
-        found.append(log_probs[:n])
+        row_x = jax.numpy.concatenate([before[0, -1:], x[row]])
+        log_probs, ranks, _, _ = score_in_pieces(graphdef, state, row_x, ids[shared - 1 :], 1)
+        model_file.check_tokens(ranks)
+        found.append(log_probs.astype(np.float64))  # for the sums
     return found
 
 
@@ -1663,7 +1670,6 @@ class Engine:
         self.model = model
         self.mesh = mesh
         self.tokenizer = tokenizer
-        self.score = make_scorer(model)
         self.programs = {}  # by top_k, which is compiled into them
         self.memory = Memory()
         self.waiting = []  # rows
@@ -1825,8 +1831,7 @@ class Engine:
         begin = len(text.prompt_ids) + row.shown
         if begin == len(ids):
             return []
-        context = self.model.config.max_position_embeddings
-        own, best, best_ids = self.score(ids, begin, context)
+        own, _, best, best_ids = self.score(ids, begin)
 
         found = []
         for i in range(begin, len(ids)):
@@ -1839,6 +1844,20 @@ class Engine:
             found.append(Logprob(piece, float(own[i - begin]), top[: row.call.top], offset))
         return found
 
+    def score(self, ids: list[int], begin: int) -> list:
+        """The scores of ids[begin:], and of the likeliest tokens in their places.
+
+        One forward pass, without cache.
+        """
+        config = self.model.config
+        graphdef, state = nnx.split(self.model)
+
+        # Padded on the right, where no token sees it: few lengths, so few programs.
+        T = min(config.max_position_embeddings, max(64, 2 ** (len(ids) - 1).bit_length()))
+        x, _ = run_hidden(graphdef, state, np.array([ids + [0] * (T - len(ids))]))
+        top = min(TOP_LOGPROBS, config.vocab_size)
+        return score_in_pieces(graphdef, state, x[0], ids, begin, top)
+
 
 def show_bug(done):
     """Shows the exception of a task that should have none."""
@@ -1847,43 +1866,6 @@ def show_bug(done):
 
 
 TOP_LOGPROBS = 20  # alternatives to a token, at most
-
-
-def make_scorer(model):
-    """A function (ids, begin, context) -> the log-probabilities of ids[begin:], and the likeliest.
-
-    It returns three arrays: the log-probability of each token [n], and those of the TOP_LOGPROBS
-    likeliest in its place with their ids, both [n, TOP_LOGPROBS]. One forward pass, without cache.
-    """
-    graphdef, state = nnx.split(model)
-    top = min(TOP_LOGPROBS, model.config.vocab_size)
-
-    @jax.jit
-    def hidden(state, tokens):
-        x, _ = nnx.merge(graphdef, state).hidden(tokens)
-        return x[0]  # [T, D]
-
-    @jax.jit
-    def head(state, x, ids):
-        logits = nnx.merge(graphdef, state).head(x[None])[0]
-        logprobs = jax.nn.log_softmax(logits)  # [n, V]
-        own = jax.numpy.take_along_axis(logprobs, ids[:, None], axis=1)[:, 0]
-        return own, *jax.lax.top_k(logprobs, top)
-
-    def score(ids, begin, context):
-        # Padded on the right, where no token sees it: few lengths, so few programs.
-        T = min(context, max(64, 2 ** (len(ids) - 1).bit_length()))
-        x = hidden(state, np.array([ids + [0] * (T - len(ids))]))
-
-        # Logits of 64 tokens at a time, as those of all may not fit the memory.
-        parts = []
-        for first in range(begin, len(ids), 64):
-            at = np.minimum(np.arange(first, first + 64), len(ids) - 1)
-            scored = head(state, x[at - 1], np.array(ids)[at])
-            parts.append([np.asarray(values)[: len(ids) - first] for values in scored])
-        return [np.concatenate(values) for values in zip(*parts, strict=True)]
-
-    return score
 
 
 def piece_of(tokenizer, before: int, token: int) -> str:

@@ -59,10 +59,16 @@ def test_every_configuration_has_the_scores_of_transformers(case, monkeypatch):
     ids = case.tokens[0]
     graphdef, state = nnx.split(case.model)
     x, _ = sample.run_hidden(graphdef, state, ids[None])
-    log_probs, ranks = sample.score_in_pieces(graphdef, state, x[0, :-1], ids[1:])
+    log_probs, ranks, best, best_ids = sample.score_in_pieces(graphdef, state, x[0], ids, 1, top=3)
     expected = reference_log_probs(case.hf32, ids.tolist())
     np.testing.assert_allclose(log_probs, expected, rtol=1e-4, atol=1e-4)
     assert ranks.shape == expected.shape and ranks.min() >= 1
+
+    # A token among the three likeliest is found there, at its rank.
+    for i, rank in enumerate(ranks):
+        if rank <= 3:
+            assert best[i, rank - 1] == log_probs[i]
+    assert best.shape == best_ids.shape == (len(expected), 3)
 
 
 def test_the_likeliest_token_has_rank_1_and_bits_are_counted_by_byte():
