@@ -530,7 +530,7 @@ def usage(device) -> list[str]:
         pynvml = importlib.import_module("pynvml")
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.local_hardware_id)
-        parts.append(f"{pynvml.nvmlDeviceGetUtilizationRates(handle).gpu} % busy")
+        parts.append(f"{pynvml.nvmlDeviceGetUtilizationRates(handle).gpu}% busy")
     return parts
 
 

@@ -108,7 +108,7 @@ def texts(cell) -> list[str]:
 def is_close(one: str, other: str, measured: bool) -> bool:
     """Whether two texts are equal, but for rounding in their numbers.
 
-    Numbers may differ by 2 %, as machines round differently; those below 1e-4 are such
+    Numbers may differ by 2%, as machines round differently; those below 1e-4 are such
     differences themselves.
     """
     if NUMBER.sub("#", one).split() != NUMBER.sub("#", other).split():

@@ -58,7 +58,7 @@ def test_a_preset_has_the_published_number_of_parameters(family, name):
 )
 def test_a_model_starts_with_the_spreads_of_its_paper(family, spread, into_stream, change):
     """One spread everywhere, but 1 / sqrt(2 * layers) of it in what is added to the stream. The
-    measured spread of n numbers is off by 1 / sqrt(2 n): less than 1 % for 9,000; 4 % are given."""
+    measured spread of n numbers is off by 1 / sqrt(2 n): less than 1% for 9,000; 4% are given."""
     sizes = family.sizes | {"vocab_size": 500, family.width: 96, family.depth: 3}
     config = family.module.Config.from_hf(sizes | {"tie_word_embeddings": False} | change)
     for path, value in by_path(nnx.state(family.module.Model(config, rngs=nnx.Rngs(0)))).items():

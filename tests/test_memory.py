@@ -88,7 +88,7 @@ llama_7b = checkpoint(llama, "meta-llama/Llama-2-7b-hf", jnp.bfloat16)
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_loading_takes_the_memory_of_the_parameters_and_little_more(xl, dtype, size):
-    """15 % of the parameters and 400 MB, of which Python with jax and flax takes about 300."""
+    """15% of the parameters and 400 MB, of which Python with jax and flax takes about 300."""
     peak, _ = run(f"""
         import gpt2
         start, folder = time.time(), Path({str(xl)!r})
@@ -109,7 +109,7 @@ def test_loading_takes_the_memory_of_the_parameters_and_little_more(xl, dtype, s
 @pytest.mark.slow
 def test_7b_in_bfloat16_loads_and_generates_in_little_more_memory_than_its_parameters(llama_7b):
     """Loading as above. Generating on a CPU takes the float32 copy of a block of its 32 and of the
-    head too, so a quarter in place of 15 %: a copy of all weights would be 27 GB."""
+    head too, so a quarter in place of 15%: a copy of all weights would be 27 GB."""
     loaded, generated, _, _ = run(f"""
         import llama
         start, folder = time.time(), Path({str(llama_7b)!r})

@@ -1014,7 +1014,7 @@ def test_the_progress_line_has_memory_and_utilisation_where_the_device_says_them
     )
     monkeypatch.setattr(train, "find_spec", lambda name: name == "pynvml")
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    assert train.usage(gpu) == ["3.00 GB", "93 % busy"]
+    assert train.usage(gpu) == ["3.00 GB", "93% busy"]
     assert train.usage(jax.devices("cpu")[0]) == []
 
 
