@@ -694,6 +694,9 @@ def generate_stream(
 
 def fill_context(model, prompts, max_new_tokens: int, keys, sampling: dict, top_k, steps: int):
     """Prefill, then decode: yields new tokens [B, n] of all rows: first 1, then up to `steps`."""
+    if not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise InputError("steps must be an integer of 1 or more")
+
     graphdef, state = nnx.split(model)
     tokens, positions, length = batch_prompts(model.config, prompts, max_new_tokens)
     cache = init_cache(model.config, len(tokens), length, model.dtype)
