@@ -1610,6 +1610,8 @@ def explained(errors, message: str):
 def run_program(main) -> NoReturn:
     """Runs `main` and exits with the code that it returns. What is no bug has no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+    if sys.stderr is None:  # it is closed, and `print` would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.unraisablehook = hear_again
     try:
         try:

@@ -485,6 +485,12 @@ def test_a_closed_standard_output_is_one_line(program, tmp_path):
     assert result.stderr.splitlines() == [f"{program}: standard output is closed"]
 
 
+def test_with_standard_error_closed_standard_output_has_the_text_alone(tmp_path):
+    text = shell("sample.py", "2> /dev/null", tmp_path).stdout
+    result = shell("sample.py", "2>&-", tmp_path)
+    assert (result.returncode, result.stdout) == (0, text)
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,13 @@ def test_random_numbers_do_not_repeat_with_the_positions():
 def test_without_keep_a_text_that_would_outgrow_the_context_is_refused(family, short):
     with pytest.raises(family.module.InputError, match="3 \\+ 62 tokens do not fit the context"):
         family.module.generate(short, [[5, 7, 11]], 62, key=0)
+
+
+@pytest.mark.core_gpt2_only
+@pytest.mark.parametrize("steps", [0, -1, 1.5, None])
+def test_a_stream_of_no_steps_is_refused(family, short, steps):
+    with pytest.raises(family.module.InputError, match="steps must be an integer of 1 or more"):
+        next(family.module.generate_stream(short, [[5, 7, 11]], 5, key=0, steps=steps))
 
 
 @pytest.mark.parametrize("keep", [-1, 32, 1.5, "1"])
@@ -188,6 +196,14 @@ def test_without_a_stream_the_texts_are_the_same(weights, written):
 def test_on_several_devices_the_texts_are_the_same(weights, written, mode):
     env = {"NPROC": "16", "JAX_NUM_CPU_DEVICES": "2"}
     assert run("--weights", weights, *LONG, "--parallel", mode, **env).stdout == written.stdout
+
+
+def test_the_speed_of_the_prefill_counts_what_the_model_saw_of_a_prompt(weights):
+    """Of a prompt that is too long, half a context. The time in the record is rounded."""
+    done = run("--weights", weights, "--prompt", "a" * 5000, "--max-new-tokens", 1, "--json")
+    seconds = json.loads(done.stdout)["time_to_first_token_s"]
+    speed = re.search(r"prefill ([\d,]+) tokens/s", done.stderr)[1]
+    assert int(speed.replace(",", "")) * seconds == pytest.approx(CONTEXT // 2, rel=0.5)
 
 
 def test_a_text_that_fits_the_context_gets_no_note(weights):
