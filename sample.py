@@ -341,7 +341,8 @@ def write_texts(model_file, model, mesh, tokenizer, stop_ids, prompts, args):
         raise
 
     say_if_cut(model_file, model.config, texts)
-    print(summary(model, mesh, prompt_ids, timing), file=sys.stderr)
+    seen = [model_file.shift_context(model.config, ids, keep) for ids in prompt_ids]
+    print(summary(model, mesh, seen, timing), file=sys.stderr)
     if args.profile:
         stop_profile(args.profile)
 
@@ -535,7 +536,7 @@ class Writer:
 
 
 def summary(model, mesh, prompt_ids: list[list[int]], timing) -> str:
-    """A line with the devices, the dtype and the speed."""
+    """A line with the devices, the dtype and the speed. prompt_ids: what the model saw of them."""
     prefill = sum(map(len, prompt_ids)) / timing.prefill
     decode = 0.0
     if timing.steps > 0:
@@ -1041,7 +1042,7 @@ def obey(line: str, messages: list[dict], tokenizer):
     elif command == "/system":
         answer = change_system(tokenizer, text)
     elif command == "/save":
-        answer = save_conversation(messages, tokenizer.system, Path(text).expanduser())
+        answer = save_conversation(messages, tokenizer.system, text)
     if answer:
         print(answer, file=sys.stderr)
 
@@ -1067,10 +1068,14 @@ def change_system(tokenizer, text: str) -> str | None:
     return f"the system message: {text}" if text else "there is no system message"
 
 
-def save_conversation(messages: list[dict], system: str | None, file: Path) -> str:
+def save_conversation(messages: list[dict], system: str | None, name: str) -> str:
     """Writes a conversation as a line of a new .jsonl; says where, or why not."""
     if not messages:
         return "there is nothing to save yet"
+    try:
+        file = Path(name).expanduser()
+    except RuntimeError:
+        return f"{name}: there is no home folder of that user"
     if file.suffix != ".jsonl":
         return "/save FILE: its name must end in .jsonl, so that train.py --data reads it"
 
@@ -1654,6 +1659,7 @@ class Choice:
     index: int  # of the choice
     text: Text
     number: int  # among the choices of the same prompt
+    limit: int  # new tokens, at most
     every: float  # new tokens after which a part is sent
     shown: int = 0  # tokens that were sent
 
@@ -1726,7 +1732,7 @@ class Engine:
     def can_share(self, rows: list[Choice]) -> bool:
         """Whether rows can be one batch: all go on up to the largest of their limits."""
         longest = max(len(row.text.prompt_ids) for row in rows)
-        limit = max(row.call.limit for row in rows)
+        limit = max(row.limit for row in rows)
         fits = longest + limit <= self.model.config.max_position_embeddings
         return fits and len(rows) <= MOST_ROWS and len({row.call.sampling for row in rows}) == 1
 
@@ -1735,7 +1741,7 @@ class Engine:
         for new in self.generate(rows):
             for row, tokens in zip(rows, new, strict=True):
                 if row.is_wanted():
-                    row.text.add(tokens, row.call.stop_ids, row.call.limit)
+                    row.text.add(tokens, row.call.stop_ids, row.limit)
                     self.send_part(row)
             if not any(row.is_wanted() for row in rows):
                 break
@@ -1745,7 +1751,7 @@ class Engine:
         if not rows:
             return
         sampling = rows[0].call.sampling
-        limit = max(row.call.limit for row in rows)
+        limit = max(row.limit for row in rows)
 
         # A conversation that runs alone finds the KV cache of its earlier messages.
         if len(rows) == 1 and rows[0].call.is_chat and rows[0].number == 0:
@@ -1984,7 +1990,7 @@ class Call:
         self.created = int(time.time())
         self.model = service.name
 
-        check_fields_of(body, service)
+        check_fields_of(body, service, is_chat)
         self.stream = read_switch(body, "stream")
         self.counts = read_switch(read_field(body, "stream_options", dict, {}), "include_usage")
         self.sampling = read_sampling(body)
@@ -2000,15 +2006,16 @@ class Call:
             every = math.inf
         config = service.engine.model.config
         prompts = read_messages(body) if is_chat else read_prompts_of(body)
+        n = read_number(body, "n", 1)
+        if len(prompts) * n > MOST_CHOICES:
+            raise ApiError(400, f"{MOST_CHOICES} choices at most in one request", "n")
         self.rows = []
         for prompt in prompts:
             ids = encode_prompt(codec, prompt, config)
-            for number in range(read_number(body, "n", 1)):
+            limit = min(read_limit(body, is_chat), config.max_position_embeddings - len(ids))
+            for number in range(n):
                 text = Text(codec, prompt, stops, ids)
-                self.rows.append(Choice(self, len(self.rows), text, number, every))
-        if len(self.rows) > MOST_CHOICES:
-            raise ApiError(400, f"{MOST_CHOICES} choices at most in one request", "n")
-        self.limit = read_limit(body, self.rows, config)
+                self.rows.append(Choice(self, len(self.rows), text, number, limit, every))
 
     def send(self, part):
         """Hands over a Part, or an ApiError; called by the engine's thread."""
@@ -2106,7 +2113,7 @@ class Call:
         return choice
 
 
-def check_fields_of(body: dict, service):
+def check_fields_of(body: dict, service, is_chat: bool):
     """ApiError: a field that is not known, or a value of it that would be ignored."""
     if body.get("model") is None:
         raise ApiError(400, f"name the model: {service.name}", "model")
@@ -2114,7 +2121,7 @@ def check_fields_of(body: dict, service):
         message = f"there is no model {body['model']!r:.100} here, only {service.name}"
         raise ApiError(404, message, "model", "model_not_found")
     for name, value in body.items():
-        if name not in FIELDS:
+        if name not in FIELDS or name == ("prompt" if is_chat else "messages"):
             raise ApiError(400, f"{name[:100]!r} is not a field of this protocol", name[:100])
         neutral = NEUTRAL.get(name)
         if neutral is not None and value is not None and value not in neutral:
@@ -2127,7 +2134,8 @@ def read_field(body: dict, name: str, kind, default):
     if value is None:
         return default
     if not isinstance(value, kind):
-        raise ApiError(400, f"{name} must be of type {kind.__name__}", name)
+        wanted = "true or false" if kind is bool else "an object"
+        raise ApiError(400, f"{name} must be {wanted}", name)
     return value
 
 
@@ -2182,7 +2190,7 @@ def read_stops(body: dict) -> list[str]:
         return []
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > MOST_STOPS:
-        raise ApiError(400, f"stop must be a text, or {MOST_STOPS} at most", "stop")
+        raise ApiError(400, f"stop must be a text, or a list of {MOST_STOPS} at most", "stop")
     for stop in stops:
         check_text(stop, "stop")
         if not 0 < len(stop) <= MOST_STOP:
@@ -2237,9 +2245,10 @@ def read_content(content) -> str:
         parts = [{"type": "text", "text": content}]
     text = ""
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
             raise ApiError(400, "a content must be a text, or parts of type text", "messages")
-        check_text(part.get("text"), "messages")
+        check_text(part["text"], "messages")
         text += part["text"]
     return text
 
@@ -2266,13 +2275,10 @@ def encode_prompt(codec, prompt, config) -> list[int]:
     return ids
 
 
-def read_limit(body: dict, rows: list[Choice], config) -> int:
-    """The most new tokens of each row: max_tokens, or less where the context ends before that."""
-    default = ANSWER if rows[0].call.is_chat else COMPLETION
-    limit = read_number(body, "max_tokens", default)
-    limit = read_number(body, "max_completion_tokens", limit)
-    longest = max(len(row.text.prompt_ids) for row in rows)
-    return min(limit, config.max_position_embeddings - longest)
+def read_limit(body: dict, is_chat: bool) -> int:
+    """The most new tokens of a text. The context length may end it before that."""
+    limit = read_number(body, "max_tokens", ANSWER if is_chat else COMPLETION)
+    return read_number(body, "max_completion_tokens", limit)
 
 
 def parse_body(data: bytes) -> dict:
@@ -2359,8 +2365,9 @@ def has_chat_template(model_file, folder: Path) -> bool:
 def open_listener(host: str, port: int):
     """The socket that the server listens on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = f"--port {port}: {{}}; stop what uses it, or give another --port"
-    with explained(OSError, taken):
+    advice = "stop what uses the port or give another, or an address of this machine as --host"
+    refused = (OSError, TypeError)  # TypeError: no host can have such a name
+    with explained(refused, f"--host {host} --port {port}: {{}}; {advice}"):
         return socket.create_server((host, port), family=family, backlog=256)
 
 
@@ -2504,10 +2511,11 @@ async def drop_when_gone(request, call: Call):
 
 
 def json_response(value: dict, status: int = 200):
-    from starlette.responses import JSONResponse
+    from starlette.responses import Response
 
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    return JSONResponse(value, status, headers)
+    # Of ASCII alone: the name of a field may hold half of a character, which is not UTF-8.
+    return Response(json.dumps(value), status, headers, media_type="application/json")
 
 
 def html_response(html: str):
@@ -2578,8 +2586,9 @@ class Gate:
         """Compared in constant time, so that the time of an answer says nothing of the key."""
         if not path.startswith("/v1/"):
             return None  # the page itself holds nothing that is secret
-        given = headers.get("authorization", "").encode("utf-8")
-        if hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(given.encode("utf-8"), self.key.encode("utf-8"))
+        if is_right and scheme.lower() == "bearer":
             return None
         return ApiError(401, "a wrong API key, or none", code="invalid_api_key")
 
@@ -2651,6 +2660,8 @@ def explained(errors, message: str):
 def run_program(main) -> NoReturn:
     """Runs `main` and exits with the code that it returns. What is no bug has no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+    if sys.stderr is None:  # it is closed, and `print` would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.unraisablehook = hear_again
     try:
         try:

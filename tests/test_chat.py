@@ -337,6 +337,7 @@ def test_a_saved_conversation_is_one_that_train_py_reads(converse, folder, tmp_p
     assert terminal.ask(f"/save {file}").endswith("exists: choose another name")
     assert file.read_text() == before
     assert "cannot be written: " in terminal.ask(f"/save {tmp_path / 'no/talk.jsonl'}")
+    assert terminal.ask("/save ~nobody-of-that-name/talk.jsonl").endswith("of that user")
 
     other = tmp_path / "other.jsonl"  # train.py wants two, one of them to validate on
     terminal.ask(f"/save {other}")

@@ -208,6 +208,13 @@ def test_max_tokens_ends_at_the_context_length(writer):
     assert answer.usage.total_tokens == writer.model.config.max_position_embeddings
 
 
+def test_a_prompt_is_continued_as_far_as_alone_beside_one_that_leaves_less_room(writer):
+    alone = writer.write("O", max_tokens=60)
+    both = writer.write(["O", [5] * 250], max_tokens=60)
+    assert both.choices[0].text == alone.choices[0].text
+    assert both.usage.completion_tokens == 60 + 6  # context: 256
+
+
 def test_the_same_seed_gives_the_same_text_and_no_seed_another(writer):
     texts = [writer.write(PROMPTS[0], seed=seed).choices[0].text for seed in (5, 5, None, None)]
     assert texts[0] == texts[1]
@@ -298,9 +305,9 @@ def test_eight_requests_at_once_share_batches_and_get_what_each_gets_alone(write
 def test_requests_of_other_options_or_without_room_do_not_share(writer):
     def row(prompt_tokens, limit, temperature):
         sampling = sample.Sampling(temperature, None, None, None, 1.0)
-        call = SimpleNamespace(sampling=sampling, limit=limit, dropped=False)
+        call = SimpleNamespace(sampling=sampling, dropped=False)
         text = SimpleNamespace(prompt_ids=[1] * prompt_tokens, reason=None)
-        return sample.Choice(call, 0, text, 0, 1)
+        return sample.Choice(call, 0, text, 0, limit, 1)
 
     engine = writer.engine
     assert engine.can_share([row(10, 20, 1.0), row(100, 100, 1.0)])
@@ -390,9 +397,9 @@ HALF = "\\ud800"
         ({"stop": 3}, "stop", "must be a text"),
         ({"stop": [""]}, "stop", "has 1 to 200 characters"),
         ({"stop": "a" * 201}, "stop", "has 1 to 200 characters"),
-        ({"stop": ["a"] * 17}, "stop", "16 at most"),
-        ({"stream": "yes"}, "stream", "must be of type bool"),
-        ({"stream_options": []}, "stream_options", "must be of type dict"),
+        ({"stop": ["a"] * 17}, "stop", "or a list of 16 at most"),
+        ({"stream": "yes"}, "stream", "must be true or false"),
+        ({"stream_options": []}, "stream_options", "must be an object"),
         ({"prompt": None}, "prompt", "must be a text"),
         ({"prompt": ""}, "prompt", "has no tokens"),
         ({"prompt": []}, "prompt", "must be 1 to 128 texts"),
@@ -403,6 +410,8 @@ HALF = "\\ud800"
         ({"prompt": "\ud800"}, "prompt", "half of a character"),
         ({"prompt": "a b c " * 100}, "prompt", "leave no room in the context length of 256"),
         ({"max_token": 3}, "max_token", "is not a field"),
+        ({"\ud800": 3}, "\ud800", "is not a field"),
+        ({"messages": []}, "messages", "is not a field"),
         ({"best_of": 2}, "best_of", "is not supported"),
         ({"model": None}, "model", "name the model"),
         ({"model": 3}, "model", "there is no model 3"),
@@ -423,7 +432,9 @@ def test_a_wrong_field_is_named(writer, changes, param, message):
         ({"messages": None}, "must be a list of at least one"),
         ({"messages": ["Hi"]}, "a message must be an object"),
         ({"messages": [{"role": "tool", "content": "Hi"}]}, "a role must be"),
-        ({"messages": [{"role": "user"}]}, "must be a text"),
+        ({"messages": [{"role": "user"}]}, "a content must be a text"),
+        ({"messages": [{"role": "user", "content": None}]}, "a content must be a text"),
+        ({"prompt": "Hi"}, "is not a field"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "parts of type text",
@@ -525,7 +536,9 @@ def test_with_a_key_only_who_has_it_is_answered(writer):
     assert ask(gate) == 401
     assert ask(gate, authorization="Bearer Secret") == 401
     assert ask(gate, authorization="secret") == 401
+    assert ask(gate, authorization="Basic secret") == 401
     assert ask(gate, authorization="Bearer secret") == 200
+    assert ask(gate, authorization="bearer secret") == 200  # a scheme has no case
     assert ask(gate, authorization="Bearer secret", host="a.name") == 200
     assert ask(gate, "/") == 200
 
@@ -555,7 +568,8 @@ def test_without_a_key_no_other_site_is_answered(writer):
         (["--ui", "--port", "65536"], "from 0 to 65535"),
         (["--ui", "--api-key", ""], "--api-key must be"),
         (["--ui", "--host", "0.0.0.0"], "add --api-key KEY, or --no-auth"),
-        (["--ui", "--host", "192.0.2.1", "--no-auth", "--port", "0"], "give another --port"),
+        (["--ui", "--host", "192.0.2.1", "--no-auth"], "an address of this machine as --host"),
+        (["--ui", "--host", "ä..b", "--no-auth"], "an address of this machine as --host"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(refused, flags, message):
