@@ -118,17 +118,17 @@ def conversation(*messages: str, system=None) -> list[str]:
 def test_it_remembers_a_name_and_what_the_last_question_was_about():
     said = conversation(
         "Hello!",
-        "My name is Anna.",
+        "My name is Maria.",
         "What is the opposite of hot?",
         "And of big?",
         "What is my name?",
     )
     assert said == [
         "Hello! I am Pip. What is your name?",
-        "Nice to meet you, Anna!",
+        "Nice to meet you, Maria!",
         "The opposite of hot is cold.",
         "The opposite of big is small.",
-        "Your name is Anna.",
+        "Your name is Maria.",
     ]
 
 
