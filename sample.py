@@ -73,6 +73,8 @@ def main():
         keep_compiled_programs(args.compile_cache)
 
     with explained(model_file.InputError, "{}"):
+        if args.weights == str(INSTRUCT):
+            say_what_is_better("--ui" if args.ui else "--chat")
         folder = find_checkpoint(model_file, args.weights, args.revision)
         check_family(model_file, folder)
         config = model_file.read_config(folder)
@@ -172,6 +174,16 @@ def print_presets():
             print(f"{name:9}{label + ' (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
 
 
+def say_what_is_better(flag: str):
+    """Says that the bundled model to chat with is tiny, and names a real one."""
+    print(
+        "This is a tiny model that comes with the project; it knows next to nothing. A real one, "
+        f"0.3 GB from the Hub:\n    python sample.py {flag} --weights "
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        file=sys.stderr,
+    )
+
+
 def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
     """The folder of a checkpoint: bundled, given as a folder, or of the Hub, downloaded if need be.
 
@@ -180,13 +192,6 @@ def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
     default = next(iter(model_file.PRESETS))
     if name is None:
         name = default
-    if name == str(INSTRUCT):
-        print(
-            "This is a tiny model that comes with the project; it knows next to nothing. A real "
-            "one, 0.3 GB from the Hub:\n"
-            "    python sample.py --chat --weights HuggingFaceTB/SmolLM2-135M-Instruct",
-            file=sys.stderr,
-        )
     if name == "tiny":
         size = model_file.PRESETS[default].download_GB
         print(
@@ -537,15 +542,16 @@ class Writer:
 
 def summary(model, mesh, prompt_ids: list[list[int]], timing) -> str:
     """A line with the devices, the dtype and the speed. prompt_ids: what the model saw of them."""
-    prefill = sum(map(len, prompt_ids)) / timing.prefill
-    decode = 0.0
+    seen = sum(map(len, prompt_ids))
+    line = (
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {model.dtype.name}: "
+        f"compiled in {timing.compile:.1f} s, first token after {timing.prefill:.2f} s "
+        f"(prefill {seen / timing.prefill:,.0f} tokens/s)"
+    )
     if timing.steps > 0:
         decode = len(prompt_ids) * timing.steps / timing.decode
-    return (
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {model.dtype.name}: "
-        f"compiled in {timing.compile:.1f} s, "
-        f"prefill {prefill:,.0f} tokens/s, decode {decode:,.1f} tokens/s"
-    )
+        line += f", then {decode:,.{1 if decode < 100 else 0}f} tokens/s"
+    return line
 
 
 # ------------------------------------------- Generation -------------------------------------------
@@ -1031,7 +1037,7 @@ def obey(line: str, messages: list[dict], tokenizer):
     """Follows a command, which is a line that begins with /. It may change the messages."""
     command, _, text = line.strip().partition(" ")
     text = text.strip()
-    answer = f"there is no {command}: /help lists the commands"
+    answer = f"there is no {command}: /help lists the commands, and Ctrl-D ends the conversation"
     if command == "/help":
         answer = COMMANDS
     elif command == "/clear":
@@ -1065,7 +1071,9 @@ def change_system(tokenizer, text: str) -> str | None:
     except SystemExit:  # `fail` has said why; the conversation goes on
         tokenizer.system = earlier
         return None
-    return f"the system message: {text}" if text else "there is no system message"
+    if text:
+        return f"the system message: {text}"
+    return "there was no system message" if earlier is None else f"removed: {earlier}"
 
 
 def save_conversation(messages: list[dict], system: str | None, name: str) -> str:
@@ -1375,11 +1383,11 @@ def score_table(record: dict) -> str:
     for id, log_prob, rank, token in zip(*columns, strict=True):
         score = f"{'-':>17}{'-':>13}{'-':>7}"
         if log_prob is not None:
-            score = f"{log_prob:>17.4f}{math.exp(log_prob):>13.4f}{rank:>7}"
+            score = f"{log_prob:>17.4f}{math.exp(log_prob):>13.3g}{rank:>7}"
         lines.append(f"{id:>7}{score}  {quoted(token)}")
 
     end = (
-        f"{record['scored_tokens']} tokens, mean log-probability {record['mean_log_prob']:.4f}, "
+        f"{record['scored_tokens']} scored: mean log-probability {record['mean_log_prob']:.4f}, "
         f"perplexity {record['perplexity']:.4f}"
     )
     if record["bits_per_byte"] is not None:
@@ -1388,8 +1396,11 @@ def score_table(record: dict) -> str:
 
 
 def choices_table(record: dict) -> str:
-    """A table with a line for each continuation, the likeliest first."""
-    lines = [f"{'log-probability':>15}{'mean':>11}{'tokens':>8}  continuation"]
+    """A table with a line for each continuation of a prompt, the likeliest first."""
+    lines = [
+        f"after {quoted(record['prompt'])}:",
+        f"{'log-probability':>15}{'per token':>11}{'tokens':>8}  continuation",
+    ]
     for choice in record["choices"]:
         lines.append(
             f"{choice['log_prob']:>15.4f}{choice['mean_log_prob']:>11.4f}"
@@ -1436,7 +1447,7 @@ def draw_attention(model_file, model, tokenizer, prompts: list[str], args):
         else:
             save_picture(attention_picture(weights, labels), stream)
     layers, heads = weights.shape[:2]
-    print(f"{file}: {layers} layers of {heads} heads, tokens: {len(ids)}", file=sys.stderr)
+    print(f"{file}: {layers} layers of {heads} heads, {len(ids)} tokens", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -1808,7 +1819,10 @@ class Engine:
             shown = self.count_shown(row)
             logprobs = self.logprobs(row, shown)
         row.shown = shown
-        row.call.send(Part(row.index, text.completion, text.reason, len(text.ids), logprobs))
+        shown_text = text.completion
+        if row.call.is_chat:
+            shown_text = shown_text.lstrip()  # some templates leave a blank to the model
+        row.call.send(Part(row.index, shown_text, text.reason, len(text.ids), logprobs))
 
     def count_shown(self, row: Choice) -> int:
         """How many of a row's tokens are in the text so far: not those held back, or cut off."""

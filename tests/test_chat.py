@@ -277,7 +277,8 @@ def test_help_names_every_command_and_an_unknown_one_names_help(converse, folder
     shown = terminal.ask("/help")
     for command in ("/clear", "/system TEXT", "/undo", "/save FILE", "/help"):
         assert f"\n{command} " in "\n" + shown
-    assert terminal.ask("/quit") == "there is no /quit: /help lists the commands"
+    unknown = "there is no /quit: /help lists the commands, and Ctrl-D ends the conversation"
+    assert terminal.ask("/quit") == unknown
 
 
 def test_undo_clear_and_system_change_what_is_answered(converse, folder):
@@ -306,7 +307,8 @@ def test_undo_clear_and_system_change_what_is_answered(converse, folder):
     terminal.ask("/clear")
     assert terminal.ask("/system Be brief.") == "the system message: Be brief."
     assert terminal.ask("Three") == answer("!Be brief.", "Three")
-    assert terminal.ask("/system") == "there is no system message"
+    assert terminal.ask("/system") == "removed: Be brief."
+    assert terminal.ask("/system") == "there was no system message"
 
 
 def test_a_system_message_that_the_template_refuses_changes_nothing(converse, tmp_path):

@@ -91,7 +91,7 @@ def test_the_table_has_a_line_for_each_token_and_ends_with_the_perplexity():
     assert printed[0].split() == ["id", "log-probability", "probability", "rank", "token"]
     assert printed[1].split()[1:4] == ["-", "-", "-"]  # no token stands before it
     assert any(line.endswith('  "\\n"') for line in printed)
-    for part in ["tokens, mean log-probability -", "perplexity", "bits per byte"]:
+    for part in ["scored: mean log-probability -", "perplexity", "bits per byte"]:
         assert part in printed[-1]
 
 
@@ -183,8 +183,9 @@ def test_a_continuation_begins_where_the_ids_part():
 
 def test_choices_are_a_table_or_a_line_of_json():
     flags = ["--prompt", "The king", "--choices", " is", "--choices", " x y"]
-    head, *lines = text_of(*flags).splitlines()
-    assert head.split() == ["log-probability", "mean", "tokens", "continuation"]
+    prompt, head, *lines = text_of(*flags).splitlines()
+    assert prompt == 'after "The king":'
+    assert head.split() == ["log-probability", "per", "token", "tokens", "continuation"]
     record = json.loads(text_of(*flags, "--json"))
     assert [choice["choice"] for choice in record["choices"]] == [" is", " x y"]
     for line, choice in zip(lines, record["choices"], strict=True):

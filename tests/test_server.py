@@ -146,7 +146,7 @@ def test_an_answer_is_that_of_the_chat_template_and_so_is_the_next_one(talker):
         ids = codec.encode(messages)
         [new] = llama.generate(talker.model, [ids], 20, key=0, temperature=0)
         [choice] = talker.say(*said).choices
-        assert choice.message.content == codec.decode(new)
+        assert choice.message.content == codec.decode(new).lstrip()
         assert choice.message.role == "assistant"
         said += [choice.message.content, "And who am I?"]
     assert talker.engine.memory.ids[: len(ids)] == ids
@@ -255,7 +255,8 @@ def test_logprobs_of_a_chat_are_streamed_with_their_tokens(talker):
     options = {"logprobs": True, "top_logprobs": 2, "max_tokens": 50}
     [choice] = talker.say("Hello", **options).choices
     whole = choice.logprobs.content
-    assert "".join(entry.token for entry in whole) == choice.message.content
+    tokens = "".join(entry.token for entry in whole)
+    assert tokens.lstrip() == choice.message.content  # a blank before the answer is left out
     for entry in whole:
         assert entry.bytes == list(entry.token.encode())
         assert entry.top_logprobs[0].token == entry.token  # greedy
@@ -706,11 +707,10 @@ def test_a_conversation_in_the_browser(talker, open_page):
     page.fill("#temperature", "0")
     page.fill("#max_tokens", "20")
     first = say(page, "Who are you?")
-    assert first == talker.say("Who are you?").choices[0].message.content.lstrip()
-    raw = talker.say("Who are you?").choices[0].message.content
+    assert first == talker.say("Who are you?").choices[0].message.content
     second = say(page, "And who am I?")
-    expected = talker.say("Who are you?", raw, "And who am I?").choices[0].message.content
-    assert second == expected.lstrip()
+    expected = talker.say("Who are you?", first, "And who am I?").choices[0].message.content
+    assert second == expected
     figures = page.inner_text("#figures")
     assert re.search(r"[\d.]+ tokens/s", figures) and re.search(r"context \d+ of 256", figures)
     assert "float32" in figures
@@ -796,8 +796,24 @@ def test_two_tabs_at_once_do_not_mix(talker, open_page):
         page.press("#message", "Enter")
     for page, message in zip(pages, messages, strict=True):
         answer = talker.say(message, max_tokens=30).choices[0].message.content
-        assert wait_for_answer(page) == answer.lstrip()
+        assert wait_for_answer(page) == answer
         assert texts(page)[0] == message
+
+
+@slow_in_browser
+def test_where_the_context_is_full_the_oldest_messages_are_left_out(talker, open_page):
+    """The context has 256 tokens, and each message about 100."""
+    page = open_page(talker)
+    page.fill("#temperature", "0")
+    page.fill("#max_tokens", "20")
+    message = "The king is dead, long live the king. " * 5
+    answers = [say(page, message) for _ in range(4)]
+
+    assert page.locator(".bad").count() == 0
+    assert len(texts(page)) == 8  # all are still shown
+    assert "messages are left out" in page.locator(".assistant .note").last.text_content()
+    seen = [message, answers[2], message]
+    assert answers[3] == talker.say(*seen).choices[0].message.content
 
 
 @slow_in_browser
