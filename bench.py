@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,7 +421,7 @@ def plan_scaling(args, needs: Costs, chips: int, shape) -> None:
     sums = 8 * needs.size * (chips - 1) / chips / link
     share = work / (work + sums)
     of = f"{number(1e3 * work)} ms matmul, {number(1e3 * sums)} ms all-reduce"
-    record(args, "train: scaling", weights_name(args), [share], "of linear", **shape, of=of)
+    record(args, "data parallel", weights_name(args), [share], "of linear", **shape, of=of)
 
 
 # ------------------------------------ Subjects: this project's ------------------------------------
@@ -838,7 +839,7 @@ FORMULAS = {
     },
 }
 LETTERS = (
-    "B sequences of T tokens; L blocks of H heads, Dh numbers each; N weights in their matrices;\n"
+    "B sequences of T tokens; L blocks of H heads, Dh numbers each; N weights in their matrices; "
     "D numbers in the residual stream; V tokens in the vocabulary"
 )
 
@@ -874,7 +875,7 @@ def find_subjects(args, dtype, task: str) -> list:
 
 
 def time_subjects(args, task: str, subjects, limits: Limits, B: int, T: int) -> tuple[dict, dict]:
-    """({subject: seconds of each run}, {unit: what the machine reached}).
+    """({subject: seconds of each run}, {unit: what the machine reached in each run}).
 
     A run of decode is one token for each sequence: n more tokens take the time of n + 1 tokens,
     less the shortest time of the first.
@@ -894,7 +895,7 @@ def time_subjects(args, task: str, subjects, limits: Limits, B: int, T: int) -> 
             calls[subject.name, "all"] = subject.train(some_prompts(args, config, rows, T + 1))
 
     took = in_turn(calls | limits.calls, args.runs)
-    reached = {unit: work / np.median(took[unit]) for unit, work in limits.work.items()}
+    reached = {unit: [work / s for s in took[unit]] for unit, work in limits.work.items()}
     if args.profile:
         traced = {key: call for key, call in calls.items() if key[0] == subjects[0].name}
         with jax.profiler.trace(args.profile):
@@ -929,32 +930,54 @@ def report_speed(args, dtype, task: str, subjects, seconds, reached, B: int, T: 
             work = B * subject.groups * each
             tokens[subject.name] = [work / took for took in seconds[subject.name]]
 
-    # The limit that allows less: reading the weights and the KV cache, or computing.
+    took = ours.size * np.median(seconds[ours.name])  # seconds of all devices together
     seen = T + args.new_tokens // 2 if task == "decode" else T
     needs = costs(ours.module, ours.config, B * ours.groups, seen, dtype)
-    flops = getattr(needs, task)
-    nbytes = getattr(needs, f"{task}_bytes")
-    took = ours.size * np.median(seconds[ours.name])  # seconds of all devices together
-    intensity = flops / nbytes
-    unit = "FLOP/s" if reached["FLOP/s"] < intensity * reached["B/s"] else "B/s"
-    work = {"FLOP/s": flops, "B/s": nbytes}[unit]
-    theory = {
-        "formula": f"share = {FORMULAS[task][unit]} / time / limit",
-        "limits": reached,
-        "share": work / took / reached[unit],
-        "of": with_prefix(reached[unit], unit),
-        "flops": flops / took,
-        "intensity": intensity,
-    }
+    theory = share_of_limit(task, needs, took, reached)
     compare(args, task, tokens, "tokens/s", shape, **theory)
 
     if args.parallel != "no":
         report_scaling(args, task, subjects, tokens, shape)
     if task == "prefill" and B == 1:
-        record(args, "first token", ours.name, seconds[ours.name], "s", **shape)
+        waits = [1e3 * each for each in seconds[ours.name]]
+        record(args, "first token", ours.name, waits, "ms", **shape)
     if task == "train":
         rows = [speed / T for speed in tokens[ours.name]]
         record(args, "rows", ours.name, rows, "rows/s", **shape)
+
+
+def share_of_limit(task: str, needs: Costs, took: float, reached: dict) -> dict:
+    """What is recorded of a run's limit: the one of the two that allows less, and the share of it.
+
+    took: seconds; reached: {unit: what the machine reached in each run}.
+    """
+    flops = getattr(needs, task)
+    nbytes = getattr(needs, f"{task}_bytes")
+    intensity = flops / nbytes
+
+    # Reading the weights and the KV cache, or computing.
+    limits = {unit: np.median(speeds) for unit, speeds in reached.items()}
+    unit = "FLOP/s" if limits["FLOP/s"] < intensity * limits["B/s"] else "B/s"
+    work = {"FLOP/s": flops, "B/s": nbytes}[unit]
+    return {
+        "formula": f"share = {FORMULAS[task][unit]} / time / limit",
+        "limits": limits,
+        "limit_range": [min(reached[unit]), max(reached[unit])],
+        "share": work / took / limits[unit],
+        "of": with_prefix(limits[unit], unit),
+        "in_cache": unit == "B/s" and nbytes <= cache_size(),
+        "flops": flops / took,
+        "intensity": intensity,
+    }
+
+
+def cache_size() -> int:
+    """The bytes of the processor's largest cache; 0 where that is not known, as on a GPU."""
+    if jax.config.jax_default_device.platform != "cpu":
+        return 0
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    kibibytes = [int(file.read_text().strip().removesuffix("K")) for file in files]
+    return 1024 * max(kibibytes, default=0)
 
 
 def compare(args, metric: str, values: dict, unit: str, shape: dict, **theory) -> None:
@@ -1155,14 +1178,16 @@ def record_verdict(args, dtype, faults: list[str], apart: float) -> None:
     verdict = "the same model as in transformers"
     if faults:
         verdict = f"NOT the same model as in transformers: {', '.join(faults)}"
-    verdict += f" (logits {number(apart)} apart, rounding allows {TOLERANCES[dtype]:g})"
+    verdict += (
+        f" (logits {number(apart)} of their norm apart, rounding allows {TOLERANCES[dtype]:g})"
+    )
     record(args, "verdict", BESIDE, [float(not faults)], "same", dtype=dtype, of=verdict)
 
 
 def record_agreement(args, dtype, metric: str, mine: list[int], others: list[int]) -> None:
     """Records how many tokens are the same up to the first that differs."""
     agreed = common_prefix(mine, others)
-    unit = f"of {len(others)} the same"
+    unit = f"of {len(others):,} the same"
     record(args, metric, BESIDE, [agreed], unit, dtype=dtype)
 
 
@@ -1256,10 +1281,11 @@ def measure_loss(args, dtype) -> None:
         total["transformers"] += losses_of_torch(theirs, window)[new].sum().item()
         counted = start + len(window)
 
+    over = f"over {len(ids) - 1:,} tokens"
     for who, loss in total.items():
         loss /= len(ids) - 1
         record(args, "loss", who, [loss], "nats per token", dtype=dtype)
-        record(args, "perplexity", who, [np.exp(loss)], f"over {len(ids) - 1} tokens", dtype=dtype)
+        record(args, "perplexity", who, [np.exp(loss)], over, dtype=dtype)
 
 
 def losses_of_torch(theirs: Transformers, window: list[int]):
@@ -1292,13 +1318,14 @@ def record_repetition(args, dtype, how: str, who: str, new: list[int]) -> None:
         record(args, f"{how}: distinct-{n}", who, [distinct], f"of {n}-grams", dtype=dtype)
     repeated = [token in new[max(0, i - 16) : i] for i, token in enumerate(new)]
     share = sum(repeated) / len(new)
-    record(args, f"{how}: repetition", who, [share], "seen in the 16 before", dtype=dtype)
+    record(args, f"{how}: repetition", who, [share], "of the tokens", dtype=dtype)
 
 
 # -------------------------------------- Tables and pictures ---------------------------------------
 
 
-WIDTH = 100  # columns of a table, at most
+WIDTH = 100  # columns of a table or a line, at most
+NARROW = 80  # columns of a table of our figures alone, for one shape of a batch
 BUSY = 1.5  # runs whose highest figure is more than this times the lowest: something else ran
 
 
@@ -1311,19 +1338,79 @@ def print_tables(records: list[dict]) -> None:
         for part in split_to_fit(group, ["task", "metric", "unit"]):
             print(*table(part), "", sep="\n")
 
-    formulas = {found["metric"]: found["formula"] for found in records if "formula" in found}
-    for metric, formula in formulas.items():
-        print(f"{metric}: {formula}")
-    if formulas:
-        print(LETTERS)
+    for line in legend(figures):
+        print(wrap(line))
     for found in verdicts:
-        print(setting(found), f"verdict: {found['of']}", sep="\n")
+        print(setting(found), wrap(f"verdict: {found['of']}"), sep="\n")
+
+
+MEMORY = "memory: the most that the device has held; for a CPU, the process"
+
+# What a reader may ask about a row, by its task and the beginning of its name.
+MEANINGS = {
+    "prefill": {"first token": "first token: the time of a prefill", "memory": MEMORY},
+    "decode": {"memory": MEMORY},
+    "train": {"rows": "rows: sequences per second in training", "memory": MEMORY},
+    "compile": {
+        "compile": "compile: how much longer a first run takes than a second; cached: with the "
+        "program in the compile cache"
+    },
+    "load": {"load": "load: from a folder to the first token, without imports and compilation"},
+    "start": {"start": "start: a whole process that writes 32 tokens, compiled before"},
+    "validate": {
+        "logits": "apart at most: the largest difference of a single number; in the verdict it is "
+        "|a - b| / |b| over all logits"
+    },
+    "compare": {
+        "greedy: distinct": "distinct-n: the share of n-grams that are different",
+        "greedy: repetition": "repetition: the share of tokens that also stand among the 16 before",
+    },
+    "plan": {
+        "train": "train: FSDP with gradient checkpointing",
+        "decode": "decode: tensor parallelism",
+        "data parallel": "data parallel: training without FSDP and gradient checkpointing, where "
+        "the all-reduce waits for the matrix multiplications (matmul); 1 is a speed linear in the "
+        "number of chips",
+    },
+}
+
+
+def legend(records: list[dict]) -> list[str]:
+    """What stands below the tables: what rows and shares mean."""
+    lines = []
+    for found in records:
+        for start, meaning in MEANINGS.get(found["task"], {}).items():
+            if found["metric"].startswith(start):
+                lines.append(meaning)
+
+    formulas = [f"{found['metric']}: {found['formula']}" for found in records if "formula" in found]
+    if formulas:
+        lines += [*formulas, LETTERS]
+    if any(found.get("in_cache") and above_all(found) for found in records):
+        lines.append("above 100% of the memory bandwidth: the model fits the processor's cache")
+    return list(dict.fromkeys(lines))
+
+
+def above_all(found: dict) -> bool:
+    """Whether more than 100% of a limit is printed."""
+    return round(found["share"], 2) > 1
+
+
+def wrap(text: str) -> str:
+    """Prose in lines of the terminal's width; of 80 columns where there is no terminal."""
+    width = min(WIDTH, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 def split_to_fit(records: list[dict], keys: list[str]) -> list[list[dict]]:
     """The records of each table: all in one, or, where that is too wide, split by one key more."""
     widest = max(map(len, table(records)))
-    if widest <= WIDTH or not keys:
+    names = {found["who"] for found in records}
+    shapes = {tokens_cell(found) for found in records} - {""}  # memory has none
+    limit = WIDTH
+    if len(names) == 1 and len(shapes) <= 1 and records[0]["task"] not in NOTES:
+        limit = NARROW
+    if widest <= limit or not keys:
         return [records]
     key, *others = keys
     groups = group_by(lambda found: found[key], records)
@@ -1405,7 +1492,7 @@ def range_cell(found: dict) -> str:
     """The lowest and the highest of several runs."""
     if found["runs"] == 1:
         return ""
-    return f"{number(found['low'])} - {number(found['high'])}"
+    return f"{number(found['low'])}-{number(found['high'])}"
 
 
 def note_cell(found: dict) -> str:
@@ -1430,16 +1517,37 @@ def with_prefix(x: float, unit: str) -> str:
 
 
 def warn_if_busy(records: list[dict]) -> None:
-    """Says on stderr which runs differ by more than they do on a machine that does nothing else."""
+    """Says on stderr which runs differ by more than they do on a machine that does nothing else.
+
+    And which shares are of a limit whose own runs differ so, or that was exceeded.
+    """
+    advice = "Let nothing else run, or take more --runs"
     wide = {}
+    shares = {}
     for found in records:
+        metric = found["metric"]
         if found["runs"] > 1 and found["high"] > BUSY * found["low"]:
-            text = f"{found['metric']} {range_cell(found)} {found['unit']}"
-            wide.setdefault(found["metric"], text)
+            wide.setdefault(metric, f"{metric} {range_cell(found)} {found['unit']}")
+        if "share" in found and not limit_holds(found):
+            shares.setdefault(metric, f"{metric} {note_cell(found)}")
+
     if wide:
-        found = ", ".join(wide.values())
-        line = f"bench.py: the machine was busy: {found}. Let nothing else run, or take more --runs"
-        print(textwrap.fill(line, WIDTH, break_on_hyphens=False), file=sys.stderr)
+        differ = ", ".join(wide.values())
+        print(wrap(f"bench.py: the machine was busy: {differ}. {advice}"), file=sys.stderr)
+    if shares:
+        meant = ", ".join(shares.values())
+        line = f"a limit was measured too low, and its shares mean nothing: {meant}. {advice}"
+        print(wrap(f"bench.py: {line}"), file=sys.stderr)
+
+
+def limit_holds(found: dict) -> bool:
+    """Whether the runs of a figure's limit agree, and the figure is not above it.
+
+    A model in the processor's cache may exceed the bandwidth of the memory.
+    """
+    low, high = found["limit_range"]
+    possible = found["in_cache"] or not above_all(found)
+    return possible and high <= BUSY * low
 
 
 def write_results(out: Path, records: list[dict]) -> None:

@@ -217,6 +217,7 @@ def point(limits, share=0.5, intensity=4.0, **more):
     """A record with its place in the roofline: at a share of its own limits."""
     flops = share * bench.roof(limits, intensity)
     more = {"intensity": intensity, "flops": flops, "limits": limits, **more}
+    more = {"limit_range": [29.1e9, 30.4e9], "in_cache": False, **more}
     return figure(share=share, of="29.9 GB/s", formula="share = bytes / time / limit", **more)
 
 
@@ -232,12 +233,63 @@ def test_what_is_the_same_in_all_rows_stands_above_the_table(capsys):
         "gpt2 (openai-community/gpt2), bfloat16, NVIDIA H200",
         "ours, 1 x 32 tokens",
         "",
-        "| figure           | median |       range | unit     |",
-        "| ---------------- | -----: | ----------: | -------- |",
-        "| decode           |   54.0 | 47.1 - 56.0 | tokens/s |",
-        "| memory of decode |  0.400 |             | GB       |",
+        "| figure           | median |     range | unit     |",
+        "| ---------------- | -----: | --------: | -------- |",
+        "| decode           |   54.0 | 47.1-56.0 | tokens/s |",
+        "| memory of decode |  0.400 |           | GB       |",
         "",
+        "memory: the most that the device has held; for a CPU, the process",
     ]
+
+
+@pytest.mark.parametrize("speed, tables", [(13_045.0, 1), (131_045.0, 3), (1e9, 6)])
+def test_the_figures_of_one_model_and_one_shape_fit_80_columns(speed, tables, capsys):
+    """In one table as a rule; where the numbers are large, in one for each task or figure."""
+    speeds = (0.9 * speed, speed, 1.1 * speed)
+    limits = {"FLOP/s": 1e15, "B/s": 1e12}
+    records = []
+    for task in ("prefill", "decode", "train"):
+        found = point(limits, share=1.09, task=task, metric=task, values=speeds)
+        memory = figure(f"memory of {task}", task=task, values=(0.361,), unit="GB")
+        records += [{**found, "of": "88.4 GFLOP/s"}, memory]
+        del memory["batch"], memory["length"]
+
+    lines = printed(records, capsys)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("| ---") for line in lines) == tables
+    assert sum("109% of 88.4 GFLOP/s" in line for line in lines) == 3
+
+
+@pytest.mark.parametrize("columns, width", [(None, 80), (60, 60), (100, 100), (200, 100)])
+def test_prose_takes_the_width_of_the_terminal_up_to_100_columns(
+    columns, width, monkeypatch, capsys
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    assert max(map(len, bench.wrap("a " * 500).splitlines())) == width - 1  # no space at the end
+
+    limits = {"FLOP/s": 8e14, "B/s": 4.8e12}
+    records = [point(limits, share=1.5), figure("verdict", values=(1.0,), of="same " * 30)]
+    prose = [line for line in printed(records, capsys) if not line.startswith("|")]
+    bench.warn_if_busy([figure(values=(1.0, 2.0, 3.0)), *records])
+    prose += capsys.readouterr().err.splitlines()
+    assert max(map(len, prose)) <= width
+
+
+def test_what_a_row_or_a_share_means_is_printed_below_the_tables(capsys):
+    rows = figure("rows", task="train", unit="rows/s")
+    first = figure("first token", task="prefill", unit="ms")
+    cached = point({"FLOP/s": 8e14, "B/s": 4.8e12}, share=1.05, in_cache=True)
+    scaling = figure("data parallel", task="plan", unit="of linear")
+    lines = printed([rows, first, cached, scaling], capsys)
+    assert "rows: sequences per second in training" in lines
+    assert "first token: the time of a prefill" in lines
+    assert "above 100% of the memory bandwidth: the model fits the processor's cache" in lines
+    assert any(line.startswith("data parallel: training without FSDP") for line in lines)
+
+    text = "\n".join(printed([figure()], capsys))
+    assert "rows:" not in text and "above 100%" not in text
 
 
 def test_no_table_is_wider_than_100_columns_and_no_figure_is_lost(capsys):
@@ -295,6 +347,41 @@ def test_runs_that_differ_by_half_say_that_the_machine_was_busy(values, busy, ca
     err = capsys.readouterr().err
     assert ("the machine was busy: decode " in err) == busy
     assert "prefill" not in err
+
+
+@pytest.mark.parametrize(
+    "share, limit_range, in_cache, too_low",
+    [
+        (0.5, [20e9, 29e9], False, False),
+        (0.5, [20e9, 31e9], False, True),  # its runs differ by half
+        (0.5, [20e9, 31e9], True, True),
+        (1.05, [29e9, 30e9], False, True),  # more than there is
+        (1.05, [29e9, 30e9], True, False),
+        (1.004, [29e9, 30e9], False, False),  # printed as 100%
+    ],
+)
+def test_a_limit_that_was_measured_too_low_is_named_with_its_shares(
+    share, limit_range, in_cache, too_low, capsys
+):
+    limits = {"FLOP/s": 8e14, "B/s": 29.9e9}
+    found = point(limits, share=share, limit_range=limit_range, in_cache=in_cache, values=(54.0,))
+    bench.warn_if_busy([found, figure("prefill", values=(54.0,))])
+    err = " ".join(capsys.readouterr().err.split())
+    said = f"a limit was measured too low, and its shares mean nothing: decode {share:.0%} of 29.9"
+    assert (said in err) == too_low
+    assert (err == "") != too_low
+
+
+def test_a_share_is_of_the_limit_that_allows_less_with_the_range_of_its_runs(monkeypatch):
+    """10 FLOPs for 2 bytes: reading takes longer here, and in half a second it is 4 B/s."""
+    needs = SimpleNamespace(decode=10, decode_bytes=2)
+    reached = {"FLOP/s": [100, 90, 110], "B/s": [8, 7, 9]}
+    for size, in_cache in [(1, False), (2, True)]:
+        monkeypatch.setattr(bench, "cache_size", lambda size=size: size)
+        found = bench.share_of_limit("decode", needs, 0.5, reached)
+        assert (found["share"], found["limit_range"]) == (0.5, [7, 9])
+        assert found["limits"] == {"FLOP/s": 100, "B/s": 8}
+        assert found["in_cache"] == in_cache
 
 
 def drawn(records, tmp_path, monkeypatch):
@@ -510,12 +597,12 @@ def test_a_checkpoint_is_validated_against_transformers_and_both_lose_the_same(t
     )
     _, found = results(tmp_path)
     ids = found["token ids", bench.BESIDE]
-    assert ids["unit"] == f"of {ids['value']:.0f} the same"
+    assert ids["unit"] == f"of {ids['value']:,.0f} the same"
     assert found["logits", bench.BESIDE]["value"] < 1e-4
     assert found["verdict", bench.BESIDE]["value"] == 1
-    *_, about, verdict = done.stdout.splitlines()
-    assert about == "validate: llama (tiny), float32, cpu"
-    assert verdict.startswith("verdict: the same model as in transformers (logits ")
+    said = " ".join(done.stdout.split())
+    about = "validate: llama (tiny), float32, cpu verdict: the same model as in transformers"
+    assert re.search(rf"{re.escape(about)} \(logits \S+ of their norm apart, rounding", said)
     assert {f"after block {i}" for i in range(3)} <= {metric for metric, _ in found}
     assert found["greedy tokens", bench.BESIDE]["value"] == 16
     ours, theirs = found["loss", "ours"]["value"], found["loss", "transformers"]["value"]
@@ -566,7 +653,7 @@ def test_the_verdict_of_validate_is_about_logits_and_greedy_tokens(
         jax.config.update("jax_default_device", None)
 
     [verdict] = [found for found in bench.read_records(tmp_path) if found["metric"] == "verdict"]
-    assert verdict["of"].startswith(said)
+    assert verdict["of"].startswith(said) and "of their norm apart" in verdict["of"]
     assert verdict["value"] == (fault is None)
 
 
@@ -644,7 +731,7 @@ def test_four_gpus_train_nine_tenths_as_fast_as_linear_says_the_plan(preset, tmp
         tmp_path,
     )
     _, found = results(tmp_path)
-    [scaling] = [record for (metric, _), record in found.items() if metric == "train: scaling"]
+    [scaling] = [record for (metric, _), record in found.items() if metric == "data parallel"]
     assert 0.89 < scaling["value"] < 0.99
 
 
