@@ -242,9 +242,9 @@ def test_what_is_the_same_in_all_rows_stands_above_the_table(capsys):
     ]
 
 
-@pytest.mark.parametrize("speed, tables", [(13_045.0, 1), (131_045.0, 3), (1e9, 6)])
+@pytest.mark.parametrize("speed, tables", [(13_045.0, 1), (1e9, 6)])
 def test_the_figures_of_one_model_and_one_shape_fit_80_columns(speed, tables, capsys):
-    """In one table as a rule; where the numbers are large, in one for each task or figure."""
+    """In one table as a rule; where the numbers are too large for that, in several."""
     speeds = (0.9 * speed, speed, 1.1 * speed)
     limits = {"FLOP/s": 1e15, "B/s": 1e12}
     records = []
