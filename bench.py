@@ -1338,8 +1338,11 @@ def print_tables(records: list[dict]) -> None:
         for part in split_to_fit(group, ["task", "metric", "unit"]):
             print(*table(part), "", sep="\n")
 
-    for line in legend(figures):
+    lines = legend(figures)
+    for line in lines:
         print(wrap(line))
+    if lines and verdicts:
+        print()
     for found in verdicts:
         print(setting(found), wrap(f"verdict: {found['of']}"), sep="\n")
 
