@@ -1315,6 +1315,10 @@ def score_choices(model_file, model, tokenizer, prompt: str, choices: list[str])
             "remains before the continuation: give a longer prompt"
         )
 
+    for choice, ids, begin in zip(choices, texts, begins, strict=True):
+        if begin == len(ids):
+            fail(f"--choices: {choice!r} adds no token to {prompt!r}: give another continuation")
+
     found = []
     scores = score_continuations(model_file, model, texts, min(begins))
     for choice, ids, begin, log_probs in zip(choices, texts, begins, scores, strict=True):

@@ -11,6 +11,7 @@ from helpers.families import GPT2
 from helpers.reference import ROOT, read_hf
 from helpers.small import byte_tokenizer, write_checkpoint
 from test_sample import run, text_of
+from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 
 import gpt2
@@ -179,6 +180,19 @@ def test_a_continuation_begins_where_the_ids_part():
     np.testing.assert_allclose(
         blank["choices"][0]["log_prob"], plain["choices"][0]["log_prob"], atol=1e-5
     )
+
+
+def test_a_continuation_without_a_token_of_its_own_is_one_line(tmp_path, capsys):
+    """Some tokenizers drop blanks at the end of a text."""
+    write_checkpoint(tmp_path, vocab_size=256)
+    codec = byte_tokenizer()
+    codec.normalizer = Strip()
+    codec.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(SystemExit):
+        sample.score_choices(
+            gpt2, gpt2.load(tmp_path), gpt2.tokenizer(tmp_path), "The king", [" is", " "]
+        )
+    assert "' ' adds no token to 'The king'" in capsys.readouterr().err
 
 
 def test_choices_are_a_table_or_a_line_of_json():
