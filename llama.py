@@ -699,7 +699,8 @@ def generate_stream(
     keep: a number lets texts grow beyond the context length. Where a text fills it, the model goes
     on from the first `keep` tokens (such as a begin token) and the last ones, half a context in
     all; so it does with a prompt that is too long. What is cut no longer counts for the repetition
-    penalty. With sliding windows alone, nothing is cut: see `has_unbounded_context`.
+    penalty. With sliding windows alone, any number will do and nothing is cut: see
+    `has_unbounded_context`.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling = {
@@ -717,7 +718,8 @@ def generate_stream(
 
     left = max_new_tokens
     while left > 0:
-        # Where the context is full, a row goes on from its last tokens; the others go on as before.
+        # Where the context is full, a row goes on from its last tokens. Then all rows are prefilled
+        # again, each with what it sees.
         for row, ids in enumerate(visible):
             visible[row] = shift_context(model.config, ids, keep)
             dropped[row] += len(ids) - len(visible[row])
@@ -894,11 +896,13 @@ def as_array(tokens):
 def check_inputs(config, tokens, positions, cache) -> None:
     """InputError where the arguments of `Model.hidden` do not fit the model or each other.
 
-    JAX would go on with other ids and slots. Under jit only shapes are checked.
+    JAX itself raises nothing: it clamps an index that is out of range. Under jit only shapes are
+    checked.
     """
     B, T = tokens.shape
     V = config.vocab_size
-    context = np.inf if has_unbounded_context(config) else config.max_position_embeddings
+    context = config.max_position_embeddings
+    end = np.inf if has_unbounded_context(config) else context
 
     if has_outside(tokens, 0, V):
         raise InputError(f"there are token ids outside the vocabulary of {V}")
@@ -907,7 +911,7 @@ def check_inputs(config, tokens, positions, cache) -> None:
         positions = as_array(positions)
         if positions.shape != (B, T):
             raise InputError(f"positions are {list(positions.shape)}, and tokens {[B, T]}")
-        if has_outside(positions, -1, context):
+        if has_outside(positions, -1, end):
             raise InputError(f"positions must be below the context length of {context}, or -1")
 
     if cache is not None:
@@ -919,7 +923,7 @@ def check_inputs(config, tokens, positions, cache) -> None:
                 f"{cache.filled} of the {slots} slots of the cache are filled: there is no room "
                 f"for {T} tokens"
             )
-        if positions is None and has_outside(cache.positions, -1, context - T):
+        if positions is None and has_outside(cache.positions, -1, end - T):
             raise InputError(f"{T} more tokens do not fit the context length of {context}")
 
 

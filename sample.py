@@ -593,7 +593,8 @@ def generate(model_file, model, mesh, prompts, limit: int, keep: int, timing, ar
 
     left = limit
     while left > 0:
-        # Where the context is full, a row goes on from its last tokens; the others go on as before.
+        # Where the context is full, a row goes on from its last tokens. Then all rows are prefilled
+        # again, each with what it sees.
         for row, ids in enumerate(visible):
             visible[row] = model_file.shift_context(config, ids, keep)
             dropped[row] += len(ids) - len(visible[row])
