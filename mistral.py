@@ -479,13 +479,17 @@ class Model(nnx.Module):
     @jax.named_scope("head")
     def head(self, x):
         """x [..., D] -> logits [..., V] in float32."""
-        if self.config.tie_word_embeddings:
-            w = self.embed_tokens.embedding  # [V, D]
+        if quantized_as(self) is not None:
+            # The same from fewer bits.
+            logits = quantized_head(self, x)
         else:
-            w = self.lm_head.kernel.T
-        w = w.astype(x.dtype)
+            if self.config.tie_word_embeddings:
+                w = self.embed_tokens.embedding  # [V, D]
+            else:
+                w = self.lm_head.kernel.T
+            w = w.astype(x.dtype)
+            logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
 
-        logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]  # drops what pads the vocabulary
 
 
@@ -1129,7 +1133,9 @@ class Preset(NamedTuple):
     config: Config
 
 
-def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None):
+def load(
+    source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None, quantize=None
+):
     """The model in a folder or under a Hub id. Weights are read one tensor at a time.
 
     A folder with an adapter of LoRA is loaded as its base, with the adapter merged.
@@ -1137,8 +1143,10 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
     dtype: by default float32 on a CPU, bfloat16 elsewhere. param_dtype: by default the same; use
     float32 to train. mesh: a jax.sharding.Mesh, whose axes are Auto (those of jax.make_mesh are
     Explicit); each tensor goes straight to its devices, as SHARDING says. A head that differs from
-    the token table is used, even if config.json says that they are tied. InputError: no checkpoint,
-    another kind of model, damaged files, or tensors that are missing, unexpected or misshapen.
+    the token table is used, even if config.json says that they are tied. quantize: "int8", "int4"
+    or "bfloat16" holds the matrices in fewer bits, as QuantizedMatrix says; such a model cannot be
+    trained. InputError: no checkpoint, another kind of model, damaged files, or tensors that are
+    missing, unexpected or misshapen.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -1151,31 +1159,50 @@ def load(source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revisi
         stored, adapters = read_adapters(folder, stored)
     if config.tie_word_embeddings:
         config, stored = find_head(config, stored, adapters)
-    graphdef, state = skeleton(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
+    quantize = check_quantize(folder, quantize)
+
+    # The parameters as the files have them, and as the model will have them: quantized, perhaps.
+    options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    _, state = skeleton(config, read_quantization(folder), **options)
     check_names(folder, state, stored)
+    graphdef, loaded = skeleton(config, quantize, **options)
+    params = {join(parts): param for parts, param in nnx.to_flat_state(loaded)}
 
     # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
     for path, param, name, transposed in by_size:
-        read = stored[name]
-        tensor = read()
-        if transposed:
-            tensor = tensor.T
-        if tensor.shape != param.shape:
-            raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise InputError(
-                f"{folder}: {name} is {tensor.dtype}: quantized weights are not supported"
-            )
+        tensor = read_tensor(folder, name, stored[name], param, path, transposed)
         if name in adapters:
             tensor = adapters[name](tensor)  # in float32
         tensor = tensor.astype(param.dtype, copy=False)
 
+        values = {path: tensor}
+        if path not in params:
+            values = quantize_tensor(path, tensor, quantize)
+        place(params, values, mesh, config)
+    return nnx.merge(graphdef, loaded)
+
+
+def place(params: dict, values: dict, mesh, config: Config) -> None:
+    """Gives parameters their values, both by path, on the devices of a mesh if there is one."""
+    for path, value in values.items():
         where = None
         if mesh is not None:
-            where = sharding(mesh, config, path, param.shape)
-        param.set_value(jax.device_put(tensor, where))
-    return nnx.merge(graphdef, state)
+            where = sharding_of_part(mesh, config, path, value.shape)
+        params[path].set_value(jax.device_put(value, where))
+
+
+def read_tensor(folder: Path, name: str, read, param, path: str, transposed: bool):
+    """A tensor of a checkpoint as the parameter needs it. InputError: it has another shape."""
+    tensor = read()
+    if transposed:
+        tensor = tensor.T
+    if tensor.shape != param.shape:
+        raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
+    is_float = jnp.issubdtype(tensor.dtype, jnp.floating)
+    if not is_float and tensor.dtype != param.dtype:
+        raise InputError(f"{folder}: {name} is {tensor.dtype}: quantized weights are not supported")
+    return tensor
 
 
 def check_dtypes(*dtypes) -> None:
@@ -1192,6 +1219,8 @@ def check_dtypes(*dtypes) -> None:
 def save(model, folder, tokenizer=None) -> None:
     """Writes config.json and model.safetensors, which transformers and `load` read.
 
+    A quantized model is for `load` alone: each matrix has the parts of its QuantizedMatrix.
+
     With what `tokenizer` returned it writes tokenizer.json, too: sample.py then reads the folder.
     OSError: the folder cannot be made, such as FileExistsError where `folder` is a file.
     """
@@ -1204,8 +1233,12 @@ def save(model, folder, tokenizer=None) -> None:
             tensor = tensor[: model.config.vocab_size]  # without a padded vocabulary
         tensors[name] = np.ascontiguousarray(tensor)
 
-    dtype = next(iter(tensors.values())).dtype
+    dtypes = [tensor.dtype for tensor in tensors.values()]
+    dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
     values = {**model.config.to_hf(), "dtype": str(dtype)}
+    kind = quantized_as(model)
+    if kind is not None:
+        values["quantization_config"] = {"quant_method": QUANT_METHOD, "format": kind}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -1213,11 +1246,18 @@ def save(model, folder, tokenizer=None) -> None:
         tokenizer.backend.save(str(Path(folder, "tokenizer.json")))
 
 
-def skeleton(config: Config, **options):
+def skeleton(config: Config, quantize=None, **options):
     """(graphdef, state) of a Model whose parameters have shapes and types, but no memory yet."""
     # Only shapes are traced, so one constant key stands in for nnx.Rngs.
     rngs = SimpleNamespace(params=partial(jax.random.key, 0))
-    return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=rngs, **options)))
+
+    def build():
+        model = Model(config, rngs=rngs, **options)
+        if quantize is not None:
+            quantize_layers(model, quantize)
+        return model
+
+    return nnx.split(nnx.eval_shape(build))
 
 
 def named_parameters(state):
@@ -1227,10 +1267,20 @@ def named_parameters(state):
     matches the path. What matches none, such as an adapter of LoRA, is not in checkpoints.
     """
     for parts, param in nnx.to_flat_state(state):
-        path = ".".join(str(part) for part in parts)
-        name, transposed = name_in_checkpoint(path)
+        if parts[-1] in PARTS:
+            # A part of a quantized matrix, whose rows are the outputs in all files.
+            name, _ = name_in_checkpoint(join(parts[:-1]))
+            yield join(parts), param, f"{name}.{parts[-1]}", False
+            continue
+
+        name, transposed = name_in_checkpoint(join(parts))
         if name is not None:
-            yield path, param, name, transposed
+            yield join(parts), param, name, transposed
+
+
+def join(parts) -> str:
+    """The path of a parameter, such as layers.0.mlp.up_proj.kernel."""
+    return ".".join(str(part) for part in parts)
 
 
 def name_in_checkpoint(path: str) -> tuple:
@@ -1492,7 +1542,7 @@ def safetensors_in(file: Path) -> dict:
             # Opened again for each tensor: pages of an open file count as memory in use.
             opened = safe_open(file, "np")
             kind = opened.get_slice(name).get_dtype()
-            if kind not in ("F64", "F32", "F16", "BF16"):
+            if kind not in ("F64", "F32", "F16", "BF16", "I8", "U16"):
                 raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
             return opened.get_tensor(name)
 
@@ -1535,10 +1585,11 @@ def check_kind(values: dict, supported) -> str:
         method = "an unknown method"
         if isinstance(quantized, dict):
             method = quantized.get("quant_method", method)
-        raise InputError(
-            f"config.json: the weights are quantized ({method}), which is not supported: "
-            "use the checkpoint that they were made from"
-        )
+        if method != QUANT_METHOD or quantized.get("format") not in QUANTIZED:
+            raise InputError(
+                f"config.json: the weights are quantized ({method}), which is not supported: "
+                "use the checkpoint that they were made from"
+            )
     return kind
 
 
@@ -2429,6 +2480,291 @@ def run_ragged(experts, rows, token, weight, counts):
     up = jax.lax.ragged_dot(x, stacked("w3"), counts)
     y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, stacked("w2"), counts)
     return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
+
+
+# ------------------------ Quantized weights: the same in every model file -------------------------
+# `load(..., quantize="int8")` holds each matrix in few bits and widens it where it is used. That
+# takes less memory, and one token less time: most of that time goes into reading the weights from
+# memory. What is held is the same on all devices. Not quantized: norms, biases, position tables,
+# and the routers of experts.
+
+QUANTIZED = ("int8", "int4", "bfloat16")  # how a QuantizedMatrix can hold its weights
+GROUP = 32  # int4: neighbouring weights of a row that share a scale
+TILE = 2**20  # weights that are widened at a time: they stay in the cache of a CPU
+QUANT_METHOD = "one-file-models"  # what config.json says of a folder that `save` wrote
+PARTS = ("codes", "row_scale", "group_scale")  # the parameters of a QuantizedMatrix
+
+
+class QuantizedMatrix(nnx.Module):
+    """A matrix [F, D] that is held in few bits: each weight is a small integer times a scale.
+
+    int8: codes [F, D], from -127 to 127, and row_scale [F, 1] in float32.
+    int4: codes from -8 to 7. A byte of codes [F, D / 2] holds column j in its low half, and column
+    j + D / 2 in its high half. A weight is code * group_scale * row_scale; group_scale, an int8
+    from -15 to 15, is shared by GROUP neighbours: [F, D / GROUP]. Where D / 2 is not a multiple of
+    GROUP, the matrix is held as int8.
+    bfloat16: the bits of the weights as uint16 [F, D]. XLA on a CPU is slow to widen bfloat16, but
+    not to shift integers.
+    """
+
+    def __init__(self, w, kind: str):
+        """w [F, D] in any floating-point type; kind: one of QUANTIZED."""
+        parts = quantize_matrix(w, kind)
+        self.codes = nnx.Param(parts["codes"])
+        self.row_scale = nnx.data(None)
+        self.group_scale = nnx.data(None)
+        if "row_scale" in parts:
+            self.row_scale = nnx.Param(parts["row_scale"])
+        if "group_scale" in parts:
+            self.group_scale = nnx.Param(parts["group_scale"])
+
+    def widened(self, rows=slice(None)):
+        """The weights of all rows, or of some, in float32: [..., D]. The plain form of `dot`."""
+        group_scale = None
+        if self.group_scale is not None:
+            group_scale = self.group_scale[rows]
+
+        w = jnp.concatenate(integers(self.codes[rows], group_scale), axis=-1).astype(jnp.float32)
+        if self.row_scale is not None:
+            w = w * self.row_scale[rows]
+        return w
+
+    def dot(self, x):
+        """x [..., D] -> x times the transposed matrix, [..., F] in float32."""
+        codes = self.codes[...]
+        group_scale = None
+        if self.group_scale is not None:
+            group_scale = self.group_scale[...]
+
+        vectors = x.reshape(-1, x.shape[-1])  # [N, D]
+        if jax.default_backend() == "cpu":
+            y = dot_in_tiles(vectors.astype(jnp.float32), codes, group_scale)
+        else:
+            w = jnp.concatenate(integers(codes, group_scale), axis=-1).astype(x.dtype)
+            y = jnp.matmul(vectors, w.T, preferred_element_type=jnp.float32)
+
+        # The scale of a row is that of an output, so it can wait until after the sum.
+        if self.row_scale is not None:
+            y = y * self.row_scale[...].T
+        return y.reshape(*x.shape[:-1], len(codes))
+
+
+class QuantizedLinear(nnx.Module):
+    """nnx.Linear with a quantized kernel, whose rows are the outputs: [F, D]."""
+
+    def __init__(self, linear: nnx.Linear, kind: str):
+        self.kernel = QuantizedMatrix(linear.kernel[...].T, kind)
+        self.bias = linear.bias
+        self.dtype = linear.dtype
+
+    def __call__(self, x):
+        """x [..., D] -> [..., F]"""
+        y = self.kernel.dot(x).astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y
+
+
+class QuantizedEmbed(nnx.Module):
+    """nnx.Embed with a quantized table [V, D]; `Model.head` uses the same table where tied."""
+
+    def __init__(self, embed: nnx.Embed, kind: str):
+        self.embedding = QuantizedMatrix(embed.embedding[...], kind)
+        self.dtype = embed.dtype
+        self.kind = kind
+
+    def __call__(self, tokens):
+        """tokens [B, T] -> [B, T, D]"""
+        return self.embedding.widened(tokens).astype(self.dtype)
+
+
+def quantize_layers(model, kind: str) -> None:
+    """Replaces the token table and each Linear, except for routers, by quantized ones."""
+    for _, module in list(nnx.iter_modules(model)):
+        for name, layer in list(vars(module).items()):
+            if isinstance(layer, nnx.Linear) and name != "gate":
+                setattr(module, name, QuantizedLinear(layer, kind))
+
+    table, _ = VOCABULARY[0].split(".")
+    setattr(model, table, QuantizedEmbed(getattr(model, table), kind))
+
+
+def quantized_as(model) -> str | None:
+    """How a model holds its weights: one of QUANTIZED, or None."""
+    table, _ = VOCABULARY[0].split(".")
+    return getattr(getattr(model, table), "kind", None)
+
+
+def quantized_head(model, x):
+    """Model.head before the padding is dropped: x [..., D] -> logits [..., V] in float32."""
+    if model.config.tie_word_embeddings:
+        table, _ = VOCABULARY[0].split(".")
+        return getattr(model, table).embedding.dot(x)
+    return model.lm_head.kernel.dot(x)
+
+
+@partial(jax.jit, static_argnames="kind")
+def quantize_matrix(w, kind: str) -> dict:
+    """The parts of a QuantizedMatrix, of w [F, D]. The largest weight of a row has no error."""
+    if kind == "bfloat16":
+        return {"codes": jax.lax.bitcast_convert_type(w.astype(jnp.bfloat16), jnp.uint16)}
+    w = w.astype(jnp.float32)
+    if kind == "int4" and w.shape[1] % (2 * GROUP) == 0:
+        return quantize_groups(w)
+
+    row_scale = jnp.abs(w).max(axis=1, keepdims=True) / 127
+    codes = jnp.round(w / jnp.where(row_scale == 0, 1, row_scale))
+    return {"codes": codes.astype(jnp.int8), "row_scale": row_scale}
+
+
+def quantize_groups(w) -> dict:
+    """The parts of a QuantizedMatrix in int4, of w [F, D] in float32."""
+    groups = w.reshape(len(w), -1, GROUP)  # [F, D / GROUP, GROUP]
+
+    # The weight of the largest magnitude in a group should have the code -8.
+    largest = jnp.abs(groups).argmax(axis=-1, keepdims=True)
+    wanted = jnp.take_along_axis(groups, largest, axis=-1) / -8  # [F, D / GROUP, 1]
+    row_scale = jnp.abs(wanted).max(axis=1, keepdims=True) / 15  # [F, 1, 1]
+    wanted = wanted / jnp.where(row_scale == 0, 1, row_scale)
+
+    def coded(group_scale):
+        scale = row_scale * group_scale
+        codes = jnp.round(groups / jnp.where(scale == 0, 1, scale)).clip(-8, 7)
+        error = jnp.square(codes * scale - groups).sum(axis=-1, keepdims=True)
+        return codes, error
+
+    # Of three integers near the wanted scale, the one with the least squared error is taken. A
+    # smaller scale cuts the largest weight, but is finer for the others.
+    sign = jnp.where(wanted < 0, -1, 1)
+    size = jnp.round(jnp.abs(wanted))
+    best = sign * size.clip(1, 15)
+    codes, least = coded(best)
+    for change in (-1, 1):
+        group_scale = sign * (size + change).clip(1, 15)
+        new_codes, error = coded(group_scale)
+        best = jnp.where(error < least, group_scale, best)
+        codes = jnp.where(error < least, new_codes, codes)
+        least = jnp.minimum(error, least)
+
+    low, high = jnp.split(codes.reshape(w.shape).astype(jnp.int8), 2, axis=1)
+    return {
+        "codes": (high << 4) | (low & 15),
+        "row_scale": row_scale[..., 0],
+        "group_scale": best[..., 0].astype(jnp.int8),
+    }
+
+
+def read_quantization(folder: Path) -> str | None:
+    """How a folder that `save` wrote holds its weights: one of QUANTIZED, or None."""
+    values = read_json(base_of(folder, weights=False) / "config.json")
+    quantized = values.get("quantization_config") or {}
+    return quantized.get("format")
+
+
+def check_quantize(folder: Path, quantize: str | None) -> str | None:
+    """How to hold the weights of a folder. InputError: it cannot be as asked for."""
+    stored_as = read_quantization(folder)
+    if quantize is not None and quantize not in QUANTIZED:
+        raise InputError(f"quantize is {quantize!r}: it must be one of {', '.join(QUANTIZED)}")
+    if stored_as is not None and quantize not in (None, stored_as):
+        raise InputError(
+            f"{folder} holds its weights in {stored_as}, and {quantize} is made from the "
+            "checkpoint that they were made from"
+        )
+    return quantize or stored_as
+
+
+def quantize_tensor(path: str, tensor, kind: str) -> dict:
+    """The parts of the QuantizedMatrix for the parameter at `path`: their paths and values."""
+    rows = tensor
+    if path.endswith(".kernel"):
+        rows = tensor.T  # [F, D]
+    parts = quantize_matrix(rows, kind)
+    return {f"{path}.{part}": value for part, value in parts.items()}
+
+
+def sharding_of_part(mesh, config: Config, path: str, shape):
+    """`sharding`, also of a part of a quantized matrix: its rows are split as the outputs are."""
+    matrix, _, part = path.rpartition(".")
+    if part not in PARTS:
+        return sharding(mesh, config, path, shape)
+    if matrix.endswith(".embedding"):
+        return sharding(mesh, config, matrix, shape)
+
+    of_kernel = sharding(mesh, config, matrix, shape[::-1])
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*of_kernel.spec[::-1]))
+
+
+def integers(codes, group_scale) -> list:
+    """Codes as what is to be multiplied by row_scale: [..., D], or the two halves of int4."""
+    if codes.dtype == jnp.uint16:
+        bits = codes.astype(jnp.uint32) << 16
+        return [jax.lax.bitcast_convert_type(bits, jnp.float32)]
+    if group_scale is None:
+        return [codes]
+
+    low = (codes << 4) >> 4  # the second shift fills in the sign
+    high = codes >> 4
+    halves = []
+    for half, scale in zip([low, high], jnp.split(group_scale, 2, axis=-1), strict=True):
+        groups = half.reshape(*scale.shape, GROUP) * scale[..., None]  # -120 to 120
+        # The barrier: XLA on a CPU would look up the scale of each weight within the product.
+        halves.append(jax.lax.optimization_barrier(groups.reshape(half.shape)))
+    return halves
+
+
+def dot_in_tiles(x, codes, group_scale):
+    """x [N, D] times the transposed integers [F, D] -> [N, F]: the product for XLA on a CPU.
+
+    XLA would write the whole matrix to memory in float32 before the product. In a loop over tiles
+    of some rows each, a tile is widened within the CPU's cache.
+    """
+    N, D = x.shape
+    F, columns = codes.shape
+    halves = x.reshape(N, -1, columns).swapaxes(0, 1)  # [1, N, D], or of int4 [2, N, D / 2]
+
+    # At least two tiles: without a loop, XLA widens the whole matrix again.
+    tile = max(1, min(F // 2, TILE // D))
+    tiles = math.ceil(F / tile)
+    pieces = 1 if N > 1 else pieces_of_vector(columns, 1 if group_scale is None else GROUP)
+    width = columns // pieces
+
+    def multiply_tile(i, y):
+        piece = i // tiles
+        column = piece * width
+        row = jnp.minimum(i % tiles * tile, F - tile)  # the last tile may overlap another
+        part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
+        scale = None
+        if group_scale is not None:
+            scale = group_scale.reshape(F, 2, -1)
+            sizes = (tile, 2, width // GROUP)
+            scale = jax.lax.dynamic_slice(scale, (row, 0, column // GROUP), sizes)
+            scale = scale.reshape(tile, -1)
+
+        products = []
+        for w, half in zip(integers(part, scale), halves, strict=True):
+            w = w.astype(jnp.float32)
+            vectors = jax.lax.dynamic_slice_in_dim(half, column, width, axis=1)  # [N, width]
+            if N == 1:
+                products.append((vectors @ w.T).T)
+            else:
+                products.append(w @ vectors.T)  # [tile, N]: faster than the other way round
+        return jax.lax.dynamic_update_slice(y, jnp.stack(products)[None], (piece, 0, row, 0))
+
+    y = jnp.zeros((pieces, len(halves), F, N))
+    y = jax.lax.fori_loop(0, tiles * pieces, multiply_tile, y)
+    return y.sum(axis=(0, 1)).T
+
+
+def pieces_of_vector(length: int, unit: int) -> int:
+    """Into how many equal pieces, multiples of `unit`, a vector is cut: each less than 16 kB.
+
+    XLA on a CPU widens a tile within its product with a vector only if the vector is so small.
+    """
+    pieces = 1
+    while length % (pieces * unit) != 0 or length // pieces >= 4096:
+        pieces += 1
+    return pieces
 
 
 # --------------------------- Command line: the same in every model file ---------------------------
