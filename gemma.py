@@ -2472,11 +2472,11 @@ def in_chunks(x, axis: int, fill=0):
 # `load(..., quantize="int8")` holds each matrix in few bits and widens it where it is used. That
 # takes less memory, and one token less time: most of that time goes into reading the weights from
 # memory. What is held is the same on all devices. Not quantized: norms, biases, position tables,
-# and the routers of experts.
+# and the routers of experts. The token table and the head have 8 bits even where others have 4.
 
 QUANTIZED = ("int8", "int4", "bfloat16")  # how a QuantizedMatrix can hold its weights
 GROUP = 32  # int4: neighbouring weights of a row that share a scale
-TILE = 2**20  # weights that are widened at a time: they stay in the cache of a CPU
+TILE = 2**21  # weights that are widened at a time: a part that stays in the cache of a CPU
 QUANT_METHOD = "one-file-models"  # what config.json says of a folder that `save` wrote
 PARTS = ("codes", "row_scale", "group_scale")  # the parameters of a QuantizedMatrix
 
@@ -2557,7 +2557,6 @@ class QuantizedEmbed(nnx.Module):
     def __init__(self, embed: nnx.Embed, kind: str):
         self.embedding = QuantizedMatrix(embed.embedding[...], kind)
         self.dtype = embed.dtype
-        self.kind = kind
 
     def __call__(self, tokens):
         """tokens [B, T] -> [B, T, D]"""
@@ -2566,19 +2565,27 @@ class QuantizedEmbed(nnx.Module):
 
 def quantize_layers(model, kind: str) -> None:
     """Replaces the token table and each Linear, except for routers, by quantized ones."""
-    for _, module in list(nnx.iter_modules(model)):
+    for path, module in list(nnx.iter_modules(model)):
         for name, layer in list(vars(module).items()):
             if isinstance(layer, nnx.Linear) and name != "gate":
-                setattr(module, name, QuantizedLinear(layer, kind))
+                kind_here = kind_at(join([*path, name, "kernel"]), kind)
+                setattr(module, name, QuantizedLinear(layer, kind_here))
 
     table, _ = VOCABULARY[0].split(".")
-    setattr(model, table, QuantizedEmbed(getattr(model, table), kind))
+    setattr(model, table, QuantizedEmbed(getattr(model, table), kind_at(VOCABULARY[0], kind)))
+    model.quantized = kind
+
+
+def kind_at(path: str, kind: str) -> str:
+    """How the matrix at `path` is held: int4 would hurt the token table and the head too much."""
+    if kind == "int4" and path in VOCABULARY:
+        return "int8"
+    return kind
 
 
 def quantized_as(model) -> str | None:
     """How a model holds its weights: one of QUANTIZED, or None."""
-    table, _ = VOCABULARY[0].split(".")
-    return getattr(getattr(model, table), "kind", None)
+    return getattr(model, "quantized", None)
 
 
 def quantized_head(model, x):
@@ -2665,7 +2672,7 @@ def quantize_tensor(path: str, tensor, kind: str) -> dict:
     rows = tensor
     if path.endswith(".kernel"):
         rows = tensor.T  # [F, D]
-    parts = quantize_matrix(rows, kind)
+    parts = quantize_matrix(rows, kind_at(path, kind))
     return {f"{path}.{part}": value for part, value in parts.items()}
 
 
@@ -2708,17 +2715,51 @@ def dot_in_tiles(x, codes, group_scale):
     N, D = x.shape
     F, columns = codes.shape
     halves = x.reshape(N, -1, columns).swapaxes(0, 1)  # [1, N, D], or of int4 [2, N, D / 2]
+    if N == 1:
+        return dot_with_vector(halves[:, 0], codes, group_scale)
 
-    # At least two tiles: without a loop, XLA widens the whole matrix again.
-    tile = max(1, min(F // 2, TILE // D))
-    tiles = math.ceil(F / tile)
-    pieces = 1 if N > 1 else pieces_of_vector(columns, 1 if group_scale is None else GROUP)
+    tile, tiles = tiles_of(F, D)
+
+    def multiply_tile(i, y):
+        row = jnp.minimum(i * tile, F - tile)  # the last tile may overlap another
+        part = jax.lax.dynamic_slice_in_dim(codes, row, tile)
+        scale = group_scale
+        if group_scale is not None:
+            scale = jax.lax.dynamic_slice_in_dim(group_scale, row, tile)
+
+        product = 0
+        for w, half in zip(integers(part, scale), halves, strict=True):
+            w = w.astype(jnp.float32)
+            if few:
+                product = product + w @ half.T  # [tile, N]
+            else:
+                product = product + half @ w.T  # [N, tile]
+        return jax.lax.dynamic_update_slice_in_dim(y, product, row, axis=0 if few else 1)
+
+    # For few x, the transposed product is faster.
+    few = N < 64
+    y = jnp.zeros((F, N) if few else (N, F))
+    y = jax.lax.fori_loop(0, tiles, multiply_tile, y)
+    if few:
+        y = y.T
+    return y
+
+
+def dot_with_vector(halves, codes, group_scale):
+    """`dot_in_tiles` of one x, cut into the halves of int4, or one: [2 or 1, columns] -> [1, F].
+
+    XLA on a CPU widens a tile within its product with a vector, if the vector is short enough:
+    tiles are a piece of the columns wide.
+    """
+    F, columns = codes.shape
+    tile, tiles = tiles_of(F, halves.size)
+    pieces = pieces_of_vector(columns, 1 if group_scale is None else GROUP)
     width = columns // pieces
 
     def multiply_tile(i, y):
         piece = i // tiles
         column = piece * width
-        row = jnp.minimum(i % tiles * tile, F - tile)  # the last tile may overlap another
+        row = jnp.minimum(i % tiles * tile, F - tile)
         part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
         scale = None
         if group_scale is not None:
@@ -2727,19 +2768,24 @@ def dot_in_tiles(x, codes, group_scale):
             scale = jax.lax.dynamic_slice(scale, (row, 0, column // GROUP), sizes)
             scale = scale.reshape(tile, -1)
 
+        # The products are added up after the loop: within it, XLA would widen outside of them.
         products = []
         for w, half in zip(integers(part, scale), halves, strict=True):
-            w = w.astype(jnp.float32)
-            vectors = jax.lax.dynamic_slice_in_dim(half, column, width, axis=1)  # [N, width]
-            if N == 1:
-                products.append((vectors @ w.T).T)
-            else:
-                products.append(w @ vectors.T)  # [tile, N]: faster than the other way round
-        return jax.lax.dynamic_update_slice(y, jnp.stack(products)[None], (piece, 0, row, 0))
+            vector = jax.lax.dynamic_slice_in_dim(half, column, width)
+            products.append(vector[None] @ w.astype(jnp.float32).T)  # [1, tile]
+        return jax.lax.dynamic_update_slice(y, jnp.stack(products)[None], (piece, 0, 0, row))
 
-    y = jnp.zeros((pieces, len(halves), F, N))
+    y = jnp.zeros((pieces, len(halves), 1, F))
     y = jax.lax.fori_loop(0, tiles * pieces, multiply_tile, y)
-    return y.sum(axis=(0, 1)).T
+    return y.sum(axis=(0, 1))
+
+
+def tiles_of(F: int, D: int) -> tuple[int, int]:
+    """(rows in a tile of a matrix [F, D], how many tiles there are)"""
+    # At least two tiles: without a loop, XLA widens the whole matrix.
+    tiles = max(2, math.ceil(F * D / TILE))
+    tile = math.ceil(F / tiles)
+    return tile, math.ceil(F / tile)
 
 
 def pieces_of_vector(length: int, unit: int) -> int:

@@ -2248,6 +2248,12 @@ def find_weights(args, model_file) -> Path | None:
     folder = model_file.fetch(args.weights)
     check_family(model_file, folder)
     model_file.read_config(folder)
+    held = model_file.read_quantization(folder)
+    if held:
+        fail(
+            f"--weights {args.weights} holds its weights in {held}, which cannot be trained: name "
+            "the checkpoint that they were made from"
+        )
     if args.lora and not args.merge and model_file.is_adapter(folder):
         fail(
             f"--weights {args.weights} is an adapter, and the base of another one must be a whole "
