@@ -1119,23 +1119,26 @@ def speculate_rows(model_file, programs, texts, keys: list, limit: int, size: in
 def decoder_of_rows(model_file, programs, rows, cache, args) -> Decoder:
     """The decoder of a batch that has been read."""
     sampling = sampling_options(args)
-    mesh = programs.mesh
+    found = {}  # (function, width) -> its program
 
-    def verify(cache, *batch):
-        batch = [*put_rows(mesh, list(batch)), rows.keys]
-        program = programs.program(model_file.verify, cache, *batch, shared=[sampling])
-        return program(cache, *batch, sampling)
+    def run(function, width, cache, batch, shared):
+        batch = [*put_rows(programs.mesh, batch), rows.keys]
+        if (function, width) not in found:
+            found[function, width] = programs.program(function, cache, *batch, shared=shared)
+        return found[function, width](cache, *batch, *shared)
+
+    def verify(cache, tokens, positions):
+        width = tokens.shape[1]
+        return run(model_file.verify, width, cache, [tokens, positions], [sampling])
 
     def decode(cache, last, steps):
-        batch = [*put_rows(mesh, [last]), rows.keys]
-        program = programs.program(model_file.decode, cache, *batch, shared=[sampling, 1])
-        return program(cache, *batch, sampling, steps)
+        return run(model_file.decode, 1, cache, [last], [sampling, steps])
 
     return Decoder(cache, verify, decode, model_file.check_tokens)
 
 
 def wider_or_narrower(width: int, guesses, new) -> int:
-    """How many tokens to check next time: more if all guesses were right, fewer if most were not."""
+    """The width after some guesses: more if all were right, less if more than half were wrong."""
     guessed = sum(map(len, guesses))
     accepted = sum(len(tokens) - 1 for guess, tokens in zip(guesses, new, strict=True) if guess)
     place = WIDTHS.index(width)
