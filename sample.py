@@ -1157,7 +1157,7 @@ class LookUp:
     """
 
     def __init__(self):
-        self.width = WIDTHS[1]
+        self.width = WIDTHS[-1]
         self.pause = 1  # tokens of each row in the next rest
         self.resume = 0  # the rest is over where the texts have so many tokens, all together
 
