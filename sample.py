@@ -83,9 +83,9 @@ def main():
         if args.chat and not args.ui:
             chat_folder = model_file.tokenizer_folder(folder)
             tokenizer = ChatTokenizer(tokenizer.backend, chat_folder, args.system)
+        draft = find_draft(args.draft, tokenizer)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
-        if args.draft is not None:
-            args.draft = load_draft(args.draft, model, mesh, tokenizer)
+        args.draft = load_draft(draft, model, mesh, args)
 
         if args.attention is not None:
             draw_attention(model_file, model, tokenizer, prompts, args)
@@ -289,21 +289,31 @@ def load_model(model_file, folder, config, devices: list, prompts: list[str] | N
     return model_file.load(folder, dtype=jax.numpy.dtype(dtype), mesh=mesh), mesh
 
 
-def load_draft(name: str, model, mesh, tokenizer):
-    """What --draft names: a look-up, or a smaller model with the vocabulary of `tokenizer`."""
-    if name == "ngram":
-        return LookUp()
+def find_draft(name: str | None, tokenizer):
+    """The model file and the folder of a smaller model that --draft names; None if it names none.
+
+    Exits where its vocabulary is not the one of the tokenizer.
+    """
+    if name in (None, "ngram"):
+        return None
     model_file = importlib.import_module(model_of(name))
     folder = find_checkpoint(model_file, name, None)
     vocabulary = tokenizer.backend.get_vocab()
-    why_not = compare_vocabularies(vocabulary, model_file.tokenizer(folder).backend.get_vocab())
-    if why_not:
-        fail(f"--draft {name} has another vocabulary than the model: {why_not}")
+    difference = compare_vocabularies(vocabulary, model_file.tokenizer(folder).backend.get_vocab())
+    if difference:
+        fail(f"--draft {name} has another vocabulary than the model: {difference}")
+    return model_file, folder
 
+
+def load_draft(found, model, mesh, args):
+    """What guesses tokens, or None without --draft. found: a smaller model, by `find_draft`."""
+    if found is None:
+        return LookUp() if args.draft == "ngram" else None
+    model_file, folder = found
     heads = model_file.read_config(folder).num_attention_heads
     tensor = mesh.shape.get("tensor", 1)
     if heads % tensor != 0:
-        fail(f"--draft {name}: its {heads} heads do not split over tensor:{tensor}")
+        fail(f"--draft {args.draft}: its {heads} heads cannot be split over tensor:{tensor}")
     return DraftModel(model_file, model_file.load(folder, dtype=model.dtype, mesh=mesh), mesh)
 
 
