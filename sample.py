@@ -929,9 +929,9 @@ class Programs:
 
 WIDTHS = (4, 8, 16)  # tokens in a forward pass that checks guesses: each is a program to compile
 SPARE = 128  # slots of the cache for guesses that are taken back
-LONGEST = 16  # tokens of an n-gram to look up
-SHORTEST = 2
-REST = 32  # tokens without guesses, at most, after wrong ones
+LONGEST = 16  # tokens of an n-gram to look up, at most
+SHORTEST = 2  # and at least
+REST = 32  # tokens without guesses after wrong ones, at most; no more than `decode` makes in a call
 
 
 def speculate(decoder: "Decoder", draft, texts: list[list[int]], limit: int, timing, args):
@@ -1011,6 +1011,7 @@ def go_on(decoder, texts, left: list[int], steps: int) -> list[list[int]]:
     """The new tokens of each row without guesses: `steps`, or none where it is done."""
     made = decoder.decode(np.array([ids[-1] for ids in texts]), steps).tolist()
     new = [tokens if n > 0 else [] for tokens, n in zip(made, left, strict=True)]
+    decoder.check_tokens(np.concatenate(new))
     if not all(new):
         decoder.roll_back(steps, [len(tokens) for tokens in new])
     return new
@@ -1147,14 +1148,18 @@ def decoder_of_rows(model_file, programs, rows, cache, args) -> Decoder:
     return Decoder(cache, verify, decode, model_file.check_tokens)
 
 
-def wider_or_narrower(width: int, guesses, new) -> int:
-    """The width after some guesses: more if all were right, less if more than half were wrong."""
-    guessed = sum(map(len, guesses))
-    accepted = sum(len(tokens) - 1 for guess, tokens in zip(guesses, new, strict=True) if guess)
+def share_right(guesses, new) -> float:
+    """Which part of some guesses was right. new: what each row got, the model's own token last."""
+    right = sum(len(tokens) - 1 for guess, tokens in zip(guesses, new, strict=True) if guess)
+    return right / sum(map(len, guesses))
+
+
+def next_width(width: int, right: float) -> int:
+    """How many tokens to check next: more if all guesses were right, fewer if most were wrong."""
     place = WIDTHS.index(width)
-    if accepted == guessed:
+    if right == 1:
         place = min(place + 1, len(WIDTHS) - 1)
-    elif accepted < guessed / 2:
+    elif right < 0.5:
         place = max(place - 1, 0)
     return WIDTHS[place]
 
@@ -1186,12 +1191,12 @@ class LookUp:
 
     def learn(self, texts, guesses, new):
         """Takes note of how many guesses were right. texts: as they were for `guess`."""
-        narrow = self.width == WIDTHS[0]
-        self.width = wider_or_narrower(self.width, guesses, new)
-        if narrow and self.width == WIDTHS[0]:
-            self.rest(texts, REST)
-        else:
+        right = share_right(guesses, new)
+        if right >= 0.5:
             self.pause = 1
+        elif self.width == WIDTHS[0]:
+            self.rest(texts, REST)
+        self.width = next_width(self.width, right)
 
     def rest(self, texts, longest: int):
         """Makes no guesses for a while, `longest` tokens of each row at most."""
@@ -1287,7 +1292,7 @@ class DraftModel:
     def learn(self, texts, guesses, new):
         """Takes back the guesses that were wrong. texts: as they were for `guess`."""
         self.decoder.roll_back(self.written, [len(tokens) for tokens in new])
-        self.width = wider_or_narrower(self.width, guesses, new)
+        self.width = next_width(self.width, share_right(guesses, new))
 
     def pause_left(self, texts) -> int:
         """How many tokens of each row are made before the next guess, where there is none now."""
