@@ -928,7 +928,7 @@ class Programs:
 # -------------------------------------- Speculative decoding --------------------------------------
 
 WIDTHS = (4, 8, 16)  # tokens in a forward pass that checks guesses: each is a program to compile
-SPARE = 128  # slots of the cache for guesses that are taken back
+SPARE = 128  # slots of the cache for the holes in several rows
 LONGEST = 16  # tokens of an n-gram to look up, at most
 SHORTEST = 2  # and at least
 REST = 32  # tokens without guesses after wrong ones, at most; no more than `decode` makes in a call
@@ -1105,7 +1105,7 @@ def close_holes(cache):
 
 def speculate_rows(model_file, programs, texts, keys: list, limit: int, size: int, timing, args):
     """What `fill_context` does, with a draft: yields a list of new tokens for each row."""
-    room = size + WIDTHS[-1] + SPARE
+    room = size + WIDTHS[-1] + (SPARE if len(texts) > 1 else 0)
     rows = place(model_file, programs.model, programs.mesh, texts, keys, room, use_ring=False)
     cache, token = first_tokens(model_file, programs, rows, timing, args)
     first = np.asarray(token).reshape(-1, 1).tolist()
@@ -1186,7 +1186,7 @@ class LookUp:
             return [[] for _ in texts]
         guesses = [look_up(ids, n) for ids, n in zip(texts, most, strict=True)]
         if not any(guesses):
-            self.rest(texts, REST // 4)
+            self.rest(texts, REST // 2)
         return guesses
 
     def learn(self, texts, guesses, new):
