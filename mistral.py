@@ -744,23 +744,51 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
-    logits = model.head(x[:, -1])  # [B, V]; padding is on the left, so every last token is real
 
-    # Which tokens each row holds; padding does not count.
+    # Padding is on the left, so the last token of every row is real.
+    last = cache.positions.max(axis=1, keepdims=True)
+    token = sample_next(model, x[:, -1:], last, cache, keys, sampling, top_k)  # [B, 1]
+    return cache, token[:, 0]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="cache")
+def verify(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
+    """For speculative decoding: tokens [B, T] -> (cache, the token after each of them [B, T]).
+
+    A row begins with the newest token of a text; guesses follow, and then padding, at position -1.
+    While the guesses are the tokens that `decode` makes, so is the token after them.
+    """
+    model = nnx.merge(graphdef, state)
+    x, cache = model.hidden(tokens, positions, cache)
+    return cache, sample_next(model, x, positions, cache, keys, sampling, top_k)
+
+
+def sample_next(model, x, positions, cache: Cache, keys, sampling: dict, top_k):
+    """Samples the token after each position: x [B, T, D], positions [B, T] -> [B, T].
+
+    x is the final residual stream, and the cache holds the tokens up to there. The result is -1
+    where a logit is NaN: see `check_tokens`.
+    """
+    B, T = positions.shape
+    logits = model.head(x).reshape(B * T, -1)  # [B * T, V]
+
+    # Which tokens each row holds, up to each position; padding does not count.
     seen = None
     if sampling["repetition_penalty"] is not None:
-        rows = jnp.arange(len(tokens))[:, None]
-        real = cache.positions >= 0
-        seen = jnp.zeros(logits.shape, bool).at[rows, cache.tokens].max(real)
+        rows = jnp.arange(B * T)[:, None]
+        tokens = jnp.repeat(cache.tokens, T, axis=0)  # [B * T, S]
+        held = jnp.repeat(cache.positions, T, axis=0)
+        held = (held >= 0) & (held <= positions.reshape(B * T, 1))
+        seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(held)
 
     # A row's random numbers depend only on its own key and the position of the new token.
-    new_positions = 1 + cache.positions.max(axis=1)
-    rng_keys = jax.vmap(jax.random.fold_in)(keys, new_positions)
+    fold_in = jax.vmap(jax.random.fold_in)
+    rng_keys = fold_in(jnp.repeat(keys, T), positions.reshape(B * T) + 1)
     token = sample(logits, rng_keys, seen, top_k=top_k, **sampling)
 
-    # Damaged weights, or an overflow in float16: no token is right, and check_tokens says so.
+    # Damaged weights, or an overflow in float16: no token is right.
     token = jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
-    return cache, token
+    return token.reshape(B, T)
 
 
 STEPS = 32  # tokens in one call of `decode`, at most; Ctrl-C and stop ids take effect in between

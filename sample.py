@@ -83,7 +83,9 @@ def main():
         if args.chat and not args.ui:
             chat_folder = model_file.tokenizer_folder(folder)
             tokenizer = ChatTokenizer(tokenizer.backend, chat_folder, args.system)
+        draft = find_draft(args.draft, tokenizer)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
+        args.draft = load_draft(draft, model, mesh, args)
 
         if args.attention is not None:
             draw_attention(model_file, model, tokenizer, prompts, args)
@@ -298,6 +300,45 @@ def precision(model_file, model) -> str:
     if held in (None, model.dtype.name):
         return model.dtype.name
     return f"{model.dtype.name}, weights in {held}"
+
+
+def find_draft(name: str | None, tokenizer):
+    """The model file and the folder of a smaller model that --draft names; None if it names none.
+
+    Exits where its vocabulary is not the one of the tokenizer.
+    """
+    if name in (None, "ngram"):
+        return None
+    model_file = importlib.import_module(model_of(name))
+    folder = find_checkpoint(model_file, name, None)
+    vocabulary = tokenizer.backend.get_vocab()
+    difference = compare_vocabularies(vocabulary, model_file.tokenizer(folder).backend.get_vocab())
+    if difference:
+        fail(f"--draft {name} has another vocabulary than the model: {difference}")
+    return model_file, folder
+
+
+def load_draft(found, model, mesh, args):
+    """What guesses tokens, or None without --draft. found: a smaller model, by `find_draft`."""
+    if found is None:
+        return LookUp() if args.draft == "ngram" else None
+    model_file, folder = found
+    heads = model_file.read_config(folder).num_attention_heads
+    tensor = mesh.shape.get("tensor", 1)
+    if heads % tensor != 0:
+        fail(f"--draft {args.draft}: its {heads} heads cannot be split over tensor:{tensor}")
+    return DraftModel(model_file, model_file.load(folder, dtype=model.dtype, mesh=mesh), mesh)
+
+
+def compare_vocabularies(one: dict[str, int], other: dict[str, int]) -> str:
+    """How the vocabulary of a draft differs from the one of the model; empty if it does not."""
+    if len(one) != len(other):
+        return f"{len(other)} tokens and not {len(one)}"
+    texts = {number: text for text, number in other.items()}
+    for text, number in one.items():
+        if texts.get(number) != text:
+            return f"token {number} is {texts.get(number)!r} and not {text!r}"
+    return ""
 
 
 def choose_parallel(devices: list, heads: int, size: int, rows: int) -> str:
@@ -561,6 +602,10 @@ def summary(model_file, model, mesh, prompt_ids: list[list[int]], timing) -> str
         f"compiled in {timing.compile:.1f} s, first token after {timing.prefill:.2f} s "
         f"(prefill {seen / timing.prefill:,.0f} tokens/s)"
     )
+    if timing.checks > 0:
+        accepted = timing.accepted / timing.checks
+        line += f", draft: {accepted:.1f} of {timing.guessed / timing.checks:.1f} tokens accepted"
+        line += " a step"
     if timing.steps > 0:
         decode = len(prompt_ids) * timing.steps / timing.decode
         line += f", then {decode:,.{1 if decode < 100 else 0}f} tokens/s"
@@ -578,7 +623,10 @@ class Timing:
     begin: float = 0.0  # when the prefill began, on the clock of time.perf_counter
     prefill: float = 0.0  # the time to the first token
     decode: float = 0.0  # all calls of decode
-    steps: int = 0  # tokens that decode made in each row
+    steps: float = 0  # tokens that decode made in each row; with a draft, on average
+    checks: int = 0  # how often guesses for a row were checked
+    guessed: int = 0  # tokens in them
+    accepted: int = 0  # those that were right
 
     def add_first(self, start: float, seconds: float):
         """Counts the first token after a prefill: a text that outgrows the context has several."""
@@ -591,10 +639,11 @@ class Timing:
 
 
 def generate(model_file, model, mesh, prompts, limit: int, keep: int, timing, args):
-    """Autoregressive generation for a batch of B prompts: yields new tokens [B, n] as they come.
+    """Autoregressive generation for a batch of B prompts: yields the new tokens as they come.
 
     The same as the model file's generate_stream, but over the devices of a mesh, with as many
-    tokens at a time as let the text flow, and with its time in `timing`.
+    tokens at a time as let the text flow, and with its time in `timing`. With a draft the rows get
+    different numbers of tokens at a time.
     """
     config = model.config
     model_file.check_prompts(config, prompts, limit, keep)
@@ -620,42 +669,25 @@ def generate(model_file, model, mesh, prompts, limit: int, keep: int, timing, ar
             context = config.max_position_embeddings
             size = model_file.tokens_until_full(config, visible, context, keep)
 
-        rows = place(model_file, model, mesh, visible, row_keys, size)
-        for new in fill_context(model_file, programs, rows, n, timing, args):
+        if args.draft is None:
+            rows = place(model_file, model, mesh, visible, row_keys, size)
+            parts = fill_context(model_file, programs, rows, n, timing, args)
+        else:
+            parts = speculate_rows(model_file, programs, visible, row_keys, n, size, timing, args)
+        for new in parts:
             new = new[: len(prompts)]
-            for row, tokens in enumerate(new.tolist()):
-                visible[row] += tokens
-            left -= new.shape[1]
+            for row, tokens in enumerate(new):
+                visible[row] += map(int, tokens)
             yield new
+        left -= n
 
 
 def fill_context(model_file, programs, rows: "Rows", limit: int, timing, args):
     """Prefill, then decode: yields new tokens [B, n] of all rows, `limit` of each row."""
     sampling = sampling_options(args)
-    cache, keys = rows.cache, rows.keys
-    prefill = programs.program(
-        model_file.prefill, cache, rows.tokens, rows.positions, rows.prefill_keys, shared=[sampling]
-    )
-    if args.profile and timing.begin == 0:
-        # Both programs are compiled before the trace begins, so that it shows only what runs.
-        programs.program(
-            model_file.decode, rows.spread(cache), rows.last, keys, shared=[sampling, 1]
-        )
-        start_profile(args.profile)
-
-    # The first new token of each row.
-    start = time.perf_counter()
-    compiled = timing.compile
-    cache, token = prefill(cache, rows.tokens, rows.positions, rows.prefill_keys, sampling)
-    if rows.shared:
-        cache = rows.spread(cache)
-        decode = programs.program(model_file.decode, cache, rows.last, keys, shared=[sampling, 1])
-        cache, token = decode(cache, rows.last, keys, sampling, 1)
-        token = token[..., 0]
-    new = np.array(token).reshape(-1, 1)
-    model_file.check_tokens(new)
-    timing.add_first(start, time.perf_counter() - start - (timing.compile - compiled))
-    yield new
+    keys = rows.keys
+    cache, token = first_tokens(model_file, programs, rows, timing, args)
+    yield np.array(token).reshape(-1, 1)
 
     # The others. Their program is compiled only now, so that the first token is shown early.
     if limit > 1:
@@ -680,6 +712,43 @@ def fill_context(model_file, programs, rows: "Rows", limit: int, timing, args):
         # As many steps as take a tenth of a second, so that the text flows.
         if streams(args):
             steps = max(1, min(model_file.STEPS, int(0.1 * steps / seconds)))
+
+
+def first_tokens(model_file, programs, rows: "Rows", timing, args):
+    """Prefill: (a cache with a row for each text, the first new token of each)."""
+    sampling = sampling_options(args)
+    if args.profile and timing.begin == 0:
+        # Both programs are compiled before the trace begins, so that it shows only what runs.
+        batch = rows.tokens, rows.positions, rows.prefill_keys
+        programs.program(model_file.prefill, rows.cache, *batch, shared=[sampling])
+        batch = rows.last, rows.keys
+        cache = rows.spread(rows.cache)
+        programs.program(model_file.decode, cache, *batch, shared=[sampling, 1])
+        start_profile(args.profile)
+
+    start = time.perf_counter()
+    compiled = timing.compile
+    cache, token = read_rows(model_file, programs, rows, sampling)
+    model_file.check_tokens(np.asarray(token))  # waits for the devices
+    timing.add_first(start, time.perf_counter() - start - (timing.compile - compiled))
+    return cache, token
+
+
+def read_rows(model_file, programs, rows: "Rows", sampling: dict):
+    """The same without its time."""
+    cache = rows.cache
+    batch = rows.tokens, rows.positions, rows.prefill_keys
+    prefill = programs.program(model_file.prefill, cache, *batch, shared=[sampling])
+    cache, token = prefill(cache, *batch, sampling)
+
+    # Texts that are the same have been read together, up to their last tokens.
+    if rows.shared:
+        cache = rows.spread(cache)
+        batch = rows.last, rows.keys
+        decode = programs.program(model_file.decode, cache, *batch, shared=[sampling, 1])
+        cache, token = decode(cache, *batch, sampling, 1)
+        token = token[..., 0]
+    return cache, token
 
 
 def sampling_options(args) -> dict:
@@ -738,7 +807,9 @@ class Rows:
         return jax.jit(spread, out_shardings=shardings)(cache)
 
 
-def place(model_file, model, mesh, texts: list[list[int]], keys: list, size: int) -> Rows:
+def place(
+    model_file, model, mesh, texts: list[list[int]], keys: list, size: int, use_ring=True
+) -> Rows:
     """Puts a batch of texts on the devices, with a cache that has room for `size` more tokens."""
     # All devices along the axis tensor share their rows; each such group gets as many rows. The
     # last one is repeated where they do not divide.
@@ -764,28 +835,44 @@ def place(model_file, model, mesh, texts: list[list[int]], keys: list, size: int
     prefill_keys = jax.numpy.stack(keys[: len(prefilled)])
     last = np.array([text[-1] for text in texts])
     batch = [tokens, positions, prefill_keys, jax.numpy.stack(keys), last]
-    if "pmap" in mesh.shape:
-        batch = [x.reshape(groups, -1, *x.shape[1:]) for x in batch]
-    batch = jax.device_put(batch, shardings_of(mesh, batch))
+    batch = put_rows(mesh, batch)
 
-    cache = empty_cache(model_file, model, mesh, len(prefilled), length)
+    cache = empty_cache(model_file, model, mesh, len(prefilled), length, use_ring)
     return Rows(mesh, cache, *batch, same_as)
 
 
-def empty_cache(model_file, model, mesh, rows: int, length: int):
-    """A cache of `length` slots on the devices."""
+def put_rows(mesh, batch: list) -> list:
+    """Puts arrays on the devices, each with its rows."""
+    if "pmap" in mesh.shape:
+        batch = [x.reshape(mesh.size, -1, *x.shape[1:]) for x in batch]
+    return jax.device_put(batch, shardings_of(mesh, batch))
+
+
+def empty_cache(model_file, model, mesh, rows: int, length: int, use_ring: bool):
+    """A cache of `length` slots on the devices; use_ring as in `new_cache`."""
     groups = mesh.size // mesh.shape.get("tensor", 1)
 
     def make():
         if "pmap" not in mesh.shape:
-            return model_file.init_cache(model.config, rows, length, model.dtype)
-        cache = model_file.init_cache(model.config, rows // groups, length, model.dtype)
+            return new_cache(model_file, model, rows, length, use_ring)
+        cache = new_cache(model_file, model, rows // groups, length, use_ring)
         return jax.tree.map(lambda x: jax.numpy.stack([x] * groups), cache)
 
     # Of several devices, none may have room for the whole cache: each makes its own part.
     if mesh.size > 1:
         return jax.jit(make, out_shardings=shardings_of(mesh, jax.eval_shape(make)))()
     return make()
+
+
+def new_cache(model_file, model, rows: int, length: int, use_ring: bool):
+    """A model file's cache. use_ring: with sliding windows, in ring buffers.
+
+    No token can be taken back out of a ring: it has replaced another.
+    """
+    options = {}
+    if not use_ring and hasattr(model_file, "ring_contents"):
+        options["use_ring"] = False
+    return model_file.init_cache(model.config, rows, length, model.dtype, **options)
 
 
 def shardings_of(mesh, arrays):
@@ -816,6 +903,7 @@ class Programs:
     """
 
     def __init__(self, model, mesh, top_k: int | None, timing):
+        self.model = model
         self.graphdef, self.state = nnx.split(model)
         self.mesh = mesh
         self.top_k = top_k
@@ -848,6 +936,396 @@ class Programs:
         self.timing.compile += time.perf_counter() - start
         self.compiled[name] = partial(compiled, self.state)
         return self.compiled[name]
+
+
+# -------------------------------------- Speculative decoding --------------------------------------
+
+WIDTHS = (4, 8, 16)  # tokens in a forward pass that checks guesses: each is a program to compile
+SPARE = 128  # slots of the cache for the holes in several rows
+LONGEST = 16  # tokens of an n-gram to look up, at most
+SHORTEST = 2  # and at least
+REST = 32  # tokens without guesses after wrong ones, at most; no more than `decode` makes in a call
+
+
+def speculate(decoder: "Decoder", draft, texts: list[list[int]], limit: int, timing, args):
+    """Speculative decoding: yields new tokens of each row as they come, `limit` of each row.
+
+    A draft guesses the tokens that follow, and the model checks all of them in one forward pass,
+    which takes little longer than the one for a single token where the time goes into reading the
+    weights (Leviathan et al. 2023). There a guess is accepted at random, so that the distribution
+    stays the model's. Here nothing is left to chance: the random numbers of a token depend only on
+    the row's key and the token's position, so what plain decoding would sample at each position is
+    known, and `verify` samples it. Guesses count as long as they are the same tokens; in place of
+    the first other one stands the model's own. So the text is the one without a draft, token for
+    token, greedy or sampled, up to rounding of the logits.
+
+    A draft model samples with the same keys: the same Gumbel noise is added to its logits. Where
+    the two distributions are alike, so are the samples.
+
+    texts: the tokens of each row so far, to which the new ones are appended. The decoder has read
+    all but the last one of each.
+    """
+    ends = [len(ids) + limit for ids in texts]
+    steps = 1 if streams(args) else REST
+    while True:
+        left = [end - len(ids) for end, ids in zip(ends, texts, strict=True)]
+        if max(left) == 0:
+            return
+        start = time.perf_counter()
+        compiled = timing.compile
+
+        # No guess may reach beyond the limit, where the context may end.
+        most = [max(0, min(n, draft.width) - 1) for n in left]
+        guesses = draft.guess(texts, most)
+        if any(guesses):
+            new = check_guesses(decoder, texts, guesses, left, draft.width)
+            draft.learn(texts, guesses, new)
+            count_guesses(timing, guesses, new)
+        else:
+            wanted = min(steps, draft.pause_left(texts), *(n for n in left if n > 0))
+            new = go_on(decoder, texts, left, wanted)
+
+        for ids, tokens in zip(texts, new, strict=True):
+            ids += tokens
+        seconds = time.perf_counter() - start - (timing.compile - compiled)
+        timing.decode += seconds
+        timing.steps += sum(map(len, new)) / len(new)
+        yield new
+        if streams(args) and not any(guesses):
+            steps = max(1, min(REST, int(0.1 * wanted / seconds)))  # so that the text flows
+
+
+def check_guesses(decoder, texts, guesses, left: list[int], width: int) -> list[list[int]]:
+    """The new tokens of each row: the guesses that are right, and the token after them.
+
+    guesses: of each row, perhaps none. left: how many tokens each row may still get; where it is 0,
+    the row is done.
+    """
+    # Padding on the right, at position -1. All of a row that is done is padding.
+    tokens = np.zeros((len(texts), width), int)
+    positions = np.full((len(texts), width), -1)
+    for row, (ids, guess) in enumerate(zip(texts, guesses, strict=True)):
+        if left[row] > 0:
+            n = 1 + len(guess)
+            tokens[row, :n] = [ids[-1], *guess]
+            positions[row, :n] = len(ids) - 1 + np.arange(n)
+
+    made = decoder.verify(tokens, positions).tolist()
+    new = []
+    for row, guess in enumerate(guesses):
+        n = 0 if left[row] == 0 else 1 + count_shared(guess, made[row])
+        new.append(made[row][:n])
+
+    decoder.roll_back(width, [len(tokens) for tokens in new])
+    return new
+
+
+def go_on(decoder, texts, left: list[int], steps: int) -> list[list[int]]:
+    """The new tokens of each row without guesses: `steps`, or none where it is done."""
+    made = decoder.decode(np.array([ids[-1] for ids in texts]), steps).tolist()
+    new = [tokens if n > 0 else [] for tokens, n in zip(made, left, strict=True)]
+    decoder.check_tokens(np.concatenate(new))
+    if not all(new):
+        decoder.roll_back(steps, [len(tokens) for tokens in new])
+    return new
+
+
+def count_guesses(timing, guesses, new):
+    """Adds up how many guesses there were, and how many of them were right."""
+    for guess, tokens in zip(guesses, new, strict=True):
+        if guess:
+            timing.checks += 1
+            timing.guessed += len(guess)
+            timing.accepted += len(tokens) - 1
+
+
+class Decoder:
+    """A model that reads B texts, and its KV cache, out of which tokens can be taken back.
+
+    run_verify(cache, tokens, positions) and run_decode(cache, token, steps) are the programs of its
+    model file, and check_tokens is the function there.
+    """
+
+    def __init__(self, cache, run_verify, run_decode, check_tokens):
+        self.cache = cache
+        self.run_verify = run_verify
+        self.run_decode = run_decode
+        self.check_tokens = check_tokens
+
+    def verify(self, tokens, positions) -> np.ndarray:
+        """Reads tokens [B, T], and samples the token after each of them [B, T]."""
+        self.make_room(tokens.shape[1])
+        self.cache, new = self.run_verify(self.cache, tokens, positions)
+        new = np.asarray(new).reshape(tokens.shape)
+        self.check_tokens(new[positions >= 0])
+        return new
+
+    def decode(self, last, steps: int) -> np.ndarray:
+        """Reads the last tokens [B] and all but one of the new ones, which are [B, steps]."""
+        self.make_room(steps)
+        self.cache, new = self.run_decode(self.cache, last, steps)
+        return np.asarray(new).reshape(len(last), -1)[:, :steps]
+
+    def roll_back(self, written: int, kept: list[int]):
+        """Of the newest `written` slots, leaves each row the first kept [B]."""
+        self.cache = roll_back(self.cache, written, kept)
+
+    def make_room(self, slots: int):
+        """Closes the holes in the cache, if it has too few empty slots."""
+        length = self.cache.positions.shape[-1]
+        if np.max(self.cache.filled) + slots > length:
+            shardings = jax.tree.map(lambda x: x.sharding, self.cache)
+            close = jax.jit(close_holes, donate_argnums=0, out_shardings=shardings)
+            self.cache = close(self.cache)
+
+
+def roll_back(cache, written: int, kept: list[int]):
+    """Takes tokens back out of a cache: of its newest `written` slots a row keeps the first kept.
+
+    A slot counts by its position alone, and -1 hides it. Where rows keep different numbers [B], all
+    but the longest are left with holes.
+    """
+    positions = np.array(cache.positions)  # [B, S]; with pmap all have an axis of devices before it
+    kept = np.reshape(kept, positions.shape[:-1])
+    begin = np.asarray(cache.filled) - written
+    end = begin[..., None] + kept
+    positions[np.arange(positions.shape[-1]) >= end[..., None]] = -1
+
+    filled = (begin + kept.max(axis=-1)).astype(cache.filled.dtype)
+    return cache._replace(
+        positions=jax.device_put(positions, cache.positions.sharding),
+        filled=jax.device_put(filled, cache.filled.sharding),
+    )
+
+
+def close_holes(cache):
+    """The same cache with the tokens of each row in its first slots."""
+    order = jax.numpy.argsort(cache.positions < 0, axis=-1, stable=True)
+
+    def moved(x):
+        return jax.numpy.take_along_axis(x, order, axis=-1)
+
+    def moved_layer(x):  # [B, S, K, Dh]
+        return jax.numpy.take_along_axis(x, order[..., None, None], axis=-3)
+
+    layers = [(moved_layer(k), moved_layer(v), *other) for k, v, *other in cache.layers]
+    positions = moved(cache.positions)
+    filled = (positions >= 0).sum(axis=-1).max(axis=-1).astype(cache.filled.dtype)
+    return cache._replace(
+        layers=tuple(layers), tokens=moved(cache.tokens), positions=positions, filled=filled
+    )
+
+
+def speculate_rows(model_file, programs, texts, keys: list, limit: int, size: int, timing, args):
+    """What `fill_context` does, with a draft: yields a list of new tokens for each row."""
+    room = size + WIDTHS[-1] + (SPARE if len(texts) > 1 else 0)
+    rows = place(model_file, programs.model, programs.mesh, texts, keys, room, use_ring=False)
+    cache, token = first_tokens(model_file, programs, rows, timing, args)
+    first = np.asarray(token).reshape(-1, 1).tolist()
+
+    # A row for each that `place` makes: where the devices need more, the last one is repeated.
+    texts = [list(ids) for ids in texts]
+    texts += texts[-1:] * (len(first) - len(texts))
+    yield first
+    if limit == 1:
+        return
+
+    start = time.perf_counter()
+    compiled = timing.compile
+    args.draft.begin(texts, keys, room, timing, args)
+    timing.decode += time.perf_counter() - start - (timing.compile - compiled)
+
+    texts = [ids + tokens for ids, tokens in zip(texts, first, strict=True)]
+    decoder = decoder_of_rows(model_file, programs, rows, cache, args)
+    yield from speculate(decoder, args.draft, texts, limit - 1, timing, args)
+
+
+def decoder_of_rows(model_file, programs, rows, cache, args) -> Decoder:
+    """The decoder of a batch that has been read."""
+    sampling = sampling_options(args)
+    found = {}  # (function, width) -> its program
+
+    def run(function, width, cache, batch, shared):
+        batch = [*put_rows(programs.mesh, batch), rows.keys]
+        if (function, width) not in found:
+            found[function, width] = programs.program(function, cache, *batch, shared=shared)
+        return found[function, width](cache, *batch, *shared)
+
+    def verify(cache, tokens, positions):
+        width = tokens.shape[1]
+        return run(model_file.verify, width, cache, [tokens, positions], [sampling])
+
+    def decode(cache, last, steps):
+        return run(model_file.decode, 1, cache, [last], [sampling, steps])
+
+    return Decoder(cache, verify, decode, model_file.check_tokens)
+
+
+def share_right(guesses, new) -> float:
+    """Which part of some guesses was right. new: what each row got, the model's own token last."""
+    right = sum(len(tokens) - 1 for guess, tokens in zip(guesses, new, strict=True) if guess)
+    return right / sum(map(len, guesses))
+
+
+def next_width(width: int, right: float) -> int:
+    """How many tokens to check next: more if all guesses were right, fewer if most were wrong."""
+    place = WIDTHS.index(width)
+    if right == 1:
+        place = min(place + 1, len(WIDTHS) - 1)
+    elif right < 0.5:
+        place = max(place - 1, 0)
+    return WIDTHS[place]
+
+
+class LookUp:
+    """A draft that looks up the end of a text in the text itself: prompt lookup (Saxena 2023).
+
+    Where guesses are wrong it rests for a while, and each time for longer, so that a text that does
+    not repeat itself takes little longer than without a draft.
+    """
+
+    def __init__(self):
+        self.width = WIDTHS[-1]
+        self.pause = 1  # tokens of each row in the next rest
+        self.resume = 0  # the rest is over where the texts have so many tokens, all together
+
+    def begin(self, texts, keys, size, timing, args):
+        """A batch of texts begins."""
+        self.resume = 0
+
+    def guess(self, texts: list[list[int]], most: list[int]) -> list[list[int]]:
+        """Up to `most` guesses for each row."""
+        if self.pause_left(texts) > 0:
+            return [[] for _ in texts]
+        guesses = [look_up(ids, n) for ids, n in zip(texts, most, strict=True)]
+        if not any(guesses):
+            self.rest(texts, REST // 2)
+        return guesses
+
+    def learn(self, texts, guesses, new):
+        """Takes note of how many guesses were right. texts: as they were for `guess`."""
+        right = share_right(guesses, new)
+        if right >= 0.5:
+            self.pause = 1
+        elif self.width == WIDTHS[0]:
+            self.rest(texts, REST)
+        self.width = next_width(self.width, right)
+
+    def rest(self, texts, longest: int):
+        """Makes no guesses for a while, `longest` tokens of each row at most."""
+        self.pause = min(self.pause, longest)
+        self.resume = sum(map(len, texts)) + self.pause * len(texts)
+        self.pause *= 2
+
+    def pause_left(self, texts) -> int:
+        """How many tokens of each row are made before the next guess."""
+        return max(0, math.ceil((self.resume - sum(map(len, texts))) / len(texts)))
+
+    def recall(self, ids, limit, key, args):
+        """A text of a conversation begins."""
+        self.resume = 0
+
+    def remember(self, ids):
+        """There is nothing to keep of a conversation."""
+
+    def forget(self):
+        """As above."""
+
+
+def look_up(ids: list[int], n: int) -> list[int]:
+    """Guesses n tokens: those that followed where the end of the text has occurred before.
+
+    That is the place before which most tokens are the same, up to LONGEST; of several, the last
+    one. There is no guess where fewer than SHORTEST are the same. The copy may run into itself: a
+    text that has begun to repeat itself goes on so.
+    """
+    text = np.array(ids)
+    ends = np.flatnonzero(text[:-1] == text[-1])  # where the last token stands before
+    length = 1
+    while length < min(LONGEST, len(ids) - 1):
+        longer = ends[(ends >= length) & (text[ends - length] == text[-1 - length])]
+        if len(longer) == 0:
+            break
+        ends = longer
+        length += 1
+    if len(ends) == 0 or length < SHORTEST:
+        return []
+
+    copy = list(ids)
+    for i in range(n):
+        copy.append(copy[ends[-1] + 1 + i])
+    return copy[len(ids) :]
+
+
+class DraftModel:
+    """A draft by a smaller model with the same vocabulary and the same random keys.
+
+    Where a text exceeds its own context, there are no guesses.
+    """
+
+    def __init__(self, model_file, model, mesh):
+        self.model_file = model_file
+        self.model = model
+        self.mesh = mesh
+        self.width = WIDTHS[0]
+        self.programs = None
+        self.decoder = None
+        self.written = 0  # tokens that the last guesses took in the cache
+        self.memory = Memory()  # of a conversation
+
+    def begin(self, texts, keys, size, timing, args):
+        """Reads a batch of texts; size as for `place`."""
+        self.decoder = None
+        if self.is_full(texts, 0):
+            return
+        if self.programs is None:
+            self.programs = Programs(self.model, self.mesh, args.top_k, timing)
+        rows = place(self.model_file, self.model, self.mesh, texts, keys, size, use_ring=False)
+        cache, _ = read_rows(self.model_file, self.programs, rows, sampling_options(args))
+        self.decoder = decoder_of_rows(self.model_file, self.programs, rows, cache, args)
+
+    def is_full(self, texts, more: int) -> bool:
+        """Whether the context has no room for so many tokens more."""
+        config = self.model.config
+        end = max(map(len, texts)) + more
+        unbounded = self.model_file.has_unbounded_context(config)
+        return end > config.max_position_embeddings and not unbounded
+
+    def guess(self, texts: list[list[int]], most: list[int]) -> list[list[int]]:
+        """Up to `most` guesses for each row."""
+        n = max(most)
+        if self.decoder is None or n == 0 or self.is_full(texts, n):
+            return [[] for _ in texts]
+
+        # One token more than there are guesses, so that it reads the last guess, too.
+        self.written = n + 1
+        made = self.decoder.decode(np.array([ids[-1] for ids in texts]), self.written)
+        return [tokens[:count] for tokens, count in zip(made.tolist(), most, strict=True)]
+
+    def learn(self, texts, guesses, new):
+        """Takes back the guesses that were wrong. texts: as they were for `guess`."""
+        self.decoder.roll_back(self.written, [len(tokens) for tokens in new])
+        self.width = next_width(self.width, share_right(guesses, new))
+
+    def pause_left(self, texts) -> int:
+        """How many tokens of each row are made before the next guess, where there is none now."""
+        return REST
+
+    def recall(self, ids, limit, key, args):
+        """Reads what is new of a conversation."""
+        self.decoder = None
+        if not self.is_full([ids], 0):
+            memory = self.memory
+            self.decoder, _ = recall(self.model_file, self.model, memory, ids, limit, key, args)
+
+    def remember(self, ids):
+        """Keeps the cache for the next answer. ids: the text so far."""
+        if self.decoder is not None:
+            self.memory.store(self.decoder, ids)
+
+    def forget(self):
+        """Its cache may be lost."""
+        self.memory = Memory()
 
 
 # -------------------------------------------- Profile ---------------------------------------------
@@ -974,6 +1452,11 @@ class Memory:
     ids: list[int] = field(default_factory=list)
     cache: tuple | None = None
     length: int = 0  # slots of the cache
+
+    def store(self, decoder: Decoder, text: list[int]):
+        """Takes the cache of a decoder that has read the text, or all but its last tokens."""
+        self.cache = decoder.cache
+        self.ids = text[: int((np.asarray(self.cache.positions) >= 0).sum())]
 
 
 COMMANDS = """\
@@ -1136,8 +1619,9 @@ def write_answer(model_file, model, memory, text, stop_ids, limit, args):
     keep = kept_tokens(text.tokenizer, model.config)
     written = 0
     try:
-        for token in answer(model_file, model, memory, text.prompt_ids, limit, keep, args):
-            text.add(token, stop_ids, limit)
+        draft = args.draft
+        for new in answer(model_file, model, memory, text.prompt_ids, limit, keep, args, draft):
+            text.add(new, stop_ids, limit)
             shown = text.completion.lstrip()  # some templates leave a blank to the model
             print(shown[written:], end="", flush=True)
             written = len(shown)
@@ -1145,12 +1629,16 @@ def write_answer(model_file, model, memory, text, stop_ids, limit, args):
                 break
     except KeyboardInterrupt:
         memory.length = 0  # the cache may have been donated to a step that did not finish
+        if draft is not None:
+            draft.forget()
     print()
     say_if_cut(model_file, model.config, [text])
 
 
-def answer(model_file, model, memory: Memory, ids: list[int], limit: int, keep: int, args):
-    """Yields up to `limit` tokens after ids, each as an array [1]."""
+def answer(
+    model_file, model, memory: Memory, ids: list[int], limit: int, keep: int, args, draft=None
+):
+    """Yields up to `limit` tokens after ids, each as an array [1]; with a draft, also more [n]."""
     config = model.config
     key = jax.random.fold_in(random_key(args.seed), 0)  # as the first row of a batch has
     visible = ids  # what the model sees of the text
@@ -1163,9 +1651,13 @@ def answer(model_file, model, memory: Memory, ids: list[int], limit: int, keep: 
         n = model_file.tokens_until_full(config, [begin], left, keep)
         shifted_key = model_file.key_after_shift(key, dropped)
         visible = list(begin)
-        for token in fill_memory(model_file, model, memory, begin, n, shifted_key, args):
-            visible += token.tolist()
-            yield token
+        if draft is None:
+            parts = fill_memory(model_file, model, memory, begin, n, shifted_key, args)
+        else:
+            parts = speculate_text(model_file, model, memory, begin, n, shifted_key, args, draft)
+        for new in parts:
+            visible += new.tolist()
+            yield new
         left -= n
 
 
@@ -1180,13 +1672,24 @@ def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, k
     prefill = partial(model_file.prefill, graphdef, state, **options)
     decode = partial(model_file.decode, graphdef, state, **options)
 
-    end = len(ids) + limit
+    token = read_text(model_file, model, memory, ids, limit, prefill)
+    for _ in range(limit):
+        model_file.check_tokens(np.asarray(token))
+        yield np.asarray(token)
+        memory.ids += token.tolist()
+        memory.cache, token = decode(memory.cache, token, steps=1)
+        token = token[:, 0]
+
+
+def read_text(model_file, model, memory: Memory, ids, room: int, prefill, use_ring=True):
+    """Has the memory hold ids and room for more tokens: returns the token after them [1]."""
+    end = len(ids) + room
     known = len(memory.ids)
     if end > memory.length or known >= len(ids) or memory.ids != ids[:known]:
         known = 0
         memory.cache = None  # frees its memory before the new one is made
         memory.length = max(1024, 2 ** (end - 1).bit_length())  # few lengths, so few programs
-        memory.cache = model_file.init_cache(model.config, 1, memory.length, model.dtype)
+        memory.cache = new_cache(model_file, model, 1, memory.length, use_ring)
 
     # In pieces of few different lengths, because each length is another program to compile.
     for T in (512, 64, 8, 1):
@@ -1195,13 +1698,43 @@ def fill_memory(model_file, model, memory: Memory, ids: list[int], limit: int, k
             memory.cache, token = prefill(memory.cache, piece, None)
             known += T
     memory.ids = list(ids)
+    return token
 
-    for _ in range(limit):
-        model_file.check_tokens(np.asarray(token))
-        yield np.asarray(token)
-        memory.ids += token.tolist()
-        memory.cache, token = decode(memory.cache, token, steps=1)
-        token = token[:, 0]
+
+def speculate_text(model_file, model, memory, ids: list[int], limit: int, key, args, draft):
+    """What `fill_memory` does, with a draft: yields several tokens at a time, as an array [n]."""
+    decoder, token = recall(model_file, model, memory, ids, limit, key, args)
+    yield token
+    draft.recall(ids, limit, key, args)
+
+    text = [*ids, *token.tolist()]
+    for [new] in speculate(decoder, draft, [text], limit - 1, Timing(), args):
+        memory.store(decoder, text)
+        draft.remember(text)
+        yield np.array(new)
+
+
+def recall(model_file, model, memory: Memory, ids: list[int], limit: int, key, args):
+    """Reads a text into a memory: (a decoder of its cache, the next token [1]).
+
+    Keeps what the text begins with, and takes back the rest of the memory.
+    """
+    graphdef, state = nnx.split(model)
+    options = {"keys": key[None], "sampling": sampling_options(args), "top_k": args.top_k}
+    prefill = partial(model_file.prefill, graphdef, state, **options)
+    verify = partial(model_file.verify, graphdef, state, **options)
+
+    def decode(cache, last, steps):
+        return model_file.decode(graphdef, state, cache, last, steps=steps, **options)
+
+    room = limit + WIDTHS[-1]
+    if len(ids) + room <= memory.length:
+        known = min(count_shared(memory.ids, ids), len(ids) - 1)
+        memory.cache = roll_back(memory.cache, len(memory.ids) - known, [0])
+        memory.ids = ids[:known]
+    token = np.asarray(read_text(model_file, model, memory, ids, room, prefill, use_ring=False))
+    model_file.check_tokens(token)
+    return Decoder(memory.cache, verify, decode, model_file.check_tokens), token
 
 
 # --------------------------------------------- Scores ---------------------------------------------
@@ -2988,6 +3521,14 @@ def add_machine_flags(parser):
         "--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1"
     )
     machine.add_argument(
+        "--draft",
+        type=not_empty,
+        metavar="DRAFT",
+        help="speculative decoding, the same text in less time: a draft guesses tokens, and the "
+        "model checks several at once. 'ngram' looks them up in the text so far; a folder or Hub "
+        "id is a smaller model with the same vocabulary",
+    )
+    machine.add_argument(
         "--parallel",
         default="auto",
         metavar="MODE",
@@ -3091,6 +3632,9 @@ def check_sampling_flags(args):
 def check_machine_flags(args):
     if not re.fullmatch(PARALLEL, args.parallel):
         fail("--parallel must be pmap, or like data, tensor:2 or data:2,tensor:4")
+    continues = not (args.score or args.choices or args.attention is not None)
+    if args.draft is not None and (args.ui or not continues):
+        fail("--draft is for texts that are continued, and not for --ui: leave it out")
     with explained(OSError, "--profile cannot be read: {}"):
         if args.profile is not None and not is_writable(args.profile):
             fail("--profile must be a writable folder")
