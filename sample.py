@@ -286,12 +286,17 @@ def load_model(model_file, folder, config, devices: list, prompts: list[str] | N
     dtype = args.dtype
     if dtype is None:
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
+    return load_weights(model_file, folder, jax.numpy.dtype(dtype), mesh, args), mesh
+
+
+def load_weights(model_file, folder, dtype, mesh, args):
+    """The model in a folder, quantized as the command line or the folder says."""
     quantize = args.quantize
-    if quantize is None and dtype == "bfloat16" and devices[0].platform == "cpu":
-        # The same weights, in a form that a CPU widens faster. A folder may say its own form.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if quantize is None and dtype == "bfloat16" and on_cpu:
+        # The same weights, in a form that a CPU widens faster.
         quantize = model_file.read_quantization(folder) or "bfloat16"
-    options = {"dtype": jax.numpy.dtype(dtype), "mesh": mesh, "quantize": quantize}
-    return model_file.load(folder, **options), mesh
+    return model_file.load(folder, dtype=dtype, mesh=mesh, quantize=quantize)
 
 
 def precision(model_file, model) -> str:
@@ -327,7 +332,8 @@ def load_draft(found, model, mesh, args):
     tensor = mesh.shape.get("tensor", 1)
     if heads % tensor != 0:
         fail(f"--draft {args.draft}: its {heads} heads cannot be split over tensor:{tensor}")
-    return DraftModel(model_file, model_file.load(folder, dtype=model.dtype, mesh=mesh), mesh)
+    draft = load_weights(model_file, folder, model.dtype, mesh, args)
+    return DraftModel(model_file, draft, mesh)
 
 
 def compare_vocabularies(one: dict[str, int], other: dict[str, int]) -> str:

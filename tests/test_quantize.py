@@ -1,0 +1,311 @@
+"""Weights in fewer bits: `load(..., quantize=...)` and `sample.py --quantize`.
+
+The plain form of a quantized model is the ordinary one with the weights that the few bits stand
+for, so a wrong scale or a wrong order of the columns cannot hide behind the error of rounding.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.reference import MATERIAL, ROOT
+
+import gpt2
+import llama
+import mistral
+
+KINDS = ["int8", "int4", "bfloat16"]
+TOKENS = [[5, 7, 9, 11, 3, 2, 8]]
+
+
+def tiny(family):
+    return ROOT / "tiny" / family.name
+
+
+def dequantized(module, quantized, folder):
+    """The ordinary model, with the weights that a quantized one stands for."""
+    model = module.load(folder)
+    for path, layer in nnx.iter_modules(quantized):
+        plain = model
+        for part in path:
+            plain = plain[part] if isinstance(part, int) else getattr(plain, part)
+        if isinstance(layer, module.QuantizedLinear):
+            plain.kernel.set_value(layer.kernel.widened().T)
+        if isinstance(layer, module.QuantizedEmbed):
+            plain.embedding.set_value(layer.embedding.widened())
+    return model
+
+
+def assert_close(a, b):
+    """Equal up to float32 rounding: sums of a few hundred products, over a few layers."""
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def random_matrix(F, D, seed=0):
+    return np.random.default_rng(seed).normal(size=(F, D)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------- one matrix
+
+
+def test_int8_is_a_scale_for_each_row_and_rounding():
+    matrix = llama.QuantizedMatrix(np.array([[127.0, -63.4, 0.6], [0.0, 0.0, 0.0]]), "int8")
+    assert matrix.codes[...].tolist() == [[127, -63, 1], [0, 0, 0]]
+    assert matrix.row_scale[...].tolist() == [[1.0], [0.0]]
+
+
+def test_int8_is_half_a_step_off_at_most():
+    w = random_matrix(50, 64)
+    error = np.abs(llama.QuantizedMatrix(w, "int8").widened() - w)
+    step = np.abs(w).max(axis=1, keepdims=True) / 127
+    assert (error <= 0.5001 * step).all()
+
+
+def test_int4_holds_what_lies_on_its_grid():
+    """Group scales of 1 to 15, and codes of -8 to 7 with a -8 in each group."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (6, 4, 32))
+    codes[:, :, 5] = -8
+    group_scale = rng.integers(-15, 16, (6, 4, 1))
+    group_scale[group_scale == 0] = 1
+    group_scale[:, 0] = 15  # the largest one gives the row its scale
+    w = (0.01 * codes * group_scale).reshape(6, 128)
+
+    matrix = llama.QuantizedMatrix(w, "int4")
+    np.testing.assert_allclose(matrix.widened(), w, atol=1e-6)
+    assert matrix.group_scale[...].tolist() == group_scale[..., 0].tolist()
+    assert matrix.codes.shape == (6, 64)
+
+
+def test_int4_is_better_than_the_largest_weight_alone_as_the_scale():
+    w = random_matrix(64, 512)
+    groups = w.reshape(64, -1, 32)
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / 7
+    simple = (np.round(groups / scale) * scale).reshape(w.shape)
+    ours = llama.QuantizedMatrix(w, "int4").widened()
+    assert np.square(ours - w).mean() < np.square(simple - w).mean()
+
+
+def test_bfloat16_holds_the_bits_of_bfloat16():
+    w = random_matrix(8, 10)
+    matrix = llama.QuantizedMatrix(w, "bfloat16")
+    expected = jnp.asarray(w).astype(jnp.bfloat16).astype(jnp.float32)
+    assert (matrix.widened() == expected).all()
+
+
+def test_rows_that_do_not_divide_into_groups_are_held_in_int8():
+    matrix = llama.QuantizedMatrix(random_matrix(4, 96), "int4")
+    assert matrix.group_scale is None
+    assert matrix.codes.shape == (4, 96)
+
+
+# A prime number of rows, a single row, more than one tile, vectors of 16 kB and more.
+SHAPES = [(257, 64), (1, 64), (3, 128), (5000, 512), (300, 4096), (40, 8640), (16, 11008)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("F, D", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_the_product_is_that_of_the_dequantized_matrix(kind, F, D, rows):
+    matrix = llama.QuantizedMatrix(random_matrix(F, D), kind)
+    x = random_matrix(rows, D, seed=1)
+    w = np.asarray(matrix.widened(), np.float64)
+    error = np.abs(jax.jit(matrix.dot)(x) - x.astype(np.float64) @ w.T)
+    # A few roundings of float32, each at most 6e-8 of the sum of the magnitudes.
+    assert (error <= 1e-6 * (np.abs(x) @ np.abs(w).T)).all()
+
+
+def test_codes_alone_decide_the_layout_of_int4():
+    """Column j stands in the low half of a byte, column j + D / 2 in the high half."""
+    w = np.zeros((1, 64), np.float32)
+    w[0, 3] = -8.0
+    w[0, 32 + 5] = -4.0
+    matrix = llama.QuantizedMatrix(w, "int4")
+    np.testing.assert_allclose(matrix.widened(), w, atol=0.3)
+    assert matrix.codes[0, 3] & 15 == 8  # -8 in four bits
+    assert matrix.codes[0, 5] >> 4 == -8
+
+
+# ---------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.core_gpt2_only
+def test_logits_are_those_of_the_dequantized_weights(family, kind):
+    folder = tiny(family)
+    quantized = family.module.load(folder, quantize=kind)
+    plain = dequantized(family.module, quantized, folder)
+    assert_close(quantized(TOKENS), plain(TOKENS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.core_gpt2_only
+def test_generation_is_that_of_the_dequantized_weights(family, kind):
+    folder = tiny(family)
+    quantized = family.module.load(folder, quantize=kind)
+    plain = dequantized(family.module, quantized, folder)
+    how = {"key": 0, "temperature": 0}
+    prompts = [[5, 7, 9], [11, 3]]
+    mine = family.module.generate(quantized, prompts, 12, **how)
+    assert mine == family.module.generate(plain, prompts, 12, **how)
+    alone = family.module.generate(quantized, prompts[:1], 12, **how)
+    assert alone == mine[:1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.core_gpt2_only
+def test_a_saved_model_is_loaded_bit_for_bit(family, kind, tmp_path):
+    model = family.module.load(tiny(family), quantize=kind)
+    family.module.save(model, tmp_path)
+    again = family.module.load(tmp_path)
+    assert family.module.quantized_as(again) == kind
+    assert (again(TOKENS) == model(TOKENS)).all()
+
+
+def test_config_json_states_the_format(tmp_path):
+    gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int4"), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["quantization_config"] == {"quant_method": "one-file-models", "format": "int4"}
+    assert values["dtype"] == "float32"
+
+
+def test_an_untied_head_is_quantized_too():
+    config = llama.Config.small(layers=1, heads=2, width=64, context=32, vocab_size=100)
+    config = llama.replace(config, tie_word_embeddings=False)
+    model = llama.Model(config, rngs=nnx.Rngs(0))
+    before = model(TOKENS)
+    llama.quantize_layers(model, "int8")
+    assert isinstance(model.lm_head, llama.QuantizedLinear)
+    assert 0 < jnp.abs(model(TOKENS) - before).max() < 0.05 * jnp.abs(before).max()
+
+
+def test_the_router_of_a_mixtral_keeps_its_digits():
+    model = mistral.load(ROOT / "tiny/mistral", quantize="int4")
+    experts = model.layers[0].block_sparse_moe
+    assert isinstance(experts.gate, nnx.Linear)
+    assert isinstance(experts.experts[0].w1, mistral.QuantizedLinear)
+
+
+def size_of(state) -> int:
+    return sum(param.size * param.dtype.itemsize for _, param in nnx.to_flat_state(state))
+
+
+# Gemma 3 270M misses 0.2 (0.207): two thirds of its weights are the token table, in int8.
+@pytest.mark.parametrize("kind, share", [("int8", 0.32), ("int4", 0.2), ("bfloat16", 0.51)])
+def test_published_sizes_take_so_much_of_float32s_memory(kind, share):
+    for module, name in [
+        (gpt2, "openai-community/gpt2"),
+        (llama, "HuggingFaceTB/SmolLM2-135M"),
+        (llama, "meta-llama/Llama-3.2-1B"),
+        (llama, "meta-llama/Llama-2-7b-hf"),
+    ]:
+        config = module.PRESETS[name].config
+        whole = size_of(module.skeleton(config)[1])
+        assert size_of(module.skeleton(config, kind)[1]) <= share * whole
+        if kind == "int4" and "7b" in name:
+            assert size_of(module.skeleton(config, kind)[1]) <= 4.5e9
+
+
+def perplexity(module, model, ids) -> float:
+    rows = jnp.array(ids).reshape(-1, 128)
+
+    @jax.jit
+    def loss(rows):
+        log_probs = jax.nn.log_softmax(model(rows)[:, :-1])
+        return -jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1).mean()
+
+    return math.exp(loss(rows))
+
+
+@pytest.mark.core_gpt2_only
+def test_perplexity_of_a_held_out_text_hardly_changes(family):
+    """The tiny models have learned the first nine tenths of this text."""
+    text_file = MATERIAL / "texts/tinyshakespeare.txt"
+    if not text_file.exists():
+        pytest.skip("needs ../shared/material")
+    module = family.module
+    ids = module.tokenizer(tiny(family)).encode(text_file.read_text()[-30000:])
+    ids = ids[: 32 * 128]
+    ids = ids[: len(ids) // 128 * 128]
+
+    whole = perplexity(module, module.load(tiny(family)), ids)
+    for kind, most in [("int8", 1.005), ("int4", 1.05)]:
+        quantized = module.load(tiny(family), quantize=kind)
+        assert whole / most < perplexity(module, quantized, ids) < whole * most
+
+
+# ---------------------------------------------------------------------------------- wrong requests
+
+
+def test_another_format_is_refused():
+    with pytest.raises(gpt2.InputError, match="quantize is 'int3': it must be one of int8, int4"):
+        gpt2.load(ROOT / "tiny/gpt2", quantize="int3")
+
+
+def test_int4_is_not_made_of_int8(tmp_path):
+    gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path)
+    with pytest.raises(gpt2.InputError, match="holds its weights in int8, and int4 is made from"):
+        gpt2.load(tmp_path, quantize="int4")
+
+
+def run(*command):
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_train_refuses_quantized_weights(tmp_path):
+    gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path / "int8")
+    done = run("train.py", "--weights", tmp_path / "int8", "--data", ROOT / "README.md")
+    assert done.returncode == 2
+    assert "holds its weights in int8, which cannot be trained: name the" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------- sample.py
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--quantize", "int8"], "float32, weights in int8: "),
+        (["--quantize", "int4", "--dtype", "bfloat16"], "bfloat16, weights in int4: "),
+        (["--dtype", "bfloat16"], "1 x cpu, bfloat16: "),
+    ],
+)
+def test_sample_says_how_it_holds_the_weights(options, said):
+    sample = ["sample.py", "--weights", "tiny", "--max-new-tokens", 5, "--device", "cpu"]
+    done = run(*sample, *options)
+    assert done.returncode == 0
+    assert said in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("mode", ["pmap", "data", "fsdp", "tensor:2", "fsdp:2,tensor:2"])
+def test_every_way_to_split_gives_the_same_text(mode):
+    program = (
+        "import os, runpy, sys; os.environ['NPROC'] = '16'; import jax; "
+        "jax.config.update('jax_num_cpu_devices', 4); "
+        "sys.argv = ['sample.py'] + sys.argv[1:]; runpy.run_path('sample.py', run_name='__main__')"
+    )
+    sample = ["--model", "llama", "--weights", "tiny", "--prompt", "ROMEO:", "--num-samples", "4"]
+    sample += ["--temperature", "0", "--max-new-tokens", "12", "--quantize", "int4"]
+    texts = []
+    for parallel in ["no", mode]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *sample, "--parallel", parallel],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "NPROC": "16"},
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]
