@@ -36,7 +36,6 @@ from functools import cached_property, lru_cache, partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import jax
@@ -288,8 +287,12 @@ class Costs:
     train_bytes: float
 
 
+# Bytes of a weight of the blocks, and of the head; in int4, 32 weights share a scale of 8 bits.
+BYTES_OF_WEIGHT = {"int8": (1, 1), "int4": (4.25 / 8, 1)}
+
+
 @lru_cache(1)  # a plan asks for several numbers of chips
-def costs(module, config, B: int, T: int, dtype) -> Costs:
+def costs(module, config, B: int, T: int, dtype, quantize=None) -> Costs:
     """The costs of B sequences of T tokens, from the shapes of the parameters alone.
 
     Each weight of a matrix takes part in 2 FLOPs for each token. Attention adds two products of
@@ -301,10 +304,12 @@ def costs(module, config, B: int, T: int, dtype) -> Costs:
     chosen = getattr(config, "num_experts_per_tok", 1)
     size, head, shared, experts = count_weights(module, config)
     used = shared + experts * chosen / E  # weights of the blocks that a token is multiplied with
+    bytes_each = jnp.dtype(dtype).itemsize
+    in_block, in_head = BYTES_OF_WEIGHT.get(quantize, (bytes_each, bytes_each))
 
     def bytes_read(tokens):
         some = 1 - (1 - chosen / E) ** tokens
-        return jnp.dtype(dtype).itemsize * (shared + head + experts * some)
+        return in_block * (shared + experts * some) + in_head * head
 
     layers = jax.eval_shape(lambda: module.init_cache(config, 1, T, dtype)).layers
     Dh = layers[0][0].shape[-1]
@@ -335,7 +340,7 @@ def keys_of(config, layers: int, T: int) -> list[int]:
 def count_weights(module, config) -> tuple[int, int, int, int]:
     """(all parameters, weights of the head, of other matrices that all tokens use, of experts)."""
     size = head = shared = experts = 0
-    for path, param in nnx.to_flat_state(skeleton(module, config)[1]):
+    for path, param in nnx.to_flat_state(module.skeleton(config)[1]):
         size += param.size
         if path[0] in ("wte", "embed_tokens") and not head:
             head = param.size  # the token table is the head, too
@@ -427,24 +432,24 @@ def plan_scaling(args, needs: Costs, chips: int, shape) -> None:
 # ------------------------------------ Subjects: this project's ------------------------------------
 
 
-def skeleton(module, config, **options):
-    """(graphdef, state) of a model whose parameters have shapes and types, but no memory."""
-    rngs = SimpleNamespace(params=partial(jax.random.key, 0))  # nothing is drawn
-    return nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=rngs, **options)))
-
-
-def random_model(module, config, dtype, param_dtype, mesh=None, **options):
+def random_model(module, config, dtype, param_dtype, mesh=None, quantize=None, **options):
     """A model with normal(0.02) weights, drawn on the device, each in the type it is stored in."""
-    graphdef, state = skeleton(module, config, dtype=dtype, param_dtype=param_dtype, **options)
+    options = {"dtype": dtype, "param_dtype": param_dtype, **options}
+    _, state = module.skeleton(config, **options)
+    graphdef, loaded = module.skeleton(config, quantize, **options)
+    params = {module.join(parts): param for parts, param in nnx.to_flat_state(loaded)}
+
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     for i, (path, param, *_) in enumerate(module.named_parameters(state)):
         if path.endswith("scale"):
             drawn = jnp.ones(param.shape, param.dtype)
         else:
             drawn = 0.02 * draw(jax.random.key(i), param.shape, param.dtype)
-        where = mesh and module.sharding(mesh, config, path, param.shape)
-        param.set_value(jax.device_put(drawn, where))
-    return nnx.merge(graphdef, state)
+        values = {path: drawn}
+        if path not in params:
+            values = module.quantize_tensor(path, drawn, quantize)
+        module.place(params, values, mesh, config)
+    return nnx.merge(graphdef, loaded)
 
 
 def make_meshes(parallel: str, devices: list, heads: int, needed: float) -> list:
@@ -478,6 +483,7 @@ class Ours:
     def __init__(self, args, dtype, mesh=None):
         self.args = args
         self.dtype = dtype
+        self.quantize = args.quantize
         self.mesh = mesh
         self.axes = {}
         self.name = "ours"
@@ -494,16 +500,21 @@ class Ours:
 
     @cached_property
     def model(self):
-        """The model, with its parameters in the type it computes in."""
-        return self.read(self.dtype)
+        """The model, with its parameters in the type it computes in, or quantized."""
+        quantize = self.quantize
+        on_cpu = self.args.devices[0].platform == "cpu"
+        if quantize is None and self.dtype == "bfloat16" and on_cpu:
+            quantize = "bfloat16"  # as sample.py does: the same weights, widened faster
+        return self.read(self.dtype, quantize)
 
-    def read(self, param_dtype):
+    def read(self, param_dtype, quantize=None):
         """The model of --weights, with its parameters in that type."""
         how = {
             "dtype": self.dtype,
             "param_dtype": param_dtype,
             "remat": self.args.remat,
             "mesh": self.mesh,
+            "quantize": quantize,
         }
         if self.args.weights == "random":
             return random_model(self.module, self.config, **how)
@@ -688,6 +699,15 @@ REFUSALS = (
 )
 
 
+class Unquantized(Ours):
+    """Our model without --quantize."""
+
+    def __init__(self, args, dtype, folder):
+        super().__init__(args, dtype)
+        self.name = "unquantized"
+        self.quantize = None
+
+
 class Transformers:
     """Hugging Face's transformers on PyTorch, with the same weights; eager, or compiled."""
 
@@ -779,7 +799,8 @@ class CTranslate2:
         self.args = args
         self.kept = tempfile.TemporaryDirectory()
         converter = ctranslate2.converters.TransformersConverter(str(folder))
-        converter.convert(self.kept.name, quantization=dtype, force=True)
+        stored = args.quantize or dtype
+        converter.convert(self.kept.name, quantization=stored, force=True)
         self.vocabulary = json.loads(Path(self.kept.name, "vocabulary.json").read_text())
 
         # The converter writes null for tokens that a model does not have, and cannot read it.
@@ -787,7 +808,7 @@ class CTranslate2:
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.vocabulary[0])
         file.write_text(json.dumps(json.loads(file.read_text()) | names))
         self.generator = ctranslate2.Generator(
-            self.kept.name, torch_device(), compute_type=dtype, intra_threads=os.cpu_count()
+            self.kept.name, torch_device(), compute_type=stored, intra_threads=os.cpu_count()
         )
 
     def prefill(self, prompts):
@@ -819,6 +840,7 @@ PEERS = {
     "transformers": Transformers,
     "ctranslate2": CTranslate2,
     "transformers-compile": partial(Transformers, compiled=True),
+    "unquantized": Unquantized,
 }
 
 # --------------------------------------------- Speed ----------------------------------------------
@@ -932,7 +954,7 @@ def report_speed(args, dtype, task: str, subjects, seconds, reached, B: int, T: 
 
     took = ours.size * np.median(seconds[ours.name])  # seconds of all devices together
     seen = T + args.new_tokens // 2 if task == "decode" else T
-    needs = costs(ours.module, ours.config, B * ours.groups, seen, dtype)
+    needs = costs(ours.module, ours.config, B * ours.groups, seen, dtype, args.quantize)
     theory = share_of_limit(task, needs, took, reached)
     compare(args, task, tokens, "tokens/s", shape, **theory)
 
@@ -1926,6 +1948,9 @@ def add_model_flags(parser):
         metavar="DTYPE,...",
         help="float32, bfloat16, float16 or auto: by the device (default: auto)",
     )
+    model.add_argument(
+        "--quantize", choices=["int8", "int4"], help="hold our weights in 8 or 4 bits"
+    )
 
 
 def add_sampling_flags(parser):
@@ -2020,6 +2045,12 @@ def check_choices(args):
         fail("--preset is for random weights: leave --weights out")
     if args.vs and args.parallel != "no":
         fail("--vs compares on one device: leave --parallel out")
+    if "unquantized" in args.vs and not args.quantize:
+        fail("--vs unquantized is for --quantize")
+    if args.quantize == "int4" and "ctranslate2" in args.vs:
+        fail("--vs ctranslate2: it has int8, but not int4")
+    if args.quantize and not set(args.task) <= {"prefill", "decode", "load", "compile"}:
+        fail("--quantize is for --task prefill, decode, load and compile")
     if args.ragged and args.task != ["decode"]:
         fail("--ragged is for --task decode")
 
