@@ -1170,7 +1170,7 @@ def keeping_zeros(optimizer) -> optax.GradientTransformation:
 
 
 def begin_pruning(args, model) -> None:
-    """Checks --prune against the model, and prunes the matrices that LoRA leaves as they are."""
+    """Checks --prune against the model; prunes it at once where LoRA leaves the weights frozen."""
     share, group = read_pruning(args.prune)
     params = nnx.state(model, nnx.Param)
     zeros, size = count_zeros(params)
@@ -1189,7 +1189,8 @@ def check_groups(args, group: tuple[int, int], params) -> None:
     _, m = group
     for path, p in jax.tree.leaves_with_path(params):
         if is_matrix_of_block(path) and p.shape[0] % m != 0:
-            name = jax.tree_util.keystr(path[:-1], simple=True, separator=".")
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = name.removesuffix(".kernel.value")
             fail(
                 f"--prune {args.prune}: the {p.shape[0]} inputs of {name} do not split into "
                 f"groups of {m}: choose a pattern whose second number divides them, or a share"
@@ -2544,9 +2545,9 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout):
             module.rate = args.dropout
-    adapters = add_adapters(model_file, model, args) if args.lora else {}
     if args.prune:
         begin_pruning(args, model)
+    adapters = add_adapters(model_file, model, args) if args.lora else {}
     return model, adapters, mesh
 
 
