@@ -220,6 +220,19 @@ def test_a_loss_that_rises_while_weights_are_pruned_does_not_end_the_run(tmp_pat
     assert "the loss is nan" in metrics.divergence(after=99)
 
 
+def test_patience_compares_only_models_that_are_as_sparse_as_they_will_be():
+    """While weights are pruned, the loss rises, and none of these models is asked for."""
+    args = Namespace(patience=1, prune="0.5", lora=0, steps=40)
+    run = Namespace(args=args, metrics=Namespace(rows=[]), out_of_patience=False)
+    found = {}
+    for run.step, loss in [(10, 1.0), (20, 2.0), (30, 3.0), (40, 3.5)]:
+        run.metrics.rows.append({"step": run.step, "val_loss": loss})
+        due = train.Due(log=True, evaluate=True, save=False, stop=False)
+        train.heed_patience(run, due)
+        found[run.step] = (due.save, run.out_of_patience)
+    assert found == {10: (False, False), 20: (False, False), 30: (True, False), 40: (True, True)}
+
+
 # ------------------------------------------------------------------------------------ zeros stay 0
 
 
