@@ -576,16 +576,11 @@ def end_of_turn(run: Run) -> list[int]:
     return stop_ids
 
 
-def prepare_profile(run: Run) -> None:
-    """Makes the folder of --profile, or stops where too few steps are left to trace."""
-    profile = run.args.profile
-    if run.args.steps - run.step < 15:
-        fail(
-            f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
-            "raise --steps"
-        )
-    with explained(OSError, f"--profile {profile}: {{}}"):
-        profile.mkdir(parents=True, exist_ok=True)
+def make_trace_folder(args) -> None:
+    """Makes the folder of --profile, before anything else is written."""
+    if args.profile:
+        with explained(OSError, f"--profile {args.profile}: {{}}"):
+            args.profile.mkdir(parents=True, exist_ok=True)
 
 
 def start_trace(run: Run) -> None:
@@ -615,12 +610,12 @@ def end_trace(run: Run) -> None:
 def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     """Makes the optimizer, compiles the steps, and opens the checkpoints, or resumes from one."""
     check_batch(args, mesh)
+    make_trace_folder(args)  # with --profile
     prompt = encode_prompt(args, model_file, data) if args.prompt else []
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if adapters else nnx.Param, ...)
     flops_per_token, peak_flops = describe(args, model_file, model, params, data, mesh)
 
     optimizer, learning_rate = make_optimizer(args)
-    _, group = read_pruning(args.prune)
     state = first_state(args, optimizer, params, mesh)
     build_model = make_build_model(mesh, graphdef, args.dtype, state["params"], frozen)
     if args.prune:
@@ -641,7 +636,7 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
         prompt=prompt,
         train_step=train_step,
         eval_step=eval_step,
-        prune_step=compile_pruning(group, state),
+        prune_step=compile_pruning(args.prune, state),
         learning_rate=learning_rate,
         flops_per_token=flops_per_token,
         peak_flops=peak_flops,
@@ -652,8 +647,11 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     )
     if args.resume is not None:
         resume(run)
-    if args.profile:
-        prepare_profile(run)
+    if args.profile and args.steps - run.step < 15:
+        fail(
+            f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
+            "raise --steps"
+        )
     if args.prune:
         run.sparsity = describe_pruning(run)
     run.metrics = Metrics(args.out, run.step, title_of(args, params))
@@ -1179,7 +1177,7 @@ def begin_pruning(args, model) -> None:
     if group:
         check_groups(args, group, params)
     if args.lora and share > 0:
-        prune_step = compile_pruning(group, {"params": params})
+        prune_step = compile_pruning(args.prune, {"params": params})
         pruned = prune_step({"params": params}, counts_of(share, params))
         nnx.update(model, pruned["params"])
 
@@ -1245,11 +1243,12 @@ def counts_of(share: float, params):
     return jax.tree.map(lambda p: round(share * p.size), params)
 
 
-def compile_pruning(group: tuple[int, int] | None, state: dict) -> Callable:
+def compile_pruning(target: str | None, state: dict) -> Callable:
     """The program (state, counts) -> state with so many weights of each matrix pruned.
 
-    It overwrites the state that it is given.
+    It overwrites the state that it is given. target: of --prune.
     """
+    _, group = read_pruning(target)
 
     def prune_step(state, counts):
         params = change_matrices(partial(prune, group), state["params"], counts)

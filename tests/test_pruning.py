@@ -249,7 +249,7 @@ def steps_with_pruning(optimizer, **options):
     )
     config = train.StepConfig(build_model, transform, None, settings.ema)
     step, _ = train.compile_steps(config, mesh, state)
-    prune_step = train.compile_pruning(None, state)
+    prune_step = train.compile_pruning(settings.prune, state)
 
     batch = train.next_tokens(some_tokens().reshape(settings.accumulate, 1, -1, 17))
     for number in range(6):
