@@ -363,14 +363,16 @@ def test_sparsity_is_in_the_lines_in_the_metrics_and_in_the_last_report(runs):
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(runs, train_several, tmp_path):
     """Once while weights are pruned, and once when all of them are."""
+    lines = []
     for step in (20, 30):
         out = shutil.copytree(runs.groups, tmp_path / str(step))
         (out / "model.safetensors").unlink()
-        train_several(
-            [*SMALL.split(), "--prune", "2:4", "--ema", "0.9", "--out", out, "--resume", step]
-        )
+        flags = ["--prune", "2:4", "--ema", "0.9", "--out", out, "--resume", step]
+        lines.append([*SMALL.split(), *flags])
+    train_several(*lines)
+    for step in (20, 30):
         for file in ("model.safetensors", "metrics.jsonl"):
-            assert (out / file).read_bytes() == (runs.groups / file).read_bytes()
+            assert (tmp_path / str(step) / file).read_bytes() == (runs.groups / file).read_bytes()
 
 
 def test_the_weights_of_the_lowest_loss_are_looked_for_among_those_that_are_sparse_enough(
@@ -396,19 +398,20 @@ def adapted(train_several, runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted")
     flags = "--block 16 --batch 4 --steps 6 --eval-every 3 --save-every 0 --lr 1e-2 --device cpu"
     lora = ["--lora", "4", "--merge"]
-    found = {}
-    for name, more in {
+    runs_of = {
         "lora": ["--weights", "tiny", "--prune", "2:4", *lora],
         "after lora": ["--weights", folder / "lora", "--prune", "keep"],
         "keep": ["--weights", runs.half, "--prune", "keep"],
         "keep lora": ["--weights", runs.half, "--prune", "keep", *lora],
         "dense": ["--weights", runs.half],
         "dense lora": ["--weights", runs.half, *lora],
-    }.items():
-        out = folder / name
-        done = train_several([*flags.split(), *more, "--out", out])
-        found[name] = Namespace(out=out, stdout=done.stdout)
-    return found
+    }
+    lines = [[*flags.split(), *more, "--out", folder / name] for name, more in runs_of.items()]
+    printed = re.split("to see what it writes: .*\n", train_several(*lines).stdout)
+    return {
+        name: Namespace(out=folder / name, stdout=stdout)
+        for name, stdout in zip(runs_of, printed[:-1], strict=True)
+    }
 
 
 def test_merged_adapters_keep_the_zeros_and_change_what_is_left(adapted):
