@@ -376,17 +376,17 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(runs, train_several,
 
 
 def test_the_weights_of_the_lowest_loss_are_looked_for_among_those_that_are_sparse_enough(
-    train_several, tmp_path
+    runs, train_several, tmp_path
 ):
     """Without most of its weights the loss of a trained model is higher than at first."""
-    flags = "--weights tiny --block 16 --batch 4 --steps 12 --eval-every 1 --save-every 1"
-    flags = f"{flags} --device cpu --prune 0.9 --patience 1 --keep 20".split()
-    done = train_several([*flags, "--out", tmp_path])
+    flags = "--block 16 --batch 4 --steps 12 --eval-every 3 --save-every 3 --keep 20"
+    flags = f"{flags} --device cpu --prune 0.97".split()
+    done = train_several([*flags, "--weights", runs.half, "--out", tmp_path])
     losses = dict(rows_of(tmp_path, "val_loss"))
     assert min(losses, key=losses.get) < 9 <= max(losses)
     assert train.open_checkpoints(tmp_path, 20).best_step() >= 9
-    assert {round(share, 3) for share in share_of_zeros(tmp_path).values()} == {0.9}
-    assert "sparsity: 90.0%" in done.stdout
+    assert min(share_of_zeros(tmp_path).values()) > 0.96
+    assert "sparsity: 97.0%" in done.stdout
 
 
 # -------------------------------------------------------------------------------- LoRA, and keep
