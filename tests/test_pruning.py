@@ -1,5 +1,6 @@
 """train.py --prune: which weights become 0 and when, that they stay 0, and what is written."""
 
+import functools
 import importlib
 import json
 import re
@@ -394,11 +395,11 @@ def test_the_weights_of_the_lowest_loss_are_looked_for_among_those_that_are_spar
 
 @pytest.fixture(scope="module")
 def adapted(train_several, runs, tmp_path_factory):
-    """Runs that go on from a checkpoint: folders, and what each printed."""
+    """A function: name of a run that goes on from a checkpoint -> its folder, what it printed."""
     folder = tmp_path_factory.mktemp("adapted")
     flags = "--block 16 --batch 4 --steps 6 --eval-every 3 --save-every 0 --lr 1e-2 --device cpu"
     lora = ["--lora", "4", "--merge"]
-    runs_of = {
+    flags_of = {
         "lora": ["--weights", "tiny", "--prune", "2:4", *lora],
         "after lora": ["--weights", folder / "lora", "--prune", "keep"],
         "keep": ["--weights", runs.half, "--prune", "keep"],
@@ -406,18 +407,22 @@ def adapted(train_several, runs, tmp_path_factory):
         "dense": ["--weights", runs.half],
         "dense lora": ["--weights", runs.half, *lora],
     }
-    lines = [[*flags.split(), *more, "--out", folder / name] for name, more in runs_of.items()]
-    printed = re.split("to see what it writes: .*\n", train_several(*lines).stdout)
-    return {
-        name: Namespace(out=folder / name, stdout=stdout)
-        for name, stdout in zip(runs_of, printed[:-1], strict=True)
-    }
+
+    @functools.cache
+    def run(name):
+        out = folder / name
+        if name == "after lora":
+            run("lora")
+        done = train_several([*flags.split(), *flags_of[name], "--out", out])
+        return Namespace(out=out, stdout=done.stdout)
+
+    return run
 
 
 def test_merged_adapters_keep_the_zeros_and_change_what_is_left(adapted):
-    assert_two_of_four(adapted["lora"].out)
+    assert_two_of_four(adapted("lora").out)
     base = matrices(ROOT / "tiny/gpt2")
-    for name, matrix in matrices(adapted["lora"].out).items():
+    for name, matrix in matrices(adapted("lora").out).items():
         kept = matrix != 0
         assert (matrix != base[name])[kept].mean() > 0.99
         # Pruned was what was smallest in the base: the adapters are trained after it.
@@ -427,27 +432,28 @@ def test_merged_adapters_keep_the_zeros_and_change_what_is_left(adapted):
 
 
 def test_the_adapters_are_trained_and_evaluated_with_the_zeros_that_are_written(adapted):
-    _, last = rows_of(adapted["lora"].out, "val_loss")[-1]
-    written = first_loss(adapted["after lora"].stdout)  # on the same batches
+    _, last = rows_of(adapted("lora").out, "val_loss")[-1]
+    written = first_loss(adapted("after lora").stdout)  # on the same batches
     assert last == pytest.approx(written, abs=2e-4)
-    assert last < first_loss(adapted["lora"].stdout) - 0.1
+    assert last < first_loss(adapted("lora").stdout) - 0.1
 
 
-@pytest.mark.parametrize("name", ["keep", "keep lora"])
+@pytest.mark.parametrize("name", ["keep", pytest.param("keep lora", marks=pytest.mark.wide)])
 def test_zeros_of_a_checkpoint_stay_if_they_are_to_be_kept(name, runs, adapted):
-    before, after = matrices(runs.half), matrices(adapted[name].out)
+    before, after = matrices(runs.half), matrices(adapted(name).out)
     for key, matrix in after.items():
         np.testing.assert_array_equal(matrix == 0, before[key] == 0)
         assert (matrix != before[key]).sum() > 0.4 * matrix.size
     zeros = "50.0% of the 24,576 weights in the blocks' matrices are 0"
-    assert f"prune  {zeros}, and stay 0" in adapted[name].stdout
-    assert f"sparsity: {zeros}" in adapted[name].stdout
+    assert f"prune  {zeros}, and stay 0" in adapted(name).stdout
+    assert f"sparsity: {zeros}" in adapted(name).stdout
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["dense", "dense lora"])
 def test_without_it_training_fills_them(name, adapted):
-    assert max(share_of_zeros(adapted[name].out).values()) < 0.01
-    assert "sparsity" not in adapted[name].stdout
+    assert max(share_of_zeros(adapted(name).out).values()) < 0.01
+    assert "sparsity" not in adapted(name).stdout
 
 
 # ---------------------------------------------------------------------------------- several devices
