@@ -123,6 +123,7 @@ class Run:
     prompt: list[int]  # the tokens of --prompt
     train_step: Callable  # compiled
     eval_step: Callable  # compiled
+    prune_step: Callable  # compiled: see `prune_when_due`
     learning_rate: Callable  # step -> learning rate
     flops_per_token: int  # what training takes
     peak_flops: float  # FLOP/s that the devices reach together
@@ -138,6 +139,7 @@ class Run:
     clock: "Clock" = None
     shown: float = 0.0  # when the progress line was printed last
     val_loss: float = math.nan  # the last estimate
+    sparsity: float = math.nan  # with --prune: the share of the weights that are 0
     trouble: str = ""  # why the run must stop
     stopped: bool = False  # by a signal
     out_of_patience: bool = False  # see --patience
@@ -150,7 +152,10 @@ class Run:
     @property
     def model(self):
         """The model with these weights."""
-        return nnx.merge(self.graphdef, self.learned, self.frozen)
+        model = nnx.merge(self.graphdef, self.learned, self.frozen)
+        if self.args.prune:
+            merge_adapters(model, self.adapters, keep_zeros=True)
+        return model
 
 
 def train(run: Run, stop: "Stop") -> None:
@@ -174,6 +179,7 @@ def train(run: Run, stop: "Stop") -> None:
         # Learning rate, loss, accuracy and gradient norm: nothing waits for them yet.
         run.waiting.append({"lr": learning_rate, **metrics})
         wait_on_emulated_devices(run, metrics)
+        prune_when_due(run)  # with --prune
         end_trace_after_five(run, metrics)  # with --profile
 
         due = what_is_due(run, stop)
@@ -185,7 +191,7 @@ def train(run: Run, stop: "Stop") -> None:
 
         # From here on the host waits for the device.
         log_steps(run)
-        run.trouble = run.metrics.divergence()
+        run.trouble = run.metrics.divergence(after=pruned_by(run))
         if run.trouble:
             break
         if due.evaluate or due.save:
@@ -196,8 +202,9 @@ def train(run: Run, stop: "Stop") -> None:
         if due.evaluate and run.prompt:
             print_sample(run, key)
         if due.save or due.stop:
-            # At a stop the estimate may be stale.
-            save_checkpoint(run, val_loss=run.val_loss if due.save else None)
+            # At a stop the estimate may be stale; before all is pruned, it is of another model.
+            final = due.save and run.step >= pruned_by(run)
+            save_checkpoint(run, val_loss=run.val_loss if final else None)
         run.clock.go_on()
 
 
@@ -253,10 +260,15 @@ def write_best(run: Run) -> None:
         params, frozen = process_allgather((params, frozen), tiled=True)
     if jax.process_index() == 0:
         write_model(run, nnx.merge(run.graphdef, params, frozen))
-    print_wrapped(
+    lines = [
         f"finished: {run.args.out}, in {dtype}",
         f"validation loss over the whole text: {loss:.4f} nats per token; "
         f"perplexity {np.exp(loss):.2f}, accuracy {accuracy:.1%}",
+    ]
+    if run.args.prune:
+        lines.append(f"sparsity: {describe_zeros(params, frozen)}")
+    print_wrapped(
+        *lines,
         f"it took {duration(time.monotonic() - run.began)}; {run.args.out} holds the model, "
         "metrics.jsonl and curves.png",
     )
@@ -351,7 +363,7 @@ def heed_patience(run: Run, due: "Due") -> None:
 
     Several hosts agree, because each has the same estimates.
     """
-    if not run.args.patience:
+    if not run.args.patience or run.step < pruned_by(run):
         return
     since = estimates_since_lowest(run)
     if since == 0:
@@ -362,9 +374,12 @@ def heed_patience(run: Run, due: "Due") -> None:
 
 
 def estimates_since_lowest(run: Run) -> int:
-    """How many validation losses came after the lowest one; that of step 0 does not count."""
+    """How many validation losses came after the lowest one.
+
+    That of step 0 does not count, nor do those of a model that is not yet as sparse as it will be.
+    """
     steps, losses = column(run.metrics.rows, "val_loss")
-    losses = losses[steps > 0]
+    losses = losses[steps >= max(1, pruned_by(run))]
     if len(losses) == 0:
         return 0
     lowest = np.argmin(np.where(np.isnan(losses), np.inf, losses))
@@ -469,6 +484,8 @@ def log_validation(run: Run) -> None:
     run.val_loss, accuracy = evaluate(run, run.learned, some_batches(run))
     memory = own_device(run.mesh).memory_stats() or {}  # a CPU counts none
     row = {"step": run.step, "val_loss": run.val_loss, "val_accuracy": accuracy, **memory}
+    if run.args.prune:
+        row["sparsity"] = run.sparsity
     run.metrics.add([row])
     run.metrics.draw()
 
@@ -501,6 +518,8 @@ def print_progress(run: Run, end: str) -> None:
         f"train (mean) {np.mean(losses):.4f}",
         f"val (last) {run.val_loss:.4f}",
     ]
+    if run.args.prune:
+        parts.append(f"sparsity {run.sparsity:.1%}")
     if speed > 0:
         parts.append(f"{duration((args.steps - step) / speed):>7} left")
         parts.append(f"{tokens_per_second:>9,.0f} tokens/s")
@@ -557,6 +576,13 @@ def end_of_turn(run: Run) -> list[int]:
     return stop_ids
 
 
+def make_trace_folder(args) -> None:
+    """Makes the folder of --profile, before anything else is written."""
+    if args.profile:
+        with explained(OSError, f"--profile {args.profile}: {{}}"):
+            args.profile.mkdir(parents=True, exist_ok=True)
+
+
 def start_trace(run: Run) -> None:
     """With --profile, begins to trace before the eleventh step, when all is compiled."""
     if run.args.profile and run.step == run.resumed_at + 10:
@@ -584,6 +610,7 @@ def end_trace(run: Run) -> None:
 def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     """Makes the optimizer, compiles the steps, and opens the checkpoints, or resumes from one."""
     check_batch(args, mesh)
+    make_trace_folder(args)  # with --profile
     prompt = encode_prompt(args, model_file, data) if args.prompt else []
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if adapters else nnx.Param, ...)
     flops_per_token, peak_flops = describe(args, model_file, model, params, data, mesh)
@@ -591,14 +618,12 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
     optimizer, learning_rate = make_optimizer(args)
     state = first_state(args, optimizer, params, mesh)
     build_model = make_build_model(mesh, graphdef, args.dtype, state["params"], frozen)
+    if args.prune:
+        build_model = with_merged_adapters(build_model, adapters)
     balance = balance_of(model_file, model.config)
     config = StepConfig(build_model, optimizer, balance, args.ema)
     train_step, eval_step = compile_steps(config, mesh, state)
     data.val_batches = validation_batches(args, data.val.in_order(), mesh)
-
-    if args.profile:
-        with explained(OSError, f"--profile {args.profile}: {{}}"):
-            args.profile.mkdir(parents=True, exist_ok=True)
 
     run = Run(
         args=args,
@@ -611,6 +636,7 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
         prompt=prompt,
         train_step=train_step,
         eval_step=eval_step,
+        prune_step=compile_pruning(args.prune, state),
         learning_rate=learning_rate,
         flops_per_token=flops_per_token,
         peak_flops=peak_flops,
@@ -626,6 +652,8 @@ def set_up(args, model_file, data: "Data", model, adapters: dict, mesh) -> Run:
             f"--profile traces five steps after ten, and from step {run.step} on there are fewer: "
             "raise --steps"
         )
+    if args.prune:
+        run.sparsity = describe_pruning(run)
     run.metrics = Metrics(args.out, run.step, title_of(args, params))
     if args.log == "wandb" and jax.process_index() == 0:
         run.metrics.wandb = open_wandb(run)
@@ -666,13 +694,14 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     """Prints what is trained on what -> (FLOPs per token, peak FLOP/s of the devices).
 
     Training takes 6 FLOPs for each weight of a matrix and token, LoRA 4: it needs no gradients of
-    the frozen weights. Attention adds 12 A for each token and key: A is the width of all heads, and
-    a token has T keys in each layer, or as many as its sliding window.
+    the frozen weights, unless --prune merges the adapters. Attention adds 12 A for each token and
+    key: A is the width of all heads, and a token has T keys in each layer, or as many as its
+    sliding window.
     """
     config = model.config
     devices = [*mesh.devices.flat]
     peak = measure_peak(devices, args.dtype)
-    per_weight = 4 if args.lora else 6
+    per_weight = 4 if args.lora and not args.prune else 6
 
     # The weights that a token meets in matrix products. Of experts, that is those it chooses.
     chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
@@ -1011,7 +1040,10 @@ def make_optimizer(args) -> tuple:
             muon_weight_dimension_numbers=muon_dimensions,
         ),
     }[args.optimizer]
-    return optax.chain(optax.clip_by_global_norm(args.clip), make(rate)), jax.jit(rate)
+    optimizer = optax.chain(optax.clip_by_global_norm(args.clip), make(rate))
+    if args.prune:
+        optimizer = keeping_zeros(optimizer)
+    return optimizer, jax.jit(rate)
 
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
@@ -1069,6 +1101,223 @@ def first_state(args, optimizer, params, mesh) -> dict:
         return jax.device_put(x, replicated)
 
     return jax.tree.map(replicate, state)
+
+
+# -------------------------------------------- Pruning ---------------------------------------------
+
+# A pruned weight is 0, and the weights themselves are the mask: what is 0 stays 0. So checkpoints,
+# --resume and all modes of --parallel have the masks without more ado.
+
+
+def read_pruning(prune: str | None) -> tuple[float, tuple[int, int] | None]:
+    """What --prune asks for: (share of the weights that become 0, n and m of n:m).
+
+    The share of None and of "keep" is 0. ValueError: it is none of these.
+    """
+    if prune in (None, "keep"):
+        return 0.0, None
+    if re.fullmatch(r"\d+:\d+", prune):
+        n, m = map(int, prune.split(":"))
+        if not 0 < n < m:
+            raise ValueError(prune)
+        return 1 - n / m, (n, m)
+    share = float(prune)
+    if not 0 < share < 1:
+        raise ValueError(prune)
+    return share, None
+
+
+def is_matrix_of_block(path) -> bool:
+    """Whether --prune is for a parameter: a kernel in a block, but not the router of a Mixtral."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    in_block = re.match(r"(h|layers)\.\d+\.", name) is not None
+    return in_block and ".kernel" in name and ".gate." not in name
+
+
+def change_matrices(change: Callable, params, *others):
+    """The parameters with `change` applied to each matrix that --prune is for.
+
+    others: more trees of the same structure, whose leaves `change` gets, too.
+    """
+
+    def of_param(path, p, *rest):
+        if is_matrix_of_block(path):
+            return change(p, *rest)
+        return p
+
+    return jax.tree.map_with_path(of_param, params, *others)
+
+
+def zeros_as_in(params, tree):
+    """The tree with 0 wherever a matrix of `params` is pruned."""
+    return change_matrices(lambda x, p: jnp.where(p == 0, 0, x), tree, params)
+
+
+def keeping_zeros(optimizer) -> optax.GradientTransformation:
+    """An optimizer under which a pruned weight stays 0.
+
+    Its gradient is 0, too, so that it counts neither for clipping nor for Muon. Its update is not:
+    momentum from before the pruning, and Muon's orthogonalization, would move it.
+    """
+
+    def update(gradients, state, params):
+        updates, state = optimizer.update(zeros_as_in(params, gradients), state, params)
+        return zeros_as_in(params, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def begin_pruning(args, model) -> None:
+    """Checks --prune against the model; prunes it at once where LoRA leaves the weights frozen."""
+    share, group = read_pruning(args.prune)
+    params = nnx.state(model, nnx.Param)
+    zeros, size = count_zeros(params)
+    if args.prune == "keep" and zeros == 0:
+        fail(f"--prune keep: none of the {size:,} weights is 0: name a share, such as --prune 0.5")
+    if group:
+        check_groups(args, group, params)
+    if args.lora and share > 0:
+        prune_step = compile_pruning(args.prune, {"params": params})
+        pruned = prune_step({"params": params}, counts_of(share, params))
+        nnx.update(model, pruned["params"])
+
+
+def check_groups(args, group: tuple[int, int], params) -> None:
+    """Stops where the inputs of a matrix do not split into groups of m."""
+    _, m = group
+    for path, p in jax.tree.leaves_with_path(params):
+        if is_matrix_of_block(path) and p.shape[0] % m != 0:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = name.removesuffix(".kernel.value")
+            fail(
+                f"--prune {args.prune}: the {p.shape[0]} inputs of {name} do not split into "
+                f"groups of {m}: choose a pattern whose second number divides them, or a share"
+            )
+
+
+def describe_pruning(run: Run) -> float:
+    """Prints what is pruned -> the share of the weights that are 0 now."""
+    share, _ = read_pruning(run.args.prune)
+    last = pruned_by(run)
+    zeros = describe_zeros(run.state["params"], run.frozen)
+    if last > run.step:
+        print_wrapped(f"prune  {zeros}; after step {last:,} {share:.1%} will be")
+    else:
+        print_wrapped(f"prune  {zeros}, and stay 0")
+    return sparsity(run.state["params"], run.frozen)
+
+
+def pruned_by(run: Run) -> int:
+    """The step after which no more weights are pruned: three quarters of the run.
+
+    0 where that is done before the first step: without --prune, with "keep", and with LoRA.
+    """
+    args = run.args
+    if args.prune in (None, "keep") or args.lora:
+        return 0
+    return max(1, args.steps * 3 // 4)
+
+
+def prune_when_due(run: Run) -> None:
+    """Prunes more weights: thirty times in the first three quarters of the run.
+
+    By the cubic schedule of Zhu and Gupta 2017: fast at first, when many weights are of little use,
+    then ever slower. In the last quarter, the weights that are left recover.
+    """
+    last = pruned_by(run)
+    every = max(1, run.args.steps // 40)
+    due = run.step == last or (run.step < last and run.step % every == 0)
+    if run.resumed_at >= last:  # perhaps with fewer --steps than before: it may have missed some
+        due = run.step == run.resumed_at + 1
+    if last == 0 or not due:
+        return
+
+    share, _ = read_pruning(run.args.prune)
+    share *= 1 - (1 - min(1, run.step / last)) ** 3
+    run.state = run.prune_step(run.state, counts_of(share, run.state["params"]))
+    run.sparsity = sparsity(run.state["params"])
+
+
+def counts_of(share: float, params):
+    """How many weights of each parameter this share is."""
+    return jax.tree.map(lambda p: round(share * p.size), params)
+
+
+def compile_pruning(target: str | None, state: dict) -> Callable:
+    """The program (state, counts) -> state with so many weights of each matrix pruned.
+
+    It overwrites the state that it is given. target: of --prune.
+    """
+    _, group = read_pruning(target)
+
+    def prune_step(state, counts):
+        params = change_matrices(partial(prune, group), state["params"], counts)
+        new = state | {"params": params}
+        if "ema" in state:
+            new["ema"] = zeros_as_in(params, state["ema"])
+        return new
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(prune_step, donate_argnums=0, out_shardings=shardings)
+
+
+def prune(group: tuple[int, int] | None, kernel, count):
+    """A matrix [in, out] with the `count` smallest weights 0: magnitude pruning.
+
+    group: (n, m), where n of each m consecutive inputs of an output must stay in the end. Then only
+    the m - n smallest of these may be pruned.
+    """
+    magnitude = jnp.abs(kernel)
+    if group:
+        n, m = group
+        groups = magnitude.reshape(-1, m, kernel.shape[1])
+        order = jnp.argsort(groups, axis=1)
+        rank = jnp.argsort(order, axis=1)
+        groups = jnp.where(rank < m - n, groups, jnp.inf)
+        magnitude = groups.reshape(kernel.shape)
+    return jnp.where(smallest(magnitude, count), 0, kernel)
+
+
+def smallest(values, count):
+    """Whether each of these float32 values is one of the `count` smallest; none is negative.
+
+    Of equal ones, the first are taken. A binary search for the limit only counts values, which is
+    faster than to sort them, and of shards, only counts are sent. The bits of floats that are not
+    negative are in the order of the floats.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+
+    def next_bit(i, limit):
+        higher = limit | (1 << (30 - i))
+        return jnp.where(jnp.sum(bits < higher) <= count, higher, limit)
+
+    limit = jax.lax.fori_loop(0, 31, next_bit, 0)  # the highest with at most `count` values below
+    below = bits < limit
+    equal = bits == limit
+    number = jnp.cumsum(equal.ravel()).reshape(equal.shape)  # from 1
+    return below | (equal & (number <= count - below.sum()))
+
+
+def count_zeros(*trees) -> tuple[int, int]:
+    """(how many weights are 0, how many there are) in the matrices that --prune is for."""
+    zeros, size = 0, 0
+    for path, p in itertools.chain.from_iterable(map(jax.tree.leaves_with_path, trees)):
+        if is_matrix_of_block(path):
+            zeros += int(jnp.sum(p == 0))
+            size += p.size
+    return zeros, size
+
+
+def sparsity(*trees) -> float:
+    """The share of these weights that are 0."""
+    zeros, size = count_zeros(*trees)
+    return zeros / size
+
+
+def describe_zeros(*trees) -> str:
+    """The same for a line of the program."""
+    zeros, size = count_zeros(*trees)
+    return f"{zeros / size:.1%} of the {size:,} weights in the blocks' matrices are 0"
 
 
 # -------------------------------------------- The text --------------------------------------------
@@ -2301,6 +2550,8 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout):
             module.rate = args.dropout
+    if args.prune:
+        begin_pruning(args, model)
     adapters = add_adapters(model_file, model, args) if args.lora else {}
     return model, adapters, mesh
 
@@ -2430,14 +2681,34 @@ def linear_layers(model) -> dict:
     return layers
 
 
-def merge_adapters(model, paths):
-    """Adds each A B to its matrix: the model is an ordinary one of its file again."""
+def merge_adapters(model, paths, keep_zeros: bool):
+    """Adds each A B to its matrix: the model is an ordinary one of its file again.
+
+    keep_zeros: with --prune, what is 0 in a matrix stays 0.
+    """
     layers = linear_layers(model)
     for path in paths:
         holder, name, lora = layers[path]
         kernel = lora.base_module.kernel
-        kernel.set_value(kernel[...] + lora.lora_a[...] @ lora.lora_b[...])  # all are float32
+        merged = kernel[...] + lora.lora_a[...] @ lora.lora_b[...]  # all are float32
+        if keep_zeros:
+            merged = jnp.where(kernel[...] == 0, 0, merged)
+        kernel.set_value(merged)
         setattr(holder, name, lora.base_module)
+
+
+def with_merged_adapters(build_model: Callable, adapters: dict) -> Callable:
+    """build_model for --prune: the adapters are merged, so that the zeros stay.
+
+    What is trained is what will be written.
+    """
+
+    def build_merged(params, frozen):
+        model = build_model(params, frozen)
+        merge_adapters(model, adapters, keep_zeros=True)
+        return model
+
+    return build_merged
 
 
 def write_adapters(folder: Path, args, model, adapters: dict):
@@ -2471,7 +2742,7 @@ SETTINGS = (
     *("dataset", "tokens", "vocab_size", "loss", "pack"),
     *("model", "weights", "layers", "heads", "width", "block", "dropout", "experts"),
     *("lora", "lora_targets", "steps", "batch", "optimizer", "lr", "schedule", "min_lr", "warmup"),
-    *("weight_decay", "beta1", "beta2", "clip", "ema", "seed", "dtype"),
+    *("weight_decay", "beta1", "beta2", "clip", "ema", "seed", "dtype", "prune"),
 )
 # What may be changed then: a step depends on it, and neither the state nor the order of the rows.
 CHANGEABLE = ("steps", "lr", "schedule", "min_lr", "warmup", "weight_decay", "clip")
@@ -2625,7 +2896,7 @@ def write_model(run: Run, model):
         if run.adapters and not args.merge:
             write_adapters(Path(part), args, model, run.adapters)
         else:
-            merge_adapters(model, run.adapters)
+            merge_adapters(model, run.adapters, keep_zeros=args.prune is not None)
             graphdef, params = nnx.split(model)
             params = jax.tree.map(lambda p: p.astype(args.save_dtype), params)
             run.model_file.save(nnx.merge(graphdef, params), part)
@@ -2722,13 +2993,14 @@ class Metrics:
         with exit_on_write_error(self.file):
             figure.savefig(self.file.with_name("curves.png"), dpi=150)
 
-    def divergence(self) -> str:
+    def divergence(self, after: int = 0) -> str:
         """What is wrong with the last ten steps, or "": a loss that is not finite, or that jumped.
 
-        It jumped if its median over ten steps exceeds 1.5 x the earlier median + 0.5.
+        It jumped if its median over ten steps exceeds 1.5 x the earlier median + 0.5. Only steps
+        after a given one count for that: while weights are pruned, a loss may rise.
         """
         steps = [row for row in self.rows[-120:] if "loss" in row]
-        last, before = steps[-10:], steps[:-10]
+        last = steps[-10:]
         for row in last:
             if not np.isfinite(row["loss"] + row["norm"]):
                 return (
@@ -2736,6 +3008,8 @@ class Metrics:
                     f"the norm of its gradient {row['norm']}"
                 )
 
+        steps = [row for row in steps if row["step"] > after]
+        last, before = steps[-10:], steps[:-10]
         if len(steps) >= 20:
             new = np.median([row["loss"] for row in last])
             old = np.median([row["loss"] for row in before])
@@ -3351,6 +3625,13 @@ def add_training_flags(training):
         "stop after this many estimates of the validation loss without a lower one; the lowest so "
         "far is always saved, and is written in the end; 0: off",
     )
+    training.add_argument(
+        "--prune",
+        metavar="SHARE",
+        help="make this share of the weights of each matrix in the blocks 0, little by little: "
+        "0.5, or 2:4, where 2 of each 4 inputs stay; keep: what is 0 in --weights stays 0 "
+        "(without it, training fills zeros)",
+    )
     add_number(training, "--seed", 0, "random seed: initialisation, data order, dropout")
 
 
@@ -3583,12 +3864,27 @@ def check_training_flags(args):
         fail("--dataset needs: pip install datasets")
     if args.warmup >= args.steps:
         fail("--warmup must be below --steps")
+    if args.prune is not None:
+        check_prune(args)
     if args.profile and args.steps < 15:
         fail("--profile traces five steps after ten: --steps 15")
     if not (args.clip > 0 and args.lr > 0 and args.lr >= args.min_lr):
         fail("--lr, --clip: above 0; --min-lr: at most --lr")
     if args.dtype == "float16" and args.model == "gemma":
         fail("gemma.py overflows in float16")
+
+
+def check_prune(args):
+    with explained(
+        ValueError,
+        f"--prune {args.prune}: it must be a share above 0 and below 1, a pattern such as 2:4 "
+        "(2 of each 4 inputs stay), or keep",
+    ):
+        read_pruning(args.prune)
+    if args.prune == "keep" and not args.weights:
+        fail("--prune keep is for --weights with zeros: name them, or a share to prune")
+    if args.lora and not args.merge:
+        fail("--prune with --lora needs --merge: an adapter would fill the zeros")
 
 
 def check_machine_flags(args):

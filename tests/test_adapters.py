@@ -520,7 +520,7 @@ def test_the_stop_ids_of_the_base_stay_with_what_is_trained_from_its_adapter(
     edit_adapter(adapter, base_model_name_or_path=str(chat_base))
     shutil.copy(base / "tokenizer.json", adapter)
 
-    args = Namespace(out=tmp_path / "out", merge=False, save_dtype="float32")
+    args = Namespace(out=tmp_path / "out", merge=False, save_dtype="float32", prune=None)
     args.out.mkdir()
     data = Namespace(tokenizer_folder=gpt2.tokenizer_folder(adapter), template=None)
     assert data.tokenizer_folder == adapter

@@ -445,7 +445,7 @@ def test_a_run_that_lost_patience_goes_on_with_more_of_it_only(impatient, tmp_pa
 def test_estimates_are_counted_from_the_lowest_and_not_from_step_0(losses, since):
     rows = [{"step": 0, "val_loss": -1.0}, {"step": 5, "loss": 1.0}]
     rows += [{"step": 10 * n, "val_loss": loss} for n, loss in enumerate(losses, 1)]
-    run = Namespace(metrics=Namespace(rows=rows))
+    run = Namespace(metrics=Namespace(rows=rows), args=Namespace(prune=None))
     assert train.estimates_since_lowest(run) == since
 
 

@@ -110,6 +110,7 @@ def some_settings(**options):
             "ema": 0.0,
             "schedule": "cosine",
             "dtype": "float32",
+            "prune": None,
         }
         | options
     )
@@ -327,7 +328,7 @@ def some_run(steps_done=0):
     clock = train.Clock()
     clock.seconds = 1.0
     return Namespace(
-        args=Namespace(eval_every=5, steps=2000, batch=8, block=64),
+        args=Namespace(eval_every=5, steps=2000, batch=8, block=64, prune=None),
         step=steps_done,
         resumed_at=0,
         metrics=metrics,
@@ -381,11 +382,11 @@ def test_steps_are_read_when_the_progress_line_is_overdue(overdue, expected, mon
     """And else every tenth, and the first and the last: reading waits for the device."""
     read = []
     run = some_run()
-    run.args = Namespace(seed=0, steps=12, eval_every=50, save_every=0, profile=None)
+    run.args = Namespace(seed=0, steps=12, eval_every=50, save_every=0, profile=None, prune=None)
     run.args = Namespace(**vars(run.args), eval_first=False, patience=0, multihost=None)
     run.stopped = run.out_of_patience = False
     run.state = run.learned = run.frozen = run.prompt = None
-    run.metrics.divergence = lambda: ""
+    run.metrics.divergence = lambda after: ""
     run.train_step = lambda *_: (None, {"loss": 2.0})
     for name in ("say", "some_batches", "next_batch", "log_validation", "print_progress"):
         monkeypatch.setattr(train, name, lambda *_, **__: None)
