@@ -283,7 +283,7 @@ def test_quantized_weights_are_refused_by_name(family, plain, folder, tensors):
 
     name = name_of(plain, family.matrix)
     write(folder, tensors | {name: tensors[name].astype(np.int8)})
-    refuse(family.module, folder, name, "I8", "quantized")
+    refuse(family.module, folder, name, "int8", "quantized")
     float8 = {key: torch.tensor(value) for key, value in tensors.items()}
     float8[name] = float8[name].to(torch.float8_e4m3fn)
     safetensors.torch.save_file(float8, folder / "model.safetensors")
