@@ -153,6 +153,11 @@ def attend(q, k, v, q_positions, k_positions, first=0, **score_options):
     Grouped-query attention (Ainslie et al. 2023): G query heads share a KV head. The softmax is in
     float32. Vaswani et al. 2017, equation (1). score_options: as for attention_scores.
     """
+    if k.dtype == jnp.int8:
+        # From a cache in 8 bits.
+        k = widen_slots(k, q.dtype)
+        v = widen_slots(v, q.dtype)
+
     B, T, H, Dh = q.shape
     S, K = k.shape[1:3]
     G = H // K
@@ -385,6 +390,7 @@ class Model(nnx.Module):
 
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.cache_dtype = self.dtype  # jnp.int8 holds keys and values in 8 bits
         self.remat = remat
 
         self.embed_tokens = nnx.Embed(V, D, embedding_init=init, **options)
@@ -524,12 +530,13 @@ def init_cache(config: Config, batch: int, length: int, dtype, use_ring=True) ->
 
     use_ring: a SLIDING layer holds no more tokens than its window, in a ring buffer.
     """
+    width = stored_width(config.head_dim, dtype)
     layers = []
     for kind in config.layer_types:
         layer_length = length
         if kind == SLIDING and use_ring:
             layer_length = min(length, config.sliding_window)
-        shape = (batch, layer_length, config.num_key_value_heads, config.head_dim)
+        shape = (batch, layer_length, config.num_key_value_heads, width)
         layers.append((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     tokens = jnp.zeros((batch, length), int)
     positions = jnp.full((batch, length), -1)
@@ -556,8 +563,8 @@ def update_layer(layer_cache, k, v, k_positions, start):
         return k, v, k_positions, (k, v)
 
     # Each place of the ring keeps its old token, or takes one of the T new ones.
-    k = k.astype(old_k.dtype)
-    v = v.astype(old_v.dtype)
+    k = as_stored(k, old_k.dtype)
+    v = as_stored(v, old_v.dtype)
     slot, ring_positions = ring_contents(k_positions, ring_size, start + T)
     is_old = (slot < start)[:, None, None]
     i_new = jnp.clip(slot - start, 0, T - 1)
@@ -603,7 +610,7 @@ def has_unbounded_context(config: Config) -> bool:
 
 def write_slots(slots, new, start):
     """Writes new [B, T, ...] into slots [B, S, ...] from slot `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(slots, as_stored(new, slots.dtype), start, axis=1)
 
 
 # ---------------------------- Generation: the same in every model file ----------------------------
@@ -897,7 +904,7 @@ def fill_context(model, prompts, max_new_tokens: int, keys, sampling: dict, top_
 
     graphdef, state = nnx.split(model)
     tokens, positions, length = batch_prompts(model.config, prompts, max_new_tokens)
-    cache = init_cache(model.config, len(tokens), length, model.dtype)
+    cache = init_cache(model.config, len(tokens), length, model.cache_dtype)
 
     # The first new token comes from the prompts, the others one after another.
     cache, token = prefill(graphdef, state, cache, tokens, positions, keys, sampling, top_k)
@@ -2496,7 +2503,7 @@ def in_chunks(x, axis: int, fill=0):
     return jnp.moveaxis(x, axis, 0)
 
 
-# ------------------------ Quantized weights: the same in every model file -------------------------
+# ----------------- Quantized weights and KV cache: the same in every model file -------------------
 # `load(..., quantize="int8")` holds each matrix in few bits and widens it where it is used. That
 # takes less memory, and one token less time: most of that time goes into reading the weights from
 # memory. What is held is the same on all devices. Not quantized: norms, biases, position tables,
@@ -2825,6 +2832,33 @@ def pieces_of_vector(length: int, unit: int) -> int:
     while length % (pieces * unit) != 0 or length // pieces >= 4096:
         pieces += 1
     return pieces
+
+
+def stored_width(Dh: int, dtype) -> int:
+    """Numbers that the cache holds for a key or value of width Dh: in int8, and its scale."""
+    return Dh + 4 if dtype == jnp.int8 else Dh
+
+
+def as_stored(new, dtype):
+    """New entries of the cache [..., Dh] as the cache holds them, [..., stored_width].
+
+    In int8 each key and value has a scale of its own, the largest magnitude over 127. Its float32
+    takes the last 4 bytes, so that a key and its scale move together.
+    """
+    if dtype != jnp.int8:
+        return new.astype(dtype)
+
+    new = new.astype(jnp.float32)
+    scale = jnp.abs(new).max(axis=-1, keepdims=True) / 127  # [..., 1]
+    codes = jnp.round(new / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
+    scale_bytes = jax.lax.bitcast_convert_type(scale[..., 0], jnp.int8)  # [..., 4]
+    return jnp.concatenate([codes, scale_bytes], axis=-1)
+
+
+def widen_slots(slots, dtype):
+    """Keys or values from a cache in int8: [..., Dh + 4] -> [..., Dh]"""
+    scale = jax.lax.bitcast_convert_type(slots[..., -4:], jnp.float32)
+    return (slots[..., :-4] * scale[..., None]).astype(dtype)
 
 
 # --------------------------- Command line: the same in every model file ---------------------------

@@ -296,7 +296,10 @@ def load_weights(model_file, folder, dtype, mesh, args):
     if quantize is None and dtype == "bfloat16" and on_cpu:
         # The same weights, in a form that a CPU widens faster.
         quantize = model_file.read_quantization(folder) or "bfloat16"
-    return model_file.load(folder, dtype=dtype, mesh=mesh, quantize=quantize)
+    model = model_file.load(folder, dtype=dtype, mesh=mesh, quantize=quantize)
+    if args.cache_dtype is not None:
+        model.cache_dtype = jax.numpy.dtype(args.cache_dtype)
+    return model
 
 
 def precision(model_file, model) -> str:
@@ -878,7 +881,7 @@ def new_cache(model_file, model, rows: int, length: int, use_ring: bool):
     options = {}
     if not use_ring and hasattr(model_file, "ring_contents"):
         options["use_ring"] = False
-    return model_file.init_cache(model.config, rows, length, model.dtype, **options)
+    return model_file.init_cache(model.config, rows, length, model.cache_dtype, **options)
 
 
 def shardings_of(mesh, arrays):
@@ -1905,7 +1908,7 @@ def score_continuations(model_file, model, texts: list[list[int]], shared: int) 
     """
     graphdef, state = nnx.split(model)
     length = max(map(len, texts))
-    cache = model_file.init_cache(model.config, 1, length, model.dtype)
+    cache = model_file.init_cache(model.config, 1, length, model.cache_dtype)
     before, cache = run_hidden(graphdef, state, np.array([texts[0][:shared]]), None, cache)
     cache = jax.tree.map(partial(repeat_row, times=len(texts)), cache)
 
@@ -2961,7 +2964,7 @@ class Service:
         self.device = f"{device}, {precision(engine.model_file, model)}"
         self.answers = {}  # id of a response -> token ids of its first choice
 
-        cache = partial(engine.model_file.init_cache, model.config, 1, 1, model.dtype)
+        cache = partial(engine.model_file.init_cache, model.config, 1, 1, model.cache_dtype)
         maps = len(jax.eval_shape(cache).layers) * model.config.num_attention_heads
         self.picture_tokens = min(PICTURE_TOKENS, int((PICTURE_BYTES / 2 / maps) ** 0.5))
         self.html = self.fill_page(args)
@@ -3522,6 +3525,11 @@ def add_machine_flags(parser):
         "--quantize",
         choices=["int8", "int4"],
         help="hold the weights in 8 or 4 bits: less memory, and more tokens a second on a CPU",
+    )
+    machine.add_argument(
+        "--cache-dtype",
+        choices=["float32", "bfloat16", "float16", "int8"],
+        help="of the KV cache (default: as --dtype); int8: a quarter of float32's memory",
     )
     machine.add_argument(
         "--device", metavar="DEVICE", help="cpu, gpu, tpu, or one of several as in gpu:1"

@@ -309,3 +309,82 @@ def test_every_way_to_split_gives_the_same_text(mode):
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
     assert texts[0] == texts[1]
+
+
+# ---------------------------------------------------------------------------------- the KV cache
+
+
+def test_a_key_in_8_bits_is_half_a_step_off_at_most():
+    k = jnp.asarray(random_matrix(30, 64).reshape(1, 5, 6, 64))
+    stored = llama.as_stored(k, jnp.int8)
+    assert stored.shape == (1, 5, 6, 68)
+    step = jnp.abs(k).max(axis=-1, keepdims=True) / 127
+    assert (jnp.abs(llama.widen_slots(stored, jnp.float32) - k) <= 0.5001 * step).all()
+
+
+def test_an_empty_slot_is_zero():
+    empty = llama.init_cache(llama.Config(num_hidden_layers=1), 1, 4, jnp.int8).layers[0][0]
+    assert (llama.widen_slots(empty, jnp.float32) == 0).all()
+
+
+def in_steps(module, model, tokens, cache_dtype):
+    """Logits of tokens [B, T]: half of them in one call, the others one after another."""
+    B, T = tokens.shape
+    cache = module.init_cache(model.config, B, T, cache_dtype)
+    logits, cache = model(tokens[:, : T // 2], None, cache)
+    parts = [logits]
+    for t in range(T // 2, T):
+        logits, cache = model(tokens[:, t : t + 1], None, cache)
+        parts.append(logits)
+    return jnp.concatenate(parts, axis=1)
+
+
+@pytest.mark.core_gpt2_only
+def test_a_cache_in_8_bits_changes_the_logits_by_a_hundredth(family):
+    """Each key and value is off by up to 1 / 254 of its largest number; so are the outputs."""
+    model = family.module.load(tiny(family))
+    tokens = jnp.array(np.random.default_rng(0).integers(0, 200, (2, 40)))
+    whole = in_steps(family.module, model, tokens, jnp.float32)
+    rounded = in_steps(family.module, model, tokens, jnp.int8)
+    assert 0 < jnp.abs(rounded - whole).max() < 0.01 * jnp.abs(whole).max()
+
+
+@pytest.mark.core_gpt2_only
+def test_generation_takes_the_type_of_the_cache_from_the_model(family):
+    model = family.module.load(tiny(family))
+    model.cache_dtype = jnp.dtype("int8")
+    prompts = [[5, 7, 9], [11, 3]]
+    how = {"key": 0, "temperature": 0}
+    both = family.module.generate(model, prompts, 12, **how)
+    assert family.module.generate(model, prompts[1:], 12, **how) == both[1:]
+
+
+def test_a_ring_buffer_in_8_bits_is_the_window_of_a_whole_cache():
+    """Keys that have left the window are replaced; each keeps the scale that it came with."""
+    config = mistral.Config.small(layers=2, heads=2, width=64, context=64, vocab_size=50)
+    config = mistral.replace(config, sliding_window=8)
+    model = mistral.Model(config, rngs=nnx.Rngs(0))
+    tokens = jnp.array(np.random.default_rng(0).integers(0, 50, (2, 24)))
+    ring = in_steps(mistral, model, tokens, jnp.int8)
+    whole = in_steps(mistral, model, tokens, jnp.float32)
+    assert mistral.init_cache(config, 2, 24, jnp.int8).layers[0][0].shape == (2, 8, 2, 36)
+    assert jnp.abs(ring - whole).max() < 0.02 * jnp.abs(whole).max()
+
+
+@pytest.mark.parametrize("Dh, share", [(64, 0.27), (128, 0.26)])
+def test_a_cache_in_8_bits_takes_a_quarter_of_the_memory(Dh, share):
+    config = llama.Config(num_hidden_layers=2, head_dim=Dh)
+
+    def size(dtype):
+        cache = jax.eval_shape(lambda: llama.init_cache(config, 1, 100, dtype))
+        return sum(k.size * k.dtype.itemsize for k, _ in cache.layers)
+
+    assert size(jnp.int8) < share * size(jnp.float32)
+
+
+def test_sample_takes_a_type_for_the_cache():
+    sample = ["sample.py", "--weights", "tiny", "--max-new-tokens", 5, "--device", "cpu"]
+    done = run(*sample, "--cache-dtype", "int8", "--draft", "ngram", "--temperature", 0)
+    assert done.returncode == 0
+    plain = run(*sample, "--cache-dtype", "int8", "--temperature", 0)
+    assert done.stdout == plain.stdout
