@@ -1785,13 +1785,13 @@ def not_empty(text: str) -> str:
 
 
 def model_of(weights: str, revision: str | None = None) -> str:
-    """The model file that reads a checkpoint, by the model_type in its config.json."""
+    """The model file that reads a checkpoint, by its model_type."""
     any_file = importlib.import_module(MODELS[0])
     with explained(any_file.InputError, "{}"):
         folder = any_file.base_of(any_file.fetch(weights, revision, weights=False), weights=False)
-        kind = any_file.read_json(folder / "config.json").get("model_type")
+        kind = any_file.read_kind(folder)
     if not isinstance(kind, str):
-        fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
+        fail(f"{folder} has no model_type: name --model, one of {', '.join(MODELS)}")
     if kind not in KINDS:
         fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
     return KINDS[kind]
@@ -1800,7 +1800,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
     base = model_file.base_of(folder, weights=False)
-    kind = str(model_file.read_json(base / "config.json").get("model_type"))
+    kind = str(model_file.read_kind(base))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")

@@ -2099,7 +2099,7 @@ class GGUFReader:
 
 def is_gguf(path: Path) -> bool:
     """Whether a checkpoint is a GGUF file, and not a folder."""
-    return path.suffix == ".gguf"
+    return path.suffix == ".gguf" and not path.is_dir()
 
 
 def find_gguf(path: Path) -> Path:
