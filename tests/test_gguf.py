@@ -1,4 +1,4 @@
-"""GGUF files: the model, the tokenizer and the stop ids of the checkpoint that they were made from."""
+"""GGUF files: they give the model, tokenizer and stop ids of the checkpoint they were made from."""
 
 import json
 import shutil
@@ -243,7 +243,7 @@ def test_rope_that_no_published_llama_has_is_refused(checkpoint, tmp_path, monke
 
     monkeypatch.setattr(gguf_files, "llama3_divisors", other_bands)
     file = write_gguf(folder, tmp_path / "model.gguf", "F16")
-    with pytest.raises(llama.InputError, match="scales RoPE in a way that config.json cannot say"):
+    with pytest.raises(llama.InputError, match="scales RoPE in a way"):
         llama.load(file)
 
 
@@ -468,7 +468,7 @@ def test_another_architecture_is_refused(whole, tmp_path, refused):
 
 
 def test_opt_py_reads_none(whole):
-    with pytest.raises(opt.InputError, match="llama.cpp has no such model"):
+    with pytest.raises(opt.InputError, match="has no such model"):
         opt.load(whole)
 
 

@@ -164,7 +164,9 @@ def converted(tensors: dict, values: dict, one_by_one: bool) -> dict:
     stacks = {}  # name -> the experts' matrices
     for name, tensor in tensors.items():
         tensor = tensor.astype(np.float32)
-        prefix, module, end = re.fullmatch(r"(?:.+\.(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+        prefix, module, end = re.fullmatch(
+            r"(?:.+\.(?:layers|h)\.(\d+)\.)?(.+)\.(\w+)", name
+        ).groups()
         expert = re.search(r"\.experts\.(\d+)\.", name)
         if module == "lm_head" and values.get("tie_word_embeddings", kind == "gpt2"):
             continue
