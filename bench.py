@@ -1169,9 +1169,12 @@ def validate(args, dtype) -> None:
     # AutoTokenizer may rebuild a tokenizer.json by the rules of a class, and give other ids.
     folder = ours.module.tokenizer_folder(folder_of(args))
     their_class = AutoTokenizer
-    if (folder / "tokenizer.json").exists():
+    where = {"pretrained_model_name_or_path": folder}
+    if ours.module.is_gguf(folder):
+        where = {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
+    elif (folder / "tokenizer.json").exists():
         their_class = PreTrainedTokenizerFast
-    their_ids = their_class.from_pretrained(folder).encode(text)
+    their_ids = their_class.from_pretrained(**where).encode(text)
     record_agreement(args, dtype, "token ids", ids, their_ids)
 
     same_ids = ids == their_ids
@@ -1680,10 +1683,10 @@ def folder_of(args, dtype="float32") -> Path:
 
 
 def merged_folder(args, dtype="float32") -> Path:
-    """The folder of `folder_of`; for an adapter, one with the merged model that is written now."""
+    """The folder of `folder_of`; for an adapter or a GGUF file, one that is written now."""
     module = importlib.import_module(args.model)
     folder = folder_of(args, dtype)
-    if not module.is_adapter(folder):
+    if not module.is_adapter(folder) and not module.is_gguf(folder):
         return folder
 
     merged = Path(args.scratch, "merged")

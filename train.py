@@ -2496,6 +2496,11 @@ def find_weights(args, model_file) -> Path | None:
         return None
     folder = model_file.fetch(args.weights)
     check_family(model_file, folder)
+    if model_file.is_gguf(folder):
+        fail(
+            f"--weights {args.weights} is a GGUF file, and training starts from a folder: "
+            "write one with `load` and `save` (docs/checkpoints.md)"
+        )
     model_file.read_config(folder)
     held = model_file.read_quantization(folder)
     if held:
