@@ -19,6 +19,7 @@ model file. `Linear` is defined near the end, under Faster forms; until there, r
 "InputError: ..." in a docstring says when one is raised.
 
     pip install "jax>=0.10,<0.13" "flax>=0.12,<0.13" numpy safetensors tokenizers huggingface_hub
+    pip install gguf                                 # for GGUF files
     pip install transformers sentencepiece protobuf  # for tokenizers older than tokenizer.json
     python llama.py "Once upon a time"                      # downloads HuggingFaceTB/SmolLM2-135M
     python llama.py "Once upon a time" path/to/checkpoint   # any Llama in Hugging Face's format
@@ -1020,7 +1021,7 @@ class Preset(NamedTuple):
 def load(
     source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None, quantize=None
 ):
-    """The model in a folder or under a Hub id. Weights are read one tensor at a time.
+    """The model in a folder, a GGUF file or under a Hub id. Tensors are read one at a time.
 
     A folder with an adapter of LoRA is loaded as its base, with the adapter merged.
 
@@ -1324,7 +1325,10 @@ def read_config(folder: Path) -> Config:
     try:
         return Config.from_hf(values)
     except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+        reason = str(error)
+        if is_gguf(folder):
+            reason = reason.replace("config.json", "its metadata")
+        raise InputError(f"{folder}: {reason}") from None
 
 
 def translate(values: dict) -> Config:
@@ -1876,7 +1880,7 @@ def merge(what: str, read_A, read_B, rank: int, scale: float, kernel):
 
 
 def tokenizer(name, revision: str | None = None):
-    """An object with encode(text) -> ids and decode(ids) -> text, of a folder or Hub id.
+    """An object with encode(text) -> ids and decode(ids) -> text, of all that `load` takes.
 
     The checkpoint's own files say how a text is split, and which tokens begin it. The text of a
     special token becomes its id, and `decode` leaves those ids out. InputError: no tokenizer, or
@@ -2053,7 +2057,8 @@ GGUF_NUMBERS = {  # type of a value -> its format in the module struct
     **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"},
     **{6: "<f", 12: "<d", 7: "<?"},
 }
-GGUF_TEXT, GGUF_ARRAY = 8, 9  # the other types of values
+GGUF_TEXT = 8  # the other types of values
+GGUF_ARRAY = 9
 NORMAL = 1  # the types of tokens
 UNKNOWN = 2
 CONTROL = 3
@@ -2099,7 +2104,7 @@ class GGUFReader:
         self.stream = stream
         self.size = size  # of the whole file
 
-    def bytes(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes:
         """The next bytes. EOFError: there are not so many."""
         if count > self.size - self.stream.tell():
             raise EOFError("a value reaches beyond the end")
@@ -2107,7 +2112,7 @@ class GGUFReader:
 
     def numbers(self, form: str, count: int) -> list:
         """The next numbers, in a format of the module struct."""
-        data = self.bytes(struct.calcsize(form) * count)
+        data = self.take(struct.calcsize(form) * count)
         return [number for [number] in struct.iter_unpack(form, data)]
 
     def number(self, form: str):
@@ -2120,7 +2125,7 @@ class GGUFReader:
 
     def text(self) -> str:
         """The next text."""
-        return self.bytes(self.number("<Q")).decode()
+        return self.take(self.number("<Q")).decode()
 
     def value(self):
         """The next value: a number, a text, or a list of one of them."""
@@ -2181,7 +2186,7 @@ def parse_gguf(file: Path, size: int, _changed: int) -> GGUF:
 
 def read_header(reader: GGUFReader, file: Path) -> GGUF:
     """What stands before the data. InputError: it is not of the format, or one of several parts."""
-    if reader.bytes(4) != b"GGUF":
+    if reader.take(4) != b"GGUF":
         raise InputError(f"{file} is not a GGUF file, though its name says so: download it again")
     version = reader.number("<I")
     if version not in (2, 3):
@@ -2215,21 +2220,28 @@ def read_kind(folder: Path) -> str | None:
         return read_json(folder / "config.json").get("model_type")
 
     metadata, _ = read_gguf(folder)
-    architecture = metadata.get("general.architecture")
-    if architecture == "llama" and metadata.get("llama.expert_count", 0) > 0:
+    architecture = str(metadata.get("general.architecture"))
+    if architecture == "llama" and metadata.get("llama.expert_count"):
         return "mixtral"
     return GGUF_KINDS.get(architecture, architecture)
 
 
 def read_values(folder: Path) -> dict:
     """The contents of config.json, or what the metadata of a GGUF file says instead."""
-    return gguf_values(folder) if is_gguf(folder) else read_json(folder / "config.json")
+    if not is_gguf(folder):
+        return read_json(folder / "config.json")
+    try:
+        return gguf_values(folder)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise InputError(f"{folder} is damaged: its metadata cannot be ({error})") from None
 
 
 def gguf_values(file: Path) -> dict:
     """What a config.json would say of a GGUF file. InputError: no model that this file reads."""
     metadata, tensors = read_gguf(file)
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))
     if architecture not in GGUF_KINDS:
         known = ", ".join(GGUF_KINDS) or "none, as llama.cpp has no such model"
         raise InputError(
@@ -2241,11 +2253,10 @@ def gguf_values(file: Path) -> dict:
 
     values = {"model_type": read_kind(file), "vocab_size": tensors["token_embd.weight"].shape[0]}
     for key, name in (GGUF_KEYS | GGUF_OPTIONAL).items():
-        key = f"{architecture}.{key}"
-        if key in metadata:
-            values[name] = metadata[key]
-        elif name in GGUF_KEYS.values():
-            raise InputError(f"{file} has no {key} in its metadata: download it again")
+        if f"{architecture}.{key}" in metadata:
+            values[name] = metadata[f"{architecture}.{key}"]
+        elif key in GGUF_KEYS:
+            raise InputError(f"{file} has no {architecture}.{key} in its metadata")
 
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
@@ -2433,9 +2444,11 @@ def sentencepiece_bpe(metadata: dict):
                 found.append((-scores[id], id, -cut, left, right))
     merges = [(left, right) for *_, left, right in sorted(found)]
 
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
-    unknown = None if unknown is None else metadata["tokenizer.ggml.tokens"][unknown]
-    codec = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    codec = Tokenizer(models.BPE(ids, merges, byte_fallback=True))
+    codec.model.fuse_unk = True  # what no token can spell becomes one unknown token
+    if "tokenizer.ggml.unknown_token_id" in metadata:
+        id = metadata["tokenizer.ggml.unknown_token_id"]
+        codec.model.unk_token = metadata["tokenizer.ggml.tokens"][id]
 
     # A blank is written as U+2581, also the one that is put in front of a text.
     steps = [normalizers.Replace(" ", "\u2581")]
@@ -3237,7 +3250,7 @@ def main():
         "checkpoint",
         nargs="?",
         default=next(iter(PRESETS)),
-        help="a folder in Hugging Face's format, or an id on the Hub (default: %(default)s)",
+        help="a folder in Hugging Face's format, a GGUF file, or a Hub id (default: %(default)s)",
     )
     args = parser.parse_args()
     if sys.stdout is None:

@@ -82,6 +82,18 @@ CONFIGS = {  # name -> (family, class in transformers, what its config has besid
         transformers.Gemma3TextConfig,
         {**WINDOW, "query_pre_attn_scalar": 32, "num_hidden_layers": 7},
     ),
+    "gemma3, linear": (
+        families.GEMMA,
+        transformers.Gemma3TextConfig,
+        {
+            **WINDOW,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
 }
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 IDS = [("tokenizer.ggml.bos_token_id", 1), ("tokenizer.ggml.eos_token_id", 2)]
@@ -430,6 +442,7 @@ def test_a_file_that_is_cut_short_is_one_line(whole, share, tmp_path, refused):
     assert "cut short" in refused("a", "--weights", tmp_path / "cut.gguf")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of scales that are damaged
 def test_a_damaged_file_is_an_input_error_or_loads(whole, tmp_path):
     """Any byte before the data may be wrong; none makes the reader hang or fail otherwise."""
     data = whole.read_bytes()
@@ -481,6 +494,12 @@ def test_a_kind_of_numbers_that_the_package_cannot_widen_is_refused(whole, tmp_p
         (tmp_path / "a.gguf").write_bytes(data[:at] + bytes([kind]) + data[at + 1 :])
         line = refused("a", "--weights", tmp_path / "a.gguf")
         assert f"blk.0.attn_k.weight is of kind {name}, which" in line
+
+
+def test_rope_scaling_of_another_kind_is_refused(rewritten, refused):
+    yarn = [("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 2.0)]
+    line = refused("a", "--weights", rewritten(metadata=yarn))
+    assert "model.gguf: its metadata: rope_type is 'yarn', but llama.py supports only" in line
 
 
 def test_a_part_of_a_file_is_refused(rewritten, refused):
