@@ -1169,9 +1169,12 @@ def validate(args, dtype) -> None:
     # AutoTokenizer may rebuild a tokenizer.json by the rules of a class, and give other ids.
     folder = ours.module.tokenizer_folder(folder_of(args))
     their_class = AutoTokenizer
-    if (folder / "tokenizer.json").exists():
+    where = {"pretrained_model_name_or_path": folder}
+    if ours.module.is_gguf(folder):
+        where = {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
+    elif (folder / "tokenizer.json").exists():
         their_class = PreTrainedTokenizerFast
-    their_ids = their_class.from_pretrained(folder).encode(text)
+    their_ids = their_class.from_pretrained(**where).encode(text)
     record_agreement(args, dtype, "token ids", ids, their_ids)
 
     same_ids = ids == their_ids
@@ -1680,10 +1683,10 @@ def folder_of(args, dtype="float32") -> Path:
 
 
 def merged_folder(args, dtype="float32") -> Path:
-    """The folder of `folder_of`; for an adapter, one with the merged model that is written now."""
+    """The folder of `folder_of`; for an adapter or a GGUF file, one that is written now."""
     module = importlib.import_module(args.model)
     folder = folder_of(args, dtype)
-    if not module.is_adapter(folder):
+    if not module.is_adapter(folder) and not module.is_gguf(folder):
         return folder
 
     merged = Path(args.scratch, "merged")
@@ -1785,13 +1788,13 @@ def not_empty(text: str) -> str:
 
 
 def model_of(weights: str, revision: str | None = None) -> str:
-    """The model file that reads a checkpoint, by the model_type in its config.json."""
+    """The model file that reads a checkpoint, by its model_type."""
     any_file = importlib.import_module(MODELS[0])
     with explained(any_file.InputError, "{}"):
         folder = any_file.base_of(any_file.fetch(weights, revision, weights=False), weights=False)
-        kind = any_file.read_json(folder / "config.json").get("model_type")
+        kind = any_file.read_kind(folder)
     if not isinstance(kind, str):
-        fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
+        fail(f"{folder} has no model_type: name --model, one of {', '.join(MODELS)}")
     if kind not in KINDS:
         fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
     return KINDS[kind]
@@ -1800,7 +1803,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
     base = model_file.base_of(folder, weights=False)
-    kind = str(model_file.read_json(base / "config.json").get("model_type"))
+    kind = str(model_file.read_kind(base))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")

@@ -33,6 +33,7 @@ import operator
 import os
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -994,7 +995,7 @@ class Preset(NamedTuple):
 def load(
     source, *, dtype=None, param_dtype=None, mesh=None, remat=False, revision=None, quantize=None
 ):
-    """The model in a folder or under a Hub id. Weights are read one tensor at a time.
+    """The model in a folder, a GGUF file or under a Hub id. Tensors are read one at a time.
 
     A folder with an adapter of LoRA is loaded as its base, with the adapter merged.
 
@@ -1180,7 +1181,7 @@ def check_names(folder: Path, state, stored: dict) -> None:
 
 
 def fetch(name, revision: str | None = None, weights=True) -> Path:
-    """The folder of a checkpoint: `name` itself if it is one, else the Hub's cache.
+    """The folder of a checkpoint, or its GGUF file: `name` itself, else in the Hub's cache.
 
     Downloads what the cache lacks: of the weights, only the first format in FORMATS that there is.
     Of an adapter, it is the folder of the adapter; see `base_of`.
@@ -1189,9 +1190,13 @@ def fetch(name, revision: str | None = None, weights=True) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f"{name!r:.60} is neither a folder nor an id on the Hub")
     if os.path.isdir(name):
+        return find_gguf(Path(name))
+    if is_gguf(Path(name)):
+        if not os.path.lexists(name):
+            raise InputError(f"there is no file {name}")
         return Path(name)
     if os.path.isfile(name):
-        raise InputError(f"{name} is a file: name the folder of the checkpoint")
+        raise InputError(f"{name} is a file: name the folder of the checkpoint, or a .gguf file")
 
     from huggingface_hub import HfApi, errors, snapshot_download  # respects HF_HOME and HF_TOKEN
 
@@ -1290,11 +1295,14 @@ def read_json_if_any(file: Path) -> dict:
 def read_config(folder: Path) -> Config:
     """The Config of the checkpoint in a folder. InputError: it has none that this file reads."""
     folder = base_of(folder, weights=False)
-    values = read_json(folder / "config.json")
+    values = read_values(folder)
     try:
         return Config.from_hf(values)
     except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+        reason = str(error)
+        if is_gguf(folder):
+            reason = reason.replace("config.json", "its metadata")
+        raise InputError(f"{folder}: {reason}") from None
 
 
 def translate(values: dict) -> Config:
@@ -1333,6 +1341,8 @@ def stored_tensors(folder: Path) -> dict:
 
     InputError: there are none, or they are damaged.
     """
+    if is_gguf(folder):
+        return gguf_tensors_in(folder)
     stored = {}
     for name, read in read_tensors(folder, FORMATS).items():
         name, read = as_in_pytorch(name, read)
@@ -1844,14 +1854,16 @@ def merge(what: str, read_A, read_B, rank: int, scale: float, kernel):
 
 
 def tokenizer(name, revision: str | None = None):
-    """An object with encode(text) -> ids and decode(ids) -> text, of a folder or Hub id.
+    """An object with encode(text) -> ids and decode(ids) -> text, of all that `load` takes.
 
     The checkpoint's own files say how a text is split, and which tokens begin it. The text of a
     special token becomes its id, and `decode` leaves those ids out. InputError: no tokenizer, or
     damaged files.
     """
     folder = tokenizer_folder(fetch(name, revision, weights=False))
-    if os.path.lexists(folder / "tokenizer.json"):
+    if is_gguf(folder):
+        codec = read_gguf_tokenizer(folder)
+    elif os.path.lexists(folder / "tokenizer.json"):
         codec = read_new_tokenizer(folder / "tokenizer.json")
     else:
         codec = read_old_tokenizer(folder)
@@ -1998,6 +2010,473 @@ def read_old_tokenizer(folder: Path):
         raise InputError(f"{folder} has a tokenizer that cannot be read: {reason}") from error
 
 
+# ------------------------------- GGUF: the same in every model file -------------------------------
+#
+# One file of llama.cpp's format holds the config and the tokenizer, as keys and values (the
+# metadata), and the weights. Numbers are little-endian; a text is its length in 8 bytes and its
+# bytes in UTF-8. The order is:
+#
+#     "GGUF", the version, how many tensors there are, and how many keys
+#     of each key:     the key, the type of its value, and the value
+#     of each tensor:  its name, its dimensions (the last one of numpy is the first here), the kind
+#                      of its numbers, and where its data begins
+#     the data of the tensors
+#
+# Most kinds are quantized. Q8_0, for example, holds 32 weights of a row as a block: a scale in
+# float16 and 32 integers of 8 bits. The package gguf knows the kinds, and widens them to float32.
+# Names and layouts are llama.cpp's own. What they are in a family stands with its checkpoints: in
+# GGUF_KINDS, GGUF_KEYS, GGUF_OPTIONAL, GGUF_NAMES and GGUF_LAYOUTS, and in `complete_gguf`.
+
+GGUF_NUMBERS = {  # type of a value -> its format in the module struct
+    **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"},
+    **{6: "<f", 12: "<d", 7: "<?"},
+}
+GGUF_TEXT = 8  # the other types of values
+GGUF_ARRAY = 9
+NORMAL = 1  # the types of tokens
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+LLAMA_3 = ["llama-bpe", "llama3", "llama-v3"]  # names of its tokenizer
+# What cuts a text into words, before byte-level BPE: regular expressions by tokenizer.ggml.pre.
+# None: that of GPT-2, which the package tokenizers has.
+GGUF_WORDS = {
+    **dict.fromkeys(["gpt-2", "default", "smollm"]),
+    **dict.fromkeys(
+        LLAMA_3,
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "tekken": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+
+class GGUF(NamedTuple):
+    """What stands before the data of a GGUF file."""
+
+    metadata: dict
+    tensors: dict  # name -> GGUFTensor
+
+
+class GGUFTensor(NamedTuple):
+    """Where a tensor is in a GGUF file, and what it is."""
+
+    shape: tuple  # as numpy has it
+    kind: int  # of the numbers, as the package gguf counts the kinds
+    start: int  # where it begins in the file
+
+
+class GGUFReader:
+    """Reads the values at the beginning of a GGUF file, one after another."""
+
+    def __init__(self, stream, size: int):
+        self.stream = stream
+        self.size = size  # of the whole file
+
+    def take(self, count: int) -> bytes:
+        """The next bytes. EOFError: there are not so many."""
+        if count > self.size - self.stream.tell():
+            raise EOFError("a value reaches beyond the end")
+        return self.stream.read(count)
+
+    def numbers(self, form: str, count: int) -> list:
+        """The next numbers, in a format of the module struct."""
+        data = self.take(struct.calcsize(form) * count)
+        return [number for [number] in struct.iter_unpack(form, data)]
+
+    def number(self, form: str):
+        """The next number."""
+        [number] = self.numbers(form, 1)
+        if form == "<f":
+            # 1e-05, and not 9.999999747378752e-06: the shortest decimal that is this float32.
+            number = float(str(np.float32(number)))
+        return number
+
+    def text(self) -> str:
+        """The next text."""
+        return self.take(self.number("<Q")).decode()
+
+    def value(self):
+        """The next value: a number, a text, or a list of one of them."""
+        kind = self.number("<I")
+        if kind == GGUF_TEXT:
+            return self.text()
+        if kind != GGUF_ARRAY:
+            return self.number(GGUF_NUMBERS[kind])
+
+        kind = self.number("<I")
+        length = self.number("<Q")
+        if kind == GGUF_TEXT:
+            return [self.text() for _ in range(length)]
+        return self.numbers(GGUF_NUMBERS[kind], length)
+
+    def tensor(self) -> GGUFTensor:
+        """The next tensor. Its start is counted from where the data begins."""
+        dimensions = self.numbers("<Q", self.number("<I"))
+        return GGUFTensor(tuple(reversed(dimensions)), self.number("<I"), self.number("<Q"))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a checkpoint is a GGUF file, and not a folder."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+def find_gguf(path: Path) -> Path:
+    """The GGUF file in a folder that holds no other weights; else the path itself."""
+    found = sorted(path.glob("*.gguf"))
+    others = any(weight_files(path, whole) for whole in FORMATS)
+    if not found or others or is_adapter(path):
+        return path
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{path} holds {len(found)} GGUF files: name one of {names:.200}")
+    return found[0]
+
+
+def read_gguf(file: Path) -> GGUF:
+    """The metadata and the tensors of a GGUF file. InputError: it is damaged, or not supported."""
+    check_file(file)
+    status = file.stat()
+    return parse_gguf(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # config, weights and tokenizer are read one after another
+def parse_gguf(file: Path, size: int, _changed: int) -> GGUF:
+    """The same, of a file that has this size and was changed at this time."""
+    damage = (EOFError, LookupError, ValueError, TypeError, ArithmeticError)
+    try:
+        with open(file, "rb") as stream:
+            return read_header(GGUFReader(stream, size), file)
+    except InputError:
+        raise
+    except damage as error:
+        raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
+
+
+def read_header(reader: GGUFReader, file: Path) -> GGUF:
+    """What stands before the data. InputError: it is not of the format, or one of several parts."""
+    if reader.take(4) != b"GGUF":
+        raise InputError(f"{file} is not a GGUF file, though its name says so: download it again")
+    version = reader.number("<I")
+    if version not in (2, 3):
+        raise InputError(f"{file} has version {version} of the GGUF format, and not 2 or 3")
+    tensor_count, key_count = reader.numbers("<Q", 2)
+
+    metadata = {}
+    for _ in range(key_count):
+        key = reader.text()
+        metadata[key] = reader.value()
+    tensors = {}
+    for _ in range(tensor_count):
+        name = reader.text()
+        tensors[name] = reader.tensor()
+
+    parts = metadata.get("split.count", 0)
+    if parts > 1:
+        raise InputError(f"{file} is one of {parts} parts: join them by llama-gguf-split --merge")
+
+    # The data begins at the next multiple of the alignment.
+    alignment = metadata.get("general.alignment", 32)
+    begin = math.ceil(reader.stream.tell() / alignment) * alignment
+    for name, tensor in tensors.items():
+        tensors[name] = tensor._replace(start=begin + tensor.start)
+    return GGUF(metadata, tensors)
+
+
+def read_kind(folder: Path) -> str | None:
+    """The model_type of a checkpoint, if it says one."""
+    if not is_gguf(folder):
+        return read_json(folder / "config.json").get("model_type")
+
+    metadata, _ = read_gguf(folder)
+    architecture = str(metadata.get("general.architecture"))
+    if architecture == "llama" and metadata.get("llama.expert_count"):
+        return "mixtral"
+    return GGUF_KINDS.get(architecture, architecture)
+
+
+def read_values(folder: Path) -> dict:
+    """The contents of config.json, or what the metadata of a GGUF file says instead."""
+    if not is_gguf(folder):
+        return read_json(folder / "config.json")
+    try:
+        return gguf_values(folder)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise InputError(f"{folder} is damaged: its metadata cannot be ({error})") from None
+
+
+def gguf_values(file: Path) -> dict:
+    """What a config.json would say of a GGUF file. InputError: no model that this file reads."""
+    metadata, tensors = read_gguf(file)
+    architecture = str(metadata.get("general.architecture"))
+    if architecture not in GGUF_KINDS:
+        known = ", ".join(GGUF_KINDS) or "none, as llama.cpp has no such model"
+        raise InputError(
+            f"{file} is of the architecture {architecture!r}; {Path(__file__).name} reads of GGUF "
+            f"files: {known}"
+        )
+    if "token_embd.weight" not in tensors:
+        raise InputError(f"{file} has no weights: it lacks token_embd.weight")
+
+    values = {"model_type": read_kind(file), "vocab_size": tensors["token_embd.weight"].shape[0]}
+    for key, name in (GGUF_KEYS | GGUF_OPTIONAL).items():
+        if f"{architecture}.{key}" in metadata:
+            values[name] = metadata[f"{architecture}.{key}"]
+        elif key in GGUF_KEYS:
+            raise InputError(f"{file} has no {architecture}.{key} in its metadata")
+
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none":
+        factor = metadata.get(f"{architecture}.rope.scaling.factor")
+        values["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+
+    # A chat ends its turns with a token of its own, EOT.
+    ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
+    ends = [end for end in dict.fromkeys(ends) if end is not None]
+    values["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    values["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+    return complete_gguf(file, values)
+
+
+def gguf_tensors_in(file: Path) -> dict:
+    """The tensors of a GGUF file, as a folder has them: name -> a function that reads one.
+
+    InputError: the file is cut short, or the package gguf is missing or does not know a kind.
+    """
+    gguf = import_gguf(file)
+    config = read_config(file)
+    stored = {}
+    for name, tensor in each_expert(gguf, read_gguf(file).tensors).items():
+        check_tensor(gguf, file, name, tensor)
+        name, undo = name_in_folder(file, name)
+        stored[name] = partial(read_gguf_tensor, gguf, file, tensor, undo, config)
+    return stored
+
+
+def name_in_folder(file: Path, name: str) -> tuple:
+    """(the name that a folder has for a tensor of a GGUF file; what undoes its layout, or None).
+
+    A name that is not in GGUF_NAMES stays as it is.
+    """
+    module, _, kind = name.rpartition(".")
+    numbers = re.findall(r"\.(\d+)", module)
+    module = re.sub(r"\.\d+", ".N", module)
+    names = GGUF_NAMES[read_gguf(file).metadata["general.architecture"]]
+    if module not in names:
+        return name, None
+
+    translated = names[module]
+    for number in numbers:
+        translated = translated.replace(".N", f".{number}", 1)
+    return f"{translated}.{kind}", GGUF_LAYOUTS.get(module)
+
+
+def import_gguf(file: Path):
+    """The package gguf. InputError: it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise InputError(f"{file} is a GGUF file, so needs: pip install gguf") from None
+    return gguf
+
+
+def each_expert(gguf, tensors: dict) -> dict:
+    """The tensors, but those that stack the matrices of all experts as one matrix for each.
+
+    ffn_up_exps [E, F, D] becomes ffn_up.0, ffn_up.1 and so on, as older files have them.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("_exps.weight") or tensor.kind not in gguf.GGML_QUANT_SIZES:
+            found[name] = tensor
+            continue
+        experts, *shape = tensor.shape
+        matrix = GGUFTensor(tuple(shape), tensor.kind, tensor.start)
+        for expert in range(experts):
+            found[name.replace("_exps", f".{expert}")] = matrix
+            matrix = matrix._replace(start=matrix.start + size_in_bytes(gguf, matrix))
+    return found
+
+
+def size_in_bytes(gguf, tensor: GGUFTensor) -> int:
+    """How many bytes a tensor of a known kind takes in the file."""
+    weights, size = gguf.GGML_QUANT_SIZES[tensor.kind]  # of a block
+    return math.prod(tensor.shape) // weights * size
+
+
+def check_tensor(gguf, file: Path, name: str, tensor: GGUFTensor) -> None:
+    """InputError where a tensor cannot be read."""
+    kind = tensor.kind
+    known = kind in gguf.GGML_QUANT_SIZES
+    try:
+        if known:
+            kind = gguf.GGMLQuantizationType(kind)
+            weights, size = gguf.GGML_QUANT_SIZES[kind]
+            gguf.quants.dequantize(np.zeros(size, np.uint8), kind)
+    except NotImplementedError:  # integers
+        known = False
+    if not known:
+        raise InputError(
+            f"{file}: {name} is of kind {getattr(kind, 'name', kind)}, which the package gguf "
+            "cannot widen"
+        )
+
+    if not tensor.shape or tensor.shape[-1] % weights != 0:
+        raise InputError(f"{file} is damaged: {name} has the shape {tensor.shape}")
+    if tensor.start + size_in_bytes(gguf, tensor) > file.stat().st_size:
+        raise InputError(f"{file} is cut short, as {name} reaches beyond it: download it again")
+
+
+def read_gguf_tensor(gguf, file: Path, tensor: GGUFTensor, undo, config: Config):
+    """A tensor of a GGUF file in float32. undo: what its layout needs to be that of a folder."""
+    data = np.fromfile(file, np.uint8, size_in_bytes(gguf, tensor), offset=tensor.start)
+    data = data.reshape(*tensor.shape[:-1], -1)
+    weights = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(tensor.kind))
+    if undo is not None:
+        weights = undo(weights, config)
+    return weights
+
+
+def read_gguf_tokenizer(file: Path):
+    """The tokenizer in the metadata of a GGUF file, as an object of the package tokenizers."""
+    metadata, _ = read_gguf(file)
+    kind = metadata.get("tokenizer.ggml.model")
+    makers = {"gpt2": byte_level_bpe, "llama": sentencepiece_bpe}
+    if kind not in makers:
+        raise InputError(f"{file} has a tokenizer of kind {kind!r}: only {', '.join(makers)} work")
+    words = metadata.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2" and words not in GGUF_WORDS:
+        raise InputError(
+            f"{file} cuts a text into words as {words!r} does: only {', '.join(GGUF_WORDS)} work"
+        )
+
+    try:
+        codec = makers[kind](metadata)
+        add_special_tokens(codec, metadata)
+    except Exception as error:  # the package tokenizers raises nothing narrower
+        raise InputError(f"{file} has a tokenizer that cannot be read: {error!r}") from None
+    return codec
+
+
+def types_of_tokens(metadata: dict) -> list[int]:
+    """The type of each token: NORMAL, CONTROL or another."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+
+
+def ids_of_tokens(metadata: dict) -> dict[str, int]:
+    """The vocabulary: the text of a token -> its id, without those that only fill it up."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = types_of_tokens(metadata)
+    return {text: id for id, text in enumerate(tokens) if types[id] != UNUSED}
+
+
+def byte_level_bpe(metadata: dict):
+    """A tokenizer of GPT-2's kind: a text is cut into words, and their bytes are merged."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    words = GGUF_WORDS[name]
+    steps = []
+    if name == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if words is not None:
+        steps.append(pre_tokenizers.Split(Regex(words), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
+
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    model = models.BPE(ids_of_tokens(metadata), merges, ignore_merges=words is not None)
+    codec = Tokenizer(model)
+    codec.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    codec.decoder = decoders.ByteLevel()
+    return codec
+
+
+def sentencepiece_bpe(metadata: dict):
+    """A tokenizer of Llama 2's kind: SentencePiece's BPE, which falls back to bytes.
+
+    It has no list of merges. Of all neighbours whose whole is a token, those with the highest score
+    are merged first.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    ids = ids_of_tokens(metadata)
+    types = types_of_tokens(metadata)
+    scores = metadata["tokenizer.ggml.scores"]
+    found = []
+    for text, id in ids.items():
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if types[id] == NORMAL and left in ids and right in ids:
+                found.append((-scores[id], id, -cut, left, right))
+    merges = [(left, right) for *_, left, right in sorted(found)]
+
+    codec = Tokenizer(models.BPE(ids, merges, byte_fallback=True))
+    codec.model.fuse_unk = True  # what no token can spell becomes one unknown token
+    if "tokenizer.ggml.unknown_token_id" in metadata:
+        id = metadata["tokenizer.ggml.unknown_token_id"]
+        codec.model.unk_token = metadata["tokenizer.ggml.tokens"][id]
+
+    # A blank is written as U+2581, also the one that is put in front of a text.
+    steps = [normalizers.Replace(" ", "\u2581")]
+    back = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend("\u2581"))
+        back.append(decoders.Strip(" ", 1, 0))
+    codec.normalizer = normalizers.Sequence(steps)
+    codec.decoder = decoders.Sequence(back)
+    return codec
+
+
+def add_special_tokens(codec, metadata: dict) -> None:
+    """Tells a tokenizer which tokens are never cut, and which begin and end a text."""
+    from tokenizers import AddedToken, processors
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    whole = []
+    for text, kind in zip(tokens, types_of_tokens(metadata), strict=True):
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED):
+            whole.append(AddedToken(text, special=kind != USER_DEFINED, normalized=False))
+    codec.add_tokens(whole)
+
+    # Where a file does not say it, the tokenizers of Llama 1, 2 and 3 begin a text with BOS.
+    is_llama = metadata["tokenizer.ggml.model"] == "llama"
+    is_llama |= metadata.get("tokenizer.ggml.pre") in LLAMA_3
+    template = ["$A"]
+    special = []
+    if metadata.get("tokenizer.ggml.add_bos_token", is_llama):
+        id = metadata["tokenizer.ggml.bos_token_id"]
+        template.insert(0, tokens[id])
+        special.append((tokens[id], id))
+    if metadata.get("tokenizer.ggml.add_eos_token", False):
+        id = metadata["tokenizer.ggml.eos_token_id"]
+        template.append(tokens[id])
+        special.append((tokens[id], id))
+    if special:
+        codec.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+
+
+def gguf_chat_settings(file: Path) -> dict:
+    """What a tokenizer_config.json would say of chats: the template, and texts that it may use."""
+    metadata, _ = read_gguf(file)
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    settings = {"chat_template": metadata.get("tokenizer.chat_template")}
+    for role in ("bos", "eos"):
+        id = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if id is not None and id < len(tokens):
+            settings[f"{role}_token"] = tokens[id]
+    return settings
+
+
 # --------------------------------------- Checkpoints of OPT ---------------------------------------
 
 
@@ -2075,6 +2554,18 @@ OLD_TOKENIZER = (
         "pad_token": "<pad>",
     },
 )
+
+# GGUF files: llama.cpp has no OPT.
+GGUF_KINDS = {}
+GGUF_KEYS = {}
+GGUF_OPTIONAL = {}
+GGUF_NAMES = {}
+GGUF_LAYOUTS = {}
+
+
+def complete_gguf(file: Path, values: dict) -> dict:
+    """Adds what else config.json says: nothing."""
+    return values
 
 
 # ------------------------------------------ Many devices ------------------------------------------
@@ -2387,7 +2878,7 @@ def quantize_groups(w) -> dict:
 
 def read_quantization(folder: Path) -> str | None:
     """How a folder that `save` wrote holds its weights: one of QUANTIZED, or None."""
-    values = read_json(base_of(folder, weights=False) / "config.json")
+    values = read_values(base_of(folder, weights=False))
     quantized = values.get("quantization_config") or {}
     return quantized.get("format")
 
@@ -2577,7 +3068,7 @@ def main():
         "checkpoint",
         nargs="?",
         default=next(iter(PRESETS)),
-        help="a folder in Hugging Face's format, or an id on the Hub (default: %(default)s)",
+        help="a folder in Hugging Face's format, a GGUF file, or a Hub id (default: %(default)s)",
     )
     args = parser.parse_args()
     if sys.stdout is None:

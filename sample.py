@@ -187,7 +187,9 @@ def say_what_is_better(flag: str):
 
 
 def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
-    """The folder of a checkpoint: bundled, given as a folder, or of the Hub, downloaded if need be.
+    """The folder of a checkpoint, or its GGUF file: bundled, given, or of the Hub.
+
+    It is downloaded if need be.
 
     name: what --weights says; None for the first preset of the model file.
     """
@@ -203,8 +205,8 @@ def find_checkpoint(model_file, name: str | None, revision: str | None) -> Path:
         )
         return HERE / "tiny" / model_file.__name__
 
-    if os.path.isdir(name):
-        return Path(name)
+    if os.path.exists(name) or model_file.is_gguf(Path(name)):
+        return model_file.fetch(name)
     return find_cached(model_file, name, revision) or download(model_file, name, revision)
 
 
@@ -278,7 +280,8 @@ def load_model(model_file, folder, config, devices: list, prompts: list[str] | N
     if parallel in ("no", "auto"):
         rows = 1 if prompts is None else len(prompts) * args.num_samples
         base = model_file.base_of(folder)
-        size = sum(file.stat().st_size for file in base.iterdir() if file.is_file())
+        files = [base] if model_file.is_gguf(base) else base.iterdir()
+        size = sum(file.stat().st_size for file in files if file.is_file())
         parallel = choose_parallel(devices, heads, size, rows)
     mesh = make_mesh(parallel, devices, heads)
     jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # Mixtral routes by it
@@ -1381,19 +1384,25 @@ class ChatTokenizer:
     def __init__(self, backend, folder: Path, system: str | None):
         # Otherwise transformers says that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from transformers import AutoTokenizer  # half a second, which only chats have to wait
+        # Half a second, which only chats have to wait.
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         for file in folder.glob("chat_template*"):
             if not file.exists():
                 fail(f"{file} is a link to a file that is gone: download it again")
 
         # transformers is here for its template alone; the ids are those of every other text.
+        any_file = importlib.import_module(MODELS[0])
         unreadable = (ValueError, OSError, TypeError, AttributeError, KeyError)
         with explained(unreadable, f"the chat template of {folder} cannot be read: {{}}"):
-            # Code that came with the folder is not run, nor does transformers ask whether to.
-            self.templates = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            if any_file.is_gguf(folder):
+                settings = any_file.gguf_chat_settings(folder)
+                self.templates = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+            else:
+                # Code that came with the folder is not run, nor does transformers ask whether to.
+                self.templates = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
         self.backend = backend
         self.folder = folder
         self.system = system
@@ -2932,6 +2941,8 @@ def serve(model_file, model, mesh, folder, tokenizer, stop_ids, listener, args):
 
 def has_chat_template(model_file, folder: Path) -> bool:
     """Whether a checkpoint was tuned to answer, as far as its files say."""
+    if model_file.is_gguf(folder):
+        return bool(model_file.gguf_chat_settings(folder)["chat_template"])
     settings = model_file.read_json_if_any(folder / "tokenizer_config.json")
     return any(folder.glob("chat_template*")) or bool(settings.get("chat_template"))
 
@@ -3277,13 +3288,13 @@ def not_empty(text: str) -> str:
 
 
 def model_of(weights: str, revision: str | None = None) -> str:
-    """The model file that reads a checkpoint, by the model_type in its config.json."""
+    """The model file that reads a checkpoint, by its model_type."""
     any_file = importlib.import_module(MODELS[0])
     with explained(any_file.InputError, "{}"):
         folder = any_file.base_of(any_file.fetch(weights, revision, weights=False), weights=False)
-        kind = any_file.read_json(folder / "config.json").get("model_type")
+        kind = any_file.read_kind(folder)
     if not isinstance(kind, str):
-        fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
+        fail(f"{folder} has no model_type: name --model, one of {', '.join(MODELS)}")
     if kind not in KINDS:
         fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
     return KINDS[kind]
@@ -3292,7 +3303,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
     base = model_file.base_of(folder, weights=False)
-    kind = str(model_file.read_json(base / "config.json").get("model_type"))
+    kind = str(model_file.read_kind(base))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
@@ -3418,8 +3429,8 @@ def add_model_flags(parser):
         "--weights",
         type=not_empty,
         metavar="WEIGHTS",
-        help="'tiny' (bundled), a Hub id, or a folder (default: the first preset of --model; "
-        "without --model a tiny GPT-2, and with --chat a tiny Llama that answers)",
+        help="'tiny' (bundled), a Hub id, a folder or a GGUF file (default: the first preset of "
+        "--model; without --model a tiny GPT-2, and with --chat a tiny Llama that answers)",
     )
     model.add_argument("--revision", help="branch, tag or commit of a Hub id")
     model.add_argument(

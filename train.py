@@ -2496,6 +2496,11 @@ def find_weights(args, model_file) -> Path | None:
         return None
     folder = model_file.fetch(args.weights)
     check_family(model_file, folder)
+    if model_file.is_gguf(folder):
+        fail(
+            f"--weights {args.weights} is a GGUF file, and training starts from a folder: "
+            "write one with `load` and `save` (docs/checkpoints.md)"
+        )
     model_file.read_config(folder)
     held = model_file.read_quantization(folder)
     if held:
@@ -3395,13 +3400,13 @@ def not_empty(text: str) -> str:
 
 
 def model_of(weights: str, revision: str | None = None) -> str:
-    """The model file that reads a checkpoint, by the model_type in its config.json."""
+    """The model file that reads a checkpoint, by its model_type."""
     any_file = importlib.import_module(MODELS[0])
     with explained(any_file.InputError, "{}"):
         folder = any_file.base_of(any_file.fetch(weights, revision, weights=False), weights=False)
-        kind = any_file.read_json(folder / "config.json").get("model_type")
+        kind = any_file.read_kind(folder)
     if not isinstance(kind, str):
-        fail(f"{folder}/config.json has no model_type: name --model, one of {', '.join(MODELS)}")
+        fail(f"{folder} has no model_type: name --model, one of {', '.join(MODELS)}")
     if kind not in KINDS:
         fail(f"{weights} is of model_type {kind!r}; {', '.join(KINDS)} are supported")
     return KINDS[kind]
@@ -3410,7 +3415,7 @@ def model_of(weights: str, revision: str | None = None) -> str:
 def check_family(model_file, folder: Path):
     """Exits where another model file than --model reads a checkpoint."""
     base = model_file.base_of(folder, weights=False)
-    kind = str(model_file.read_json(base / "config.json").get("model_type"))
+    kind = str(model_file.read_kind(base))
     reader = KINDS.get(kind, model_file.__name__)
     if reader != model_file.__name__:
         fail(f"{folder} is a {kind!r}, which {reader}.py reads: --model {reader}")
