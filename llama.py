@@ -2876,17 +2876,40 @@ def is_long(T: int, S: int) -> bool:
 
 
 def attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options):
-    """What `attend` computes, by an online softmax: only one chunk of keys has scores in memory.
+    """What `attend` computes, with the scores of one chunk of keys in memory at a time.
 
     q [B, heads, queries, Dh], k and v [B, heads, keys, Dh] -> [B, heads, queries, Dh]
-    score_options: as for attention_scores. The maximum and the normalizer of the softmax are
-    carried from chunk to chunk; a new maximum rescales the sums so far. Milakov and Gimelshein
-    2018; Rabe and Staats 2021. The same idea is behind flash attention.
+    score_options: as for attention_scores.
+
+    On a CPU the queries are in blocks, too, and chunks of keys that a block may not attend to are
+    skipped: those after its queries, and those that have left the sliding window.
+    """
+    queries = q.shape[2]
+    block = CHUNK if jax.default_backend() == "cpu" else queries
+    k_positions = in_chunks(k_positions, 1, CHUNK, fill=-1)
+    chunks = (in_chunks(k, 2, CHUNK), in_chunks(v, 2, CHUNK), k_positions)
+    q_positions = in_chunks(q_positions, 1, block, fill=-1)
+    blocks = (in_chunks(q, 2, block), q_positions, in_chunks(first, 1, block))
+
+    def attend_one(arrays):
+        return attend_block(*arrays, chunks, score_options, skips=block < queries)
+
+    out = jax.lax.map(attend_one, blocks)
+    out = jnp.moveaxis(out, 0, 2)  # [B, heads, blocks, block, Dh]
+    return out.reshape(*q.shape[:2], -1, q.shape[-1])[:, :, :queries]
+
+
+def attend_block(q, q_positions, first, chunks, score_options: dict, skips: bool):
+    """Attention by an online softmax, from chunk to chunk of the keys: q [B, heads, block, Dh].
+
+    The maximum and the normalizer of the softmax are carried along; a new maximum rescales the sums
+    so far. Milakov and Gimelshein 2018; Rabe and Staats 2021. The same idea is behind flash
+    attention. skips: whether chunks that no query may attend to are left out.
     """
 
     @jax.checkpoint  # otherwise the backward pass would keep the scores of every chunk
     def add_chunk(carry, chunk):
-        out, normalizer, maximum = carry  # [B, heads, queries, Dh], the other two [..., 1]
+        out, normalizer, maximum = carry  # [B, heads, block, Dh], the other two [..., 1]
         k, v, k_positions = chunk
         scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
@@ -2895,21 +2918,34 @@ def attend_in_chunks(q, k, v, q_positions, k_positions, first, **score_options):
 
         normalizer = normalizer * rescale + weights.sum(axis=-1, keepdims=True)
         out = out * rescale + jnp.einsum("bhts,bhsd->bhtd", weights, v)
-        return (out, normalizer, new_maximum), None
+        return out, normalizer, new_maximum
+
+    def skip(carry, chunk):
+        return carry
+
+    mask_options = {name: score_options[name] for name in ["window"] if name in score_options}
+
+    def step(carry, chunk):
+        if not skips:
+            return add_chunk(carry, chunk), None
+        mask = causal_mask(q_positions, chunk[2], first, **mask_options)
+        return jax.lax.cond(mask.any(), add_chunk, skip, carry, chunk), None
 
     zeros = jnp.zeros_like(q, jnp.float32)
     start = (zeros, zeros[..., :1], zeros[..., :1] - jnp.inf)
-    chunks = (in_chunks(k, 2), in_chunks(v, 2), in_chunks(k_positions, 1, fill=-1))
-    (out, normalizer, _), _ = jax.lax.scan(add_chunk, start, chunks)
-    return (out / normalizer).astype(v.dtype)
+    (out, normalizer, _), _ = jax.lax.scan(step, start, chunks)
+
+    # Where all chunks were skipped there is only padding: 0, as NaN would spread.
+    normalizer = jnp.where(normalizer == 0, 1, normalizer)
+    return (out / normalizer).astype(chunks[1].dtype)
 
 
-def in_chunks(x, axis: int, fill=0):
-    """Splits an axis of keys into chunks: [..., keys, ...] -> [keys / CHUNK, ..., CHUNK, ...]."""
+def in_chunks(x, axis: int, size: int, fill=0):
+    """Splits an axis into chunks: [..., n, ...] -> [n / size, ..., size, ...]."""
     pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, -x.shape[axis] % CHUNK)
+    pad[axis] = (0, -x.shape[axis] % size)
     x = jnp.pad(x, pad, constant_values=fill)
-    x = x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :])
+    x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)
 
 

@@ -195,6 +195,43 @@ def test_attention_in_chunks_gives_the_same_logits_and_gradients(
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max() + 1e-9)
 
 
+def test_chunks_of_keys_after_all_queries_are_skipped(family, monkeypatch):
+    """NaN would spread from a key that is only masked: 0 times NaN is NaN."""
+    monkeypatch.setattr(family.module, "LONG", 1)
+    monkeypatch.setattr(family.module, "CHUNK", 4)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 8, 2, 8)).astype(np.float32)
+    positions = np.arange(8)[None]
+    expected = family.module.attend(q, k, v, positions, positions, scale=1.0)
+    k[:, 4:] = np.nan
+    v[:, 4:] = np.nan
+    found = family.module.attend(q, k, v, positions, positions, scale=1.0)
+    np.testing.assert_array_equal(found[:, :4], expected[:, :4])
+    assert np.isnan(found[:, 4:]).all()
+
+
+@pytest.mark.parametrize("name", ["gemma", "mistral"])
+def test_chunks_of_keys_before_the_window_are_skipped(name, monkeypatch):
+    [module] = [family.module for family in FAMILIES if family.name == name]
+    monkeypatch.setattr(module, "LONG", 1)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 12, 2, 8)).astype(np.float32)
+    positions = np.arange(12)[None]
+    expected = module.attend(q, k, v, positions, positions, scale=1.0, window=3)
+    k[:, :4] = np.nan
+    v[:, :4] = np.nan
+    found = module.attend(q, k, v, positions, positions, scale=1.0, window=3)
+    np.testing.assert_array_equal(found[:, 8:], expected[:, 8:])
+
+
+def test_chunks_of_padding_alone_give_no_nan(family, monkeypatch):
+    monkeypatch.setattr(family.module, "LONG", 1)
+    monkeypatch.setattr(family.module, "CHUNK", 4)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 8, 2, 8)).astype(np.float32)
+    positions = np.array([[-1, -1, -1, -1, -1, 0, 1, 2]])
+    found = family.module.attend(q, k, v, positions, positions, scale=1.0)
+    assert np.isfinite(found).all()
+
+
 def test_a_long_prefill_holds_no_tensor_of_length_by_length(family):
     """A text of 16,384 tokens: what the compiled attention needs beside its arguments, in bytes."""
     T, H, Dh = 16_384, 2, 8
