@@ -33,7 +33,6 @@ import operator
 import os
 import pickle
 import re
-import struct
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -2013,26 +2012,12 @@ def read_old_tokenizer(folder: Path):
 # ------------------------------- GGUF: the same in every model file -------------------------------
 #
 # One file of llama.cpp's format holds the config and the tokenizer, as keys and values (the
-# metadata), and the weights. Numbers are little-endian; a text is its length in 8 bytes and its
-# bytes in UTF-8. The order is:
-#
-#     "GGUF", the version, how many tensors there are, and how many keys
-#     of each key:     the key, the type of its value, and the value
-#     of each tensor:  its name, its dimensions (the last one of numpy is the first here), the kind
-#                      of its numbers, and where its data begins
-#     the data of the tensors
-#
-# Most kinds are quantized. Q8_0, for example, holds 32 weights of a row as a block: a scale in
-# float16 and 32 integers of 8 bits. The package gguf knows the kinds, and widens them to float32.
-# Names and layouts are llama.cpp's own. What they are in a family stands with its checkpoints: in
-# GGUF_KINDS, GGUF_KEYS, GGUF_OPTIONAL, GGUF_NAMES and GGUF_LAYOUTS, and in `complete_gguf`.
+# metadata), and the weights. Most of these are quantized. Q8_0, for example, holds 32 weights of a
+# row as a block: a scale in float16 and 32 integers of 8 bits. The package gguf reads the metadata,
+# knows the kinds of numbers, and widens them to float32. Names and layouts are llama.cpp's own.
+# What they are in a family stands with its checkpoints: in GGUF_KINDS, GGUF_KEYS, GGUF_OPTIONAL,
+# GGUF_NAMES and GGUF_LAYOUTS, and in `complete_gguf`.
 
-GGUF_NUMBERS = {  # type of a value -> its format in the module struct
-    **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"},
-    **{6: "<f", 12: "<d", 7: "<?"},
-}
-GGUF_TEXT = 8  # the other types of values
-GGUF_ARRAY = 9
 NORMAL = 1  # the types of tokens
 UNKNOWN = 2
 CONTROL = 3
@@ -2067,58 +2052,8 @@ class GGUFTensor(NamedTuple):
     """Where a tensor is in a GGUF file, and what it is."""
 
     shape: tuple  # as numpy has it
-    kind: int  # of the numbers, as the package gguf counts the kinds
+    kind: object  # of the numbers: a gguf.GGMLQuantizationType
     start: int  # where it begins in the file
-
-
-class GGUFReader:
-    """Reads the values at the beginning of a GGUF file, one after another."""
-
-    def __init__(self, stream, size: int):
-        self.stream = stream
-        self.size = size  # of the whole file
-
-    def take(self, count: int) -> bytes:
-        """The next bytes. EOFError: there are not so many."""
-        if count > self.size - self.stream.tell():
-            raise EOFError("a value reaches beyond the end")
-        return self.stream.read(count)
-
-    def numbers(self, form: str, count: int) -> list:
-        """The next numbers, in a format of the module struct."""
-        data = self.take(struct.calcsize(form) * count)
-        return [number for [number] in struct.iter_unpack(form, data)]
-
-    def number(self, form: str):
-        """The next number."""
-        [number] = self.numbers(form, 1)
-        if form == "<f":
-            # 1e-05, and not 9.999999747378752e-06: the shortest decimal that is this float32.
-            number = float(str(np.float32(number)))
-        return number
-
-    def text(self) -> str:
-        """The next text."""
-        return self.take(self.number("<Q")).decode()
-
-    def value(self):
-        """The next value: a number, a text, or a list of one of them."""
-        kind = self.number("<I")
-        if kind == GGUF_TEXT:
-            return self.text()
-        if kind != GGUF_ARRAY:
-            return self.number(GGUF_NUMBERS[kind])
-
-        kind = self.number("<I")
-        length = self.number("<Q")
-        if kind == GGUF_TEXT:
-            return [self.text() for _ in range(length)]
-        return self.numbers(GGUF_NUMBERS[kind], length)
-
-    def tensor(self) -> GGUFTensor:
-        """The next tensor. Its start is counted from where the data begins."""
-        dimensions = self.numbers("<Q", self.number("<I"))
-        return GGUFTensor(tuple(reversed(dimensions)), self.number("<I"), self.number("<Q"))
 
 
 def is_gguf(path: Path) -> bool:
@@ -2148,44 +2083,32 @@ def read_gguf(file: Path) -> GGUF:
 @lru_cache(maxsize=1)  # config, weights and tokenizer are read one after another
 def parse_gguf(file: Path, size: int, _changed: int) -> GGUF:
     """The same, of a file that has this size and was changed at this time."""
-    damage = (EOFError, LookupError, ValueError, TypeError, ArithmeticError)
+    gguf = import_gguf(file)
+    damage = (LookupError, ValueError, TypeError, ArithmeticError)
     try:
-        with open(file, "rb") as stream:
-            return read_header(GGUFReader(stream, size), file)
-    except InputError:
-        raise
+        reader = gguf.GGUFReader(file)
+        metadata = {key: gguf_value(field.contents()) for key, field in reader.fields.items()}
     except damage as error:
-        raise InputError(f"{file} is damaged or cut short ({error}): download it again") from None
-
-
-def read_header(reader: GGUFReader, file: Path) -> GGUF:
-    """What stands before the data. InputError: it is not of the format, or one of several parts."""
-    if reader.take(4) != b"GGUF":
-        raise InputError(f"{file} is not a GGUF file, though its name says so: download it again")
-    version = reader.number("<I")
-    if version not in (2, 3):
-        raise InputError(f"{file} has version {version} of the GGUF format, and not 2 or 3")
-    tensor_count, key_count = reader.numbers("<Q", 2)
-
-    metadata = {}
-    for _ in range(key_count):
-        key = reader.text()
-        metadata[key] = reader.value()
-    tensors = {}
-    for _ in range(tensor_count):
-        name = reader.text()
-        tensors[name] = reader.tensor()
+        raise InputError(
+            f"{file} is damaged, cut short or of another version ({error}): download it again"
+        ) from None
 
     parts = metadata.get("split.count", 0)
     if parts > 1:
         raise InputError(f"{file} is one of {parts} parts: join them by llama-gguf-split --merge")
 
-    # The data begins at the next multiple of the alignment.
-    alignment = metadata.get("general.alignment", 32)
-    begin = math.ceil(reader.stream.tell() / alignment) * alignment
-    for name, tensor in tensors.items():
-        tensors[name] = tensor._replace(start=begin + tensor.start)
+    tensors = {}
+    for tensor in reader.tensors:
+        shape = tuple(reversed(tensor.shape.tolist()))
+        tensors[tensor.name] = GGUFTensor(shape, tensor.tensor_type, tensor.data_offset)
     return GGUF(metadata, tensors)
+
+
+def gguf_value(value):
+    """A value of the metadata. A float32 is read as the shortest decimal: 1e-05, not 9.9999e-06."""
+    if isinstance(value, np.floating | float):
+        return float(str(np.float32(value)))
+    return value
 
 
 def read_kind(folder: Path) -> str | None:
@@ -2254,7 +2177,7 @@ def gguf_tensors_in(file: Path) -> dict:
     config = read_config(file)
     stored = {}
     for name, tensor in each_expert(gguf, read_gguf(file).tensors).items():
-        check_tensor(gguf, file, name, tensor)
+        check_kind_of_numbers(gguf, file, name, tensor)
         name, undo = name_in_folder(file, name)
         stored[name] = partial(read_gguf_tensor, gguf, file, tensor, undo, config)
     return stored
@@ -2294,7 +2217,7 @@ def each_expert(gguf, tensors: dict) -> dict:
     """
     found = {}
     for name, tensor in tensors.items():
-        if not name.endswith("_exps.weight") or tensor.kind not in gguf.GGML_QUANT_SIZES:
+        if not name.endswith("_exps.weight"):
             found[name] = tensor
             continue
         experts, *shape = tensor.shape
@@ -2311,34 +2234,22 @@ def size_in_bytes(gguf, tensor: GGUFTensor) -> int:
     return math.prod(tensor.shape) // weights * size
 
 
-def check_tensor(gguf, file: Path, name: str, tensor: GGUFTensor) -> None:
-    """InputError where a tensor cannot be read."""
-    kind = tensor.kind
-    known = kind in gguf.GGML_QUANT_SIZES
+def check_kind_of_numbers(gguf, file: Path, name: str, tensor: GGUFTensor) -> None:
+    """InputError where the package cannot widen the numbers of a tensor, such as integers."""
+    _, size = gguf.GGML_QUANT_SIZES[tensor.kind]  # of a block
     try:
-        if known:
-            kind = gguf.GGMLQuantizationType(kind)
-            weights, size = gguf.GGML_QUANT_SIZES[kind]
-            gguf.quants.dequantize(np.zeros(size, np.uint8), kind)
-    except NotImplementedError:  # integers
-        known = False
-    if not known:
+        gguf.quants.dequantize(np.zeros(size, np.uint8), tensor.kind)
+    except NotImplementedError:
         raise InputError(
-            f"{file}: {name} is of kind {getattr(kind, 'name', kind)}, which the package gguf "
-            "cannot widen"
-        )
-
-    if not tensor.shape or tensor.shape[-1] % weights != 0:
-        raise InputError(f"{file} is damaged: {name} has the shape {tensor.shape}")
-    if tensor.start + size_in_bytes(gguf, tensor) > file.stat().st_size:
-        raise InputError(f"{file} is cut short, as {name} reaches beyond it: download it again")
+            f"{file}: {name} is of kind {tensor.kind.name}, which the package gguf cannot widen"
+        ) from None
 
 
 def read_gguf_tensor(gguf, file: Path, tensor: GGUFTensor, undo, config: Config):
     """A tensor of a GGUF file in float32. undo: what its layout needs to be that of a folder."""
     data = np.fromfile(file, np.uint8, size_in_bytes(gguf, tensor), offset=tensor.start)
     data = data.reshape(*tensor.shape[:-1], -1)
-    weights = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(tensor.kind))
+    weights = gguf.quants.dequantize(data, tensor.kind)
     if undo is not None:
         weights = undo(weights, config)
     return weights
