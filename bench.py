@@ -502,8 +502,8 @@ class Ours:
     def model(self):
         """The model, with its parameters in the type it computes in, or quantized."""
         quantize = self.quantize
-        on_cpu = self.args.devices[0].platform == "cpu"
-        if quantize is None and self.dtype == "bfloat16" and on_cpu:
+        device = jax.config.jax_default_device or jax.devices()[0]
+        if quantize is None and self.dtype == "bfloat16" and device.platform == "cpu":
             quantize = "bfloat16"  # as sample.py does: the same weights, widened faster
         return self.read(self.dtype, quantize)
 
