@@ -420,7 +420,7 @@ class Model(nnx.Module):
 
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.cache_dtype = self.dtype  # jnp.int8 holds keys and values in 8 bits
+        self.cache_dtype = self.dtype  # assign jnp.dtype("int8"): a cache in 8 bits
         self.remat = remat
 
         self.embed_tokens = nnx.Embed(V, D, embedding_init=init, **options)
@@ -724,7 +724,7 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, keep=N
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     key = as_key(key)
-    ids = as_integers(prompt)
+    ids = as_unscaled(prompt)
     length = len(ids) + max_new_tokens
     if keep is not None:
         length = min(length, model.config.max_position_embeddings)
@@ -763,8 +763,9 @@ def prefill(graphdef, state, cache: Cache, tokens, positions, keys, sampling: di
 def verify(graphdef, state, cache: Cache, tokens, positions, keys, sampling: dict, top_k):
     """For speculative decoding: tokens [B, T] -> (cache, the token after each of them [B, T]).
 
-    A row begins with the newest token of a text; guesses follow, and then padding, at position -1.
-    While the guesses are the tokens that `decode` makes, so is the token after them.
+    A row is the newest token of a text, then guesses of what follows, then padding at position -1.
+    The result at a position is what `decode` would make there, up to rounding, if all guesses up to
+    that position are right. The cache holds the wrong ones, too: sample.py shows how to hide them.
     """
     model = nnx.merge(graphdef, state)
     x, cache = model.hidden(tokens, positions, cache)
@@ -894,10 +895,10 @@ def generate_stream(
         "min_p": min_p,
         "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
     }
-    visible = [as_integers(prompt) for prompt in prompts]  # of each text, what the model sees
+    visible = [as_unscaled(prompt) for prompt in prompts]  # of each text, what the model sees
     check_prompts(model.config, visible, max_new_tokens, keep)
     keys = keys_of_rows(key, len(visible))
-    stop_ids = [] if stop_ids is None else as_integers(np.ravel(stop_ids))
+    stop_ids = [] if stop_ids is None else as_unscaled(np.ravel(stop_ids))
     dropped = [0] * len(visible)  # of each text, how many tokens the model no longer sees
     ended = [False] * len(visible)
 
@@ -1052,7 +1053,7 @@ def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty) -> None
         raise InputError("repetition_penalty must be above 0")
 
 
-def as_integers(values) -> list[int]:
+def as_unscaled(values) -> list[int]:
     """A sequence or array of token ids as a list. InputError: anything else, such as a text."""
     try:
         return [operator.index(value) for value in values]
@@ -1067,7 +1068,7 @@ def as_array(tokens):
     """Tokens or positions as an array [B, T]. InputError: they are something else."""
     rows = tokens
     if not hasattr(rows, "ndim"):
-        rows = [as_integers(row) for row in rows]
+        rows = [as_unscaled(row) for row in rows]
         if len({len(row) for row in rows}) > 1:
             raise InputError(
                 "rows of tokens are of different lengths: `batch_prompts` makes a batch of them"
@@ -1180,9 +1181,9 @@ def load(
     float32 to train. mesh: a jax.sharding.Mesh, whose axes are Auto (those of jax.make_mesh are
     Explicit); each tensor goes straight to its devices, as SHARDING says. A head that differs from
     the token table is used, even if config.json says that they are tied. quantize: "int8", "int4"
-    or "bfloat16" holds the matrices in fewer bits, as QuantizedMatrix says; such a model cannot be
-    trained. InputError: no checkpoint, another kind of model, damaged files, or tensors that are
-    missing, unexpected or misshapen.
+    or "bfloat16" holds the matrices in fewer bits, as QuantizedMatrix says; by default they are
+    held as the folder says. Such a model cannot be trained. InputError: no checkpoint, another kind
+    of model, damaged files, or tensors that are missing, unexpected or misshapen.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -1199,13 +1200,13 @@ def load(
 
     # The parameters as the files have them, and as the model will have them: quantized, perhaps.
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    _, state = skeleton(config, read_quantization(folder), **options)
-    check_names(folder, state, stored)
-    graphdef, loaded = skeleton(config, quantize, **options)
-    params = {join(parts): param for parts, param in nnx.to_flat_state(loaded)}
+    _, expected = skeleton(config, read_quantization(folder), **options)
+    check_names(folder, expected, stored)
+    graphdef, state = skeleton(config, quantize, **options)
+    params = {join(parts): param for parts, param in nnx.to_flat_state(state)}
 
     # Largest first: a conversion holds two temporary copies, so do it while memory is free.
-    by_size = sorted(named_parameters(state), key=lambda row: -row[1].size)
+    by_size = sorted(named_parameters(expected), key=lambda row: -row[1].size)
     for path, param, name, transposed in by_size:
         tensor = read_tensor(folder, name, stored[name], param, path, transposed)
         if name in adapters:
@@ -1216,7 +1217,7 @@ def load(
         if path not in params:
             values = quantize_tensor(path, tensor, quantize)
         place(params, values, mesh, config)
-    return nnx.merge(graphdef, loaded)
+    return nnx.merge(graphdef, state)
 
 
 def place(params: dict, values: dict, mesh, config: Config) -> None:
@@ -1506,7 +1507,7 @@ def read_stop_ids(folder: Path, config: Config) -> list[int]:
     ids = [] if ids is None else ids
     ids = [ids] if isinstance(ids, int) else ids
     try:
-        return as_integers(ids)
+        return as_unscaled(ids)
     except InputError:
         raise InputError(
             f"{folder}: eos_token_id is {ids!r:.60}, not a token id or several"
@@ -1948,6 +1949,13 @@ def read_adapters(folder: Path, stored: dict) -> tuple[dict, dict]:
     where the head has an adapter, PEFT writes the token table and the head beside it. InputError:
     damaged files, or tensors that do not belong to the base.
     """
+    held = read_quantization(folder)
+    if held is not None:
+        raise InputError(
+            f"{folder} is an adapter, and its base holds its weights in {held}: merge it with the "
+            "checkpoint that they were made from"
+        )
+
     values = read_adapter_config(folder)
     factors = {}  # name of a matrix, as PEFT has it -> {"A": its reader, "B": its reader}
     whole = {}
@@ -2771,8 +2779,9 @@ def sharding(mesh, config: Config, path: str, shape):
 # --------------------------- Faster forms: the same in every model file ---------------------------
 # A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
 # `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
-# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
-# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`.
+# only takes less time or memory. The last section has the branches for int8 and quantized weights.
+# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write `Linear =
+# nnx.Linear` and drop the first `if` of `how_to_run`.
 
 
 def linear_dot(x, kernel, dimension_numbers, **matmul_options):
@@ -2865,6 +2874,7 @@ def attend_block(q, q_positions, first, chunks, score_options: dict, skips: bool
         scores = attention_scores(q, k, q_positions, k_positions, first, **score_options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
+        # Of a query that sees no key so far, all weights are 1. At its first key, rescale is 0.
         rescale = jnp.exp(maximum - new_maximum)
 
         normalizer = normalizer * rescale + weights.sum(axis=-1, keepdims=True)
@@ -3013,9 +3023,9 @@ def run_ragged(experts, rows, token, weight, counts):
 
 # ----------------- Quantized weights and KV cache: the same in every model file -------------------
 # `load(..., quantize="int8")` holds each matrix in few bits and widens it where it is used. That
-# takes less memory, and one token less time: most of that time goes into reading the weights from
-# memory. What is held is the same on all devices. Not quantized: norms, biases, position tables,
-# and the routers of experts. The token table and the head have 8 bits even where others have 4.
+# takes less memory, and generation is faster where its time goes into reading weights from memory.
+# What is held is the same on all devices. Not quantized: norms, biases, position tables, and the
+# routers of experts. The token table and the head have 8 bits even where others have 4.
 
 QUANTIZED = ("int8", "int4", "bfloat16")  # how a QuantizedMatrix can hold its weights
 GROUP = 32  # int4: neighbouring weights of a row that share a scale
@@ -3025,9 +3035,10 @@ PARTS = ("codes", "row_scale", "group_scale")  # the parameters of a QuantizedMa
 
 
 class QuantizedMatrix(nnx.Module):
-    """A matrix [F, D] that is held in few bits: each weight is a small integer times a scale.
+    """A matrix [F, D] that is held in few bits.
 
-    int8: codes [F, D], from -127 to 127, and row_scale [F, 1] in float32.
+    int8: each weight is a small integer times a scale, codes [F, D] from -127 to 127 and row_scale
+    [F, 1] in float32.
     int4: codes from -8 to 7. A byte of codes [F, D / 2] holds column j in its low half, and column
     j + D / 2 in its high half. A weight is code * group_scale * row_scale; group_scale, an int8
     from -15 to 15, is shared by GROUP neighbours: [F, D / GROUP]. Where D / 2 is not a multiple of
@@ -3047,35 +3058,32 @@ class QuantizedMatrix(nnx.Module):
         if "group_scale" in parts:
             self.group_scale = nnx.Param(parts["group_scale"])
 
+    def held(self, rows=slice(None)) -> tuple:
+        """(codes, group_scale) of all rows, or of some; group_scale is None but for int4."""
+        if self.group_scale is None:
+            return self.codes[rows], None
+        return self.codes[rows], self.group_scale[rows]
+
     def widened(self, rows=slice(None)):
         """The weights of all rows, or of some, in float32: [..., D]. The plain form of `dot`."""
-        group_scale = None
-        if self.group_scale is not None:
-            group_scale = self.group_scale[rows]
-
-        w = jnp.concatenate(integers(self.codes[rows], group_scale), axis=-1).astype(jnp.float32)
+        w = jnp.concatenate(unscaled(*self.held(rows)), axis=-1).astype(jnp.float32)
         if self.row_scale is not None:
             w = w * self.row_scale[rows]
         return w
 
     def dot(self, x):
         """x [..., D] -> x times the transposed matrix, [..., F] in float32."""
-        codes = self.codes[...]
-        group_scale = None
-        if self.group_scale is not None:
-            group_scale = self.group_scale[...]
-
         vectors = x.reshape(-1, x.shape[-1])  # [N, D]
         if jax.default_backend() == "cpu":
-            y = dot_in_tiles(vectors.astype(jnp.float32), codes, group_scale)
+            y = dot_in_tiles(vectors.astype(jnp.float32), *self.held())
         else:
-            w = jnp.concatenate(integers(codes, group_scale), axis=-1).astype(x.dtype)
+            w = jnp.concatenate(unscaled(*self.held()), axis=-1).astype(x.dtype)
             y = jnp.matmul(vectors, w.T, preferred_element_type=jnp.float32)
 
         # The scale of a row is that of an output, so it can wait until after the sum.
         if self.row_scale is not None:
             y = y * self.row_scale[...].T
-        return y.reshape(*x.shape[:-1], len(codes))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class QuantizedLinear(nnx.Module):
@@ -3141,7 +3149,7 @@ def quantized_head(model, x):
 
 @partial(jax.jit, static_argnames="kind")
 def quantize_matrix(w, kind: str) -> dict:
-    """The parts of a QuantizedMatrix, of w [F, D]. The largest weight of a row has no error."""
+    """The parts of a QuantizedMatrix, of w [F, D]: what is nearest to each weight."""
     if kind == "bfloat16":
         return {"codes": jax.lax.bitcast_convert_type(w.astype(jnp.bfloat16), jnp.uint16)}
     w = w.astype(jnp.float32)
@@ -3231,8 +3239,8 @@ def sharding_of_part(mesh, config: Config, path: str, shape):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*of_kernel.spec[::-1]))
 
 
-def integers(codes, group_scale) -> list:
-    """Codes as what is to be multiplied by row_scale: [..., D], or the two halves of int4."""
+def unscaled(codes, group_scale) -> list:
+    """The weights but for row_scale, in blocks of columns: one [..., D], or the halves of int4."""
     if codes.dtype == jnp.uint16:
         bits = codes.astype(jnp.uint32) << 16
         return [jax.lax.bitcast_convert_type(bits, jnp.float32)]
@@ -3250,7 +3258,7 @@ def integers(codes, group_scale) -> list:
 
 
 def dot_in_tiles(x, codes, group_scale):
-    """x [N, D] times the transposed integers [F, D] -> [N, F]: the product for XLA on a CPU.
+    """x [N, D] times the transposed `unscaled` weights [F, D] -> [N, F], for XLA on a CPU.
 
     XLA would write the whole matrix to memory in float32 before the product. In a loop over tiles
     of some rows each, a tile is widened within the CPU's cache.
@@ -3262,6 +3270,7 @@ def dot_in_tiles(x, codes, group_scale):
         return dot_with_vector(halves[:, 0], codes, group_scale)
 
     tile, tiles = tiles_of(F, D)
+    few = N < 64  # then the transposed product is faster
 
     def multiply_tile(i, y):
         row = jnp.minimum(i * tile, F - tile)  # the last tile may overlap another
@@ -3271,7 +3280,7 @@ def dot_in_tiles(x, codes, group_scale):
             scale = jax.lax.dynamic_slice_in_dim(group_scale, row, tile)
 
         product = 0
-        for w, half in zip(integers(part, scale), halves, strict=True):
+        for w, half in zip(unscaled(part, scale), halves, strict=True):
             w = w.astype(jnp.float32)
             if few:
                 product = product + w @ half.T  # [tile, N]
@@ -3279,8 +3288,6 @@ def dot_in_tiles(x, codes, group_scale):
                 product = product + half @ w.T  # [N, tile]
         return jax.lax.dynamic_update_slice_in_dim(y, product, row, axis=0 if few else 1)
 
-    # For few x, the transposed product is faster.
-    few = N < 64
     y = jnp.zeros((F, N) if few else (N, F))
     y = jax.lax.fori_loop(0, tiles, multiply_tile, y)
     if few:
@@ -3313,7 +3320,7 @@ def dot_with_vector(halves, codes, group_scale):
 
         # The products are added up after the loop: within it, XLA would widen outside of them.
         products = []
-        for w, half in zip(integers(part, scale), halves, strict=True):
+        for w, half in zip(unscaled(part, scale), halves, strict=True):
             vector = jax.lax.dynamic_slice_in_dim(half, column, width)
             products.append(vector[None] @ w.astype(jnp.float32).T)  # [1, tile]
         return jax.lax.dynamic_update_slice(y, jnp.stack(products)[None], (piece, 0, 0, row))

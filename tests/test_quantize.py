@@ -136,21 +136,22 @@ def test_codes_alone_decide_the_layout_of_int4():
 # ---------------------------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.fixture(params=KINDS)
+def pair(family, request):
+    """(the tiny model, quantized; the ordinary one with the weights that it stands for)."""
+    quantized = family.module.load(tiny(family), quantize=request.param)
+    return quantized, dequantized(family.module, quantized, tiny(family))
+
+
 @pytest.mark.core_gpt2_only
-def test_logits_are_those_of_the_dequantized_weights(family, kind):
-    folder = tiny(family)
-    quantized = family.module.load(folder, quantize=kind)
-    plain = dequantized(family.module, quantized, folder)
+def test_logits_are_those_of_the_dequantized_weights(pair):
+    quantized, plain = pair
     assert_close(quantized(TOKENS), plain(TOKENS))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.core_gpt2_only
-def test_generation_is_that_of_the_dequantized_weights(family, kind):
-    folder = tiny(family)
-    quantized = family.module.load(folder, quantize=kind)
-    plain = dequantized(family.module, quantized, folder)
+def test_generation_is_that_of_the_dequantized_weights(family, pair):
+    quantized, plain = pair
     how = {"key": 0, "temperature": 0}
     prompts = [[5, 7, 9], [11, 3]]
     mine = family.module.generate(quantized, prompts, 12, **how)
@@ -253,6 +254,14 @@ def test_int4_is_not_made_of_int8(tmp_path):
     gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path)
     with pytest.raises(gpt2.InputError, match="holds its weights in int8, and int4 is made from"):
         gpt2.load(tmp_path, quantize="int4")
+
+
+def test_an_adapter_is_not_merged_into_quantized_weights(tmp_path):
+    gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path / "base")
+    adapter = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(gpt2.InputError, match="its base holds its weights in int8: merge it with"):
+        gpt2.load(tmp_path)
 
 
 def run(*command):
