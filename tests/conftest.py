@@ -86,6 +86,13 @@ def no_mesh():
     jax.set_mesh(None)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_of_other_files():
+    """Linux gives a process some 65,000 regions of memory; a test file compiles into thousands."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """Runs sample.py in this process, for speed; its one line on standard error."""
