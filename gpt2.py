@@ -1397,7 +1397,7 @@ def safetensors_in(file: Path) -> dict:
             # Opened again for each tensor: pages of an open file count as memory in use.
             opened = safe_open(file, "np")
             kind = opened.get_slice(name).get_dtype()
-            if kind not in ("F64", "F32", "F16", "BF16", "I8", "U16"):
+            if kind not in ("F64", "F32", "F16", "BF16", "I8", "U8", "U16"):
                 raise InputError(f"{file}: {name} is {kind}: quantized weights are not supported")
             return opened.get_tensor(name)
 
@@ -2665,7 +2665,7 @@ def in_chunks(x, axis: int, size: int, fill=0):
 # routers of experts. The token table and the head have 8 bits even where others have 4.
 
 QUANTIZED = ("int8", "int4", "bfloat16")  # how a QuantizedMatrix can hold its weights
-GROUP = 32  # int4: neighbouring weights of a row that share a scale
+GROUP = 32  # int4: neighbouring rows whose weights in a column share a scale
 TILE = 2**21  # weights that are widened at a time: a part that stays in the cache of a CPU
 QUANT_METHOD = "one-file-models"  # what config.json says of a folder that `save` wrote
 PARTS = ("codes", "row_scale", "group_scale")  # the parameters of a QuantizedMatrix
@@ -2676,10 +2676,10 @@ class QuantizedMatrix(nnx.Module):
 
     int8: each weight is a small integer times a scale, codes [F, D] from -127 to 127 and row_scale
     [F, 1] in float32.
-    int4: codes from -8 to 7. A byte of codes [F, D / 2] holds column j in its low half, and column
-    j + D / 2 in its high half. A weight is code * group_scale * row_scale; group_scale, an int8
-    from -15 to 15, is shared by GROUP neighbours: [F, D / GROUP]. Where D / 2 is not a multiple of
-    GROUP, the matrix is held as int8.
+    int4: codes from -8 to 7, plus 8: a byte of codes [F, D / 2] holds column j in its low half, and
+    column j + D / 2 in its high half. GROUP neighbours in a column share a scale, group_scale
+    [F / GROUP, D], the bits of a bfloat16. Where F is not a multiple of GROUP, or D is odd, the
+    matrix is held as int8.
     bfloat16: the bits of the weights as uint16 [F, D]. XLA on a CPU is slow to widen bfloat16, but
     not to shift integers.
     """
@@ -2695,15 +2695,14 @@ class QuantizedMatrix(nnx.Module):
         if "group_scale" in parts:
             self.group_scale = nnx.Param(parts["group_scale"])
 
-    def held(self, rows=slice(None)) -> tuple:
-        """(codes, group_scale) of all rows, or of some; group_scale is None but for int4."""
-        if self.group_scale is None:
-            return self.codes[rows], None
-        return self.codes[rows], self.group_scale[rows]
+    def widened(self, rows=None):
+        """The weights of some rows, or of all, in float32: [..., D]. The plain form of `dot`."""
+        if rows is None:
+            rows = jnp.arange(len(self.codes))
 
-    def widened(self, rows=slice(None)):
-        """The weights of all rows, or of some, in float32: [..., D]. The plain form of `dot`."""
-        w = jnp.concatenate(unscaled(*self.held(rows)), axis=-1).astype(jnp.float32)
+        w = jnp.concatenate(unpacked(self.codes[rows]), axis=-1).astype(jnp.float32)
+        if self.group_scale is not None:
+            w = w * from_bits(self.group_scale[rows // GROUP])
         if self.row_scale is not None:
             w = w * self.row_scale[rows]
         return w
@@ -2711,10 +2710,15 @@ class QuantizedMatrix(nnx.Module):
     def dot(self, x):
         """x [..., D] -> x times the transposed matrix, [..., F] in float32."""
         vectors = x.reshape(-1, x.shape[-1])  # [N, D]
+        codes = self.codes[...]
+        group_scale = None
+        if self.group_scale is not None:
+            group_scale = from_bits(self.group_scale[...])
+
         if jax.default_backend() == "cpu":
-            y = dot_in_tiles(vectors.astype(jnp.float32), *self.held())
+            y = dot_in_tiles(vectors.astype(jnp.float32), codes, group_scale)
         else:
-            w = jnp.concatenate(unscaled(*self.held()), axis=-1).astype(x.dtype)
+            w = jnp.concatenate(unscaled(codes, group_scale), axis=-1).astype(x.dtype)
             y = jnp.matmul(vectors, w.T, preferred_element_type=jnp.float32)
 
         # The scale of a row is that of an output, so it can wait until after the sum.
@@ -2787,10 +2791,11 @@ def quantized_head(model, x):
 @partial(jax.jit, static_argnames="kind")
 def quantize_matrix(w, kind: str) -> dict:
     """The parts of a QuantizedMatrix, of w [F, D]: what is nearest to each weight."""
+    F, D = w.shape
     if kind == "bfloat16":
-        return {"codes": jax.lax.bitcast_convert_type(w.astype(jnp.bfloat16), jnp.uint16)}
+        return {"codes": as_bits(w)}
     w = w.astype(jnp.float32)
-    if kind == "int4" and w.shape[1] % (2 * GROUP) == 0:
+    if kind == "int4" and F % GROUP == 0 and D % 2 == 0:
         return quantize_groups(w)
 
     row_scale = jnp.abs(w).max(axis=1, keepdims=True) / 127
@@ -2800,39 +2805,28 @@ def quantize_matrix(w, kind: str) -> dict:
 
 def quantize_groups(w) -> dict:
     """The parts of a QuantizedMatrix in int4, of w [F, D] in float32."""
-    groups = w.reshape(len(w), -1, GROUP)  # [F, D / GROUP, GROUP]
+    F, D = w.shape
+    groups = w.reshape(F // GROUP, GROUP, D)
 
-    # The weight of the largest magnitude in a group should have the code -8.
-    largest = jnp.abs(groups).argmax(axis=-1, keepdims=True)
-    wanted = jnp.take_along_axis(groups, largest, axis=-1) / -8  # [F, D / GROUP, 1]
-    row_scale = jnp.abs(wanted).max(axis=1, keepdims=True) / 15  # [F, 1, 1]
-    wanted = wanted / jnp.where(row_scale == 0, 1, row_scale)
+    # The weight of the largest magnitude in a group gets the code -8.
+    largest = jnp.abs(groups).argmax(axis=1, keepdims=True)
+    scale_bits = as_bits(jnp.take_along_axis(groups, largest, axis=1) / -8)  # [F / GROUP, 1, D]
+    scale = from_bits(scale_bits)
+    codes = jnp.round(groups / jnp.where(scale == 0, 1, scale)).clip(-8, 7)
 
-    def coded(group_scale):
-        scale = row_scale * group_scale
-        codes = jnp.round(groups / jnp.where(scale == 0, 1, scale)).clip(-8, 7)
-        error = jnp.square(codes * scale - groups).sum(axis=-1, keepdims=True)
-        return codes, error
+    bytes_ = (codes + 8).astype(jnp.uint8).reshape(F, D)
+    low, high = jnp.split(bytes_, 2, axis=1)
+    return {"codes": low | (high << 4), "group_scale": scale_bits[:, 0]}
 
-    # Of three integers near the wanted scale, the one with the least squared error is taken. A
-    # smaller scale cuts the largest weight, but is finer for the others.
-    sign = jnp.where(wanted < 0, -1, 1)
-    size = jnp.round(jnp.abs(wanted))
-    best = sign * size.clip(1, 15)
-    codes, least = coded(best)
-    for change in (-1, 1):
-        group_scale = sign * (size + change).clip(1, 15)
-        new_codes, error = coded(group_scale)
-        best = jnp.where(error < least, group_scale, best)
-        codes = jnp.where(error < least, new_codes, codes)
-        least = jnp.minimum(error, least)
 
-    low, high = jnp.split(codes.reshape(w.shape).astype(jnp.int8), 2, axis=1)
-    return {
-        "codes": (high << 4) | (low & 15),
-        "row_scale": row_scale[..., 0],
-        "group_scale": best[..., 0].astype(jnp.int8),
-    }
+def as_bits(w):
+    """w rounded to bfloat16, as uint16."""
+    return jax.lax.bitcast_convert_type(w.astype(jnp.bfloat16), jnp.uint16)
+
+
+def from_bits(bits):
+    """What `as_bits` made, as float32."""
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def read_quantization(folder: Path) -> str | None:
@@ -2873,25 +2867,36 @@ def sharding_of_part(mesh, config: Config, path: str, shape):
         return sharding(mesh, config, matrix, shape)
 
     of_kernel = sharding(mesh, config, matrix, shape[::-1])
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*of_kernel.spec[::-1]))
+    spec = list(of_kernel.spec[::-1])
+    if spec[0] is not None and shape[0] % mesh.shape[spec[0]] != 0:
+        spec[0] = None  # there are fewer groups of rows than heads, say
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def unpacked(codes) -> list:
+    """The codes as numbers, in blocks of columns: one [..., D], or the halves of int4."""
+    if codes.dtype == jnp.uint16:
+        return [from_bits(codes)]
+    if codes.dtype == jnp.int8:
+        return [codes]
+
+    pairs = codes.astype(jnp.int32)
+    return [(pairs & 15) - 8, (pairs >> 4) - 8]
 
 
 def unscaled(codes, group_scale) -> list:
-    """The weights but for row_scale, in blocks of columns: one [..., D], or the halves of int4."""
-    if codes.dtype == jnp.uint16:
-        bits = codes.astype(jnp.uint32) << 16
-        return [jax.lax.bitcast_convert_type(bits, jnp.float32)]
+    """The weights [F, D] but for row_scale, in blocks of columns as from `unpacked`."""
+    blocks = unpacked(codes)
     if group_scale is None:
-        return [codes]
+        return blocks
+    scales = jnp.split(group_scale, 2, axis=1)
+    return [times_groups(*pair) for pair in zip(blocks, scales, strict=True)]
 
-    low = (codes << 4) >> 4  # the second shift fills in the sign
-    high = codes >> 4
-    halves = []
-    for half, scale in zip([low, high], jnp.split(group_scale, 2, axis=-1), strict=True):
-        groups = half.reshape(*scale.shape, GROUP) * scale[..., None]  # -120 to 120
-        # The barrier: XLA on a CPU would look up the scale of each weight within the product.
-        halves.append(jax.lax.optimization_barrier(groups.reshape(half.shape)))
-    return halves
+
+def times_groups(w, group_scale):
+    """w [F, D] times group_scale [F / GROUP, D], of which GROUP rows share one."""
+    groups = w.reshape(len(group_scale), GROUP, -1)
+    return (groups * group_scale[:, None]).reshape(w.shape)
 
 
 def dot_in_tiles(x, codes, group_scale):
@@ -2902,11 +2907,11 @@ def dot_in_tiles(x, codes, group_scale):
     """
     N, D = x.shape
     F, columns = codes.shape
-    halves = x.reshape(N, -1, columns).swapaxes(0, 1)  # [1, N, D], or of int4 [2, N, D / 2]
     if N == 1:
-        return dot_with_vector(halves[:, 0], codes, group_scale)
+        return dot_with_vector(x[0], codes, group_scale)
 
-    tile, tiles = tiles_of(F, D)
+    tile, tiles = tiles_of(F, D, group_scale)
+    halves = x.reshape(N, -1, columns).swapaxes(0, 1)  # [1, N, D], or of int4 [2, N, D / 2]
     few = N < 64  # then the transposed product is faster
 
     def multiply_tile(i, y):
@@ -2914,7 +2919,7 @@ def dot_in_tiles(x, codes, group_scale):
         part = jax.lax.dynamic_slice_in_dim(codes, row, tile)
         scale = group_scale
         if group_scale is not None:
-            scale = jax.lax.dynamic_slice_in_dim(group_scale, row, tile)
+            scale = jax.lax.dynamic_slice_in_dim(group_scale, row // GROUP, tile // GROUP)
 
         product = 0
         for w, half in zip(unscaled(part, scale), halves, strict=True):
@@ -2932,56 +2937,60 @@ def dot_in_tiles(x, codes, group_scale):
     return y
 
 
-def dot_with_vector(halves, codes, group_scale):
-    """`dot_in_tiles` of one x, cut into the halves of int4, or one: [2 or 1, columns] -> [1, F].
+def dot_with_vector(x, codes, group_scale):
+    """`dot_in_tiles` of one x: [D] -> [1, F].
 
     XLA on a CPU widens a tile within its product with a vector, if the vector is short enough:
     tiles are a piece of the columns wide.
     """
     F, columns = codes.shape
-    tile, tiles = tiles_of(F, halves.size)
-    pieces = pieces_of_vector(columns, 1 if group_scale is None else GROUP)
+    tile, tiles = tiles_of(F, x.size, group_scale)
+    pieces = pieces_of_vector(columns)
     width = columns // pieces
+    if group_scale is not None:
+        # The scales go into x, of which each group has its own: less work than to scale weights.
+        scaled = (group_scale * x).reshape(F // GROUP, 2, columns)
 
     def multiply_tile(i, y):
         piece = i // tiles
         column = piece * width
         row = jnp.minimum(i % tiles * tile, F - tile)
         part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
-        scale = None
-        if group_scale is not None:
-            scale = group_scale.reshape(F, 2, -1)
-            sizes = (tile, 2, width // GROUP)
-            scale = jax.lax.dynamic_slice(scale, (row, 0, column // GROUP), sizes)
-            scale = scale.reshape(tile, -1)
 
-        # The products are added up after the loop: within it, XLA would widen outside of them.
-        products = []
-        for w, half in zip(unscaled(part, scale), halves, strict=True):
-            vector = jax.lax.dynamic_slice_in_dim(half, column, width)
-            products.append(vector[None] @ w.astype(jnp.float32).T)  # [1, tile]
-        return jax.lax.dynamic_update_slice(y, jnp.stack(products)[None], (piece, 0, 0, row))
+        if group_scale is None:
+            vector = jax.lax.dynamic_slice_in_dim(x, column, width)
+            [w] = unpacked(part)
+        else:
+            vector = jnp.ones(width)  # what is left of the product is a sum
+            sizes = (tile // GROUP, 2, width)
+            ours = jax.lax.dynamic_slice(scaled, (row // GROUP, 0, column), sizes)
+            low, high = unpacked(part)
+            w = times_groups(low, ours[:, 0]) + times_groups(high, ours[:, 1])
+        product = vector[None] @ w.astype(jnp.float32).T  # [1, tile]
+        return jax.lax.dynamic_update_slice(y, product[None], (piece, 0, row))
 
-    y = jnp.zeros((pieces, len(halves), 1, F))
+    y = jnp.zeros((pieces, 1, F))
     y = jax.lax.fori_loop(0, tiles * pieces, multiply_tile, y)
-    return y.sum(axis=(0, 1))
+    return y.sum(axis=0)
 
 
-def tiles_of(F: int, D: int) -> tuple[int, int]:
+def tiles_of(F: int, D: int, group_scale) -> tuple[int, int]:
     """(rows in a tile of a matrix [F, D], how many tiles there are)"""
     # At least two tiles: without a loop, XLA widens the whole matrix.
     tiles = max(2, math.ceil(F * D / TILE))
     tile = math.ceil(F / tiles)
+    if group_scale is not None:
+        tile = math.ceil(tile / GROUP) * GROUP  # whole groups
     return tile, math.ceil(F / tile)
 
 
-def pieces_of_vector(length: int, unit: int) -> int:
-    """Into how many equal pieces, multiples of `unit`, a vector is cut: each less than 16 kB.
+def pieces_of_vector(length: int) -> int:
+    """Into how many equal pieces a vector is cut, each of less than 16 kB.
 
     XLA on a CPU widens a tile within its product with a vector only if the vector is so small.
     """
     pieces = 1
-    while length % (pieces * unit) != 0 or length // pieces >= 4096:
+    while length % pieces != 0 or length // pieces >= 4096:
         pieces += 1
     return pieces
 
