@@ -2673,9 +2673,9 @@ class QuantizedMatrix(nnx.Module):
     int8: each weight is a small integer times a scale, codes [F, D] from -127 to 127 and row_scale
     [F, 1] in float32.
     int4: codes from -8 to 7, plus 8: a byte of codes [F, D / 2] holds column j in its low half, and
-    column j + D / 2 in its high half. GROUP neighbours in a column share a scale, group_scale
-    [F / GROUP, D], the bits of a bfloat16. Where F is not a multiple of GROUP, or D is odd, the
-    matrix is held as int8.
+    column j + D / 2 in its high half. A weight is code * group_scale * row_scale, where GROUP
+    neighbours in a column share a scale: [F / GROUP, D], the bits of a bfloat16. Where F is not a
+    multiple of GROUP, or D is odd, the matrix is held as int8.
     bfloat16: the bits of the weights as uint16 [F, D]. XLA on a CPU is slow to widen bfloat16, but
     not to shift integers.
     """
@@ -2802,7 +2802,11 @@ def quantize_matrix(w, kind: str) -> dict:
 def quantize_groups(w) -> dict:
     """The parts of a QuantizedMatrix in int4, of w [F, D] in float32."""
     F, D = w.shape
-    groups = w.reshape(F // GROUP, GROUP, D)
+
+    # The rows of a group may differ much, as those of k_proj do: first they get the same size.
+    row_scale = jnp.sqrt(jnp.square(w).mean(axis=1, keepdims=True))
+    groups = w / jnp.where(row_scale == 0, 1, row_scale)
+    groups = groups.reshape(F // GROUP, GROUP, D)
 
     # The weight of the largest magnitude in a group gets the code -8.
     largest = jnp.abs(groups).argmax(axis=1, keepdims=True)
@@ -2812,7 +2816,11 @@ def quantize_groups(w) -> dict:
 
     bytes_ = (codes + 8).astype(jnp.uint8).reshape(F, D)
     low, high = jnp.split(bytes_, 2, axis=1)
-    return {"codes": low | (high << 4), "group_scale": scale_bits[:, 0]}
+    return {
+        "codes": low | (high << 4),
+        "row_scale": row_scale,
+        "group_scale": scale_bits[:, 0],
+    }
 
 
 def as_bits(w):
