@@ -835,10 +835,195 @@ class CTranslate2:
         )
 
 
+class LlamaCpp:
+    """llama.cpp, as a server in this process, with the same weights in a GGUF file. No training."""
+
+    name = "llama.cpp"
+    groups = 1
+
+    def __init__(self, args, dtype, folder):
+        import xllamacpp
+
+        if jax.default_backend() != "cpu":
+            raise OSError("--vs llama.cpp is measured on a CPU: add --device cpu")
+        self.args = args
+        tokens = max(args.length) + args.new_tokens + 1  # of the longest text
+        kind = GGML_KINDS[args.quantize or dtype]
+        file = Path(args.scratch, "llama.cpp.gguf")
+        write_gguf(importlib.import_module(args.model), folder, file, kind, tokens)
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE  # in memory
+        params.n_gpu_layers = 0
+        params.cpuparams.n_threads = os.cpu_count()
+        params.cpuparams_batch.n_threads = os.cpu_count()
+        params.n_parallel = max(args.batch)
+        params.n_ctx = params.n_parallel * tokens
+        if kind == "F32":  # otherwise the KV cache is in float16, its default
+            params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+
+        # No copies of the KV cache for later prompts that begin like this one, and no log.
+        params.cache_ram_mib = 0
+        params.n_ctx_checkpoints = 0
+        params.verbosity = -1
+        self.server = xllamacpp.Server(params)
+
+    def prefill(self, prompts):
+        """A call that makes the first token after each prompt."""
+        return self.generate(prompts, 1)
+
+    def generate(self, prompts, n: int):
+        """A call that makes n tokens after each prompt; the server runs them as one batch."""
+        args = self.args
+        sampling = {"samplers": ["top_k"], "top_k": 1}  # greedy
+        if args.temperature:
+            sampling = {
+                "samplers": ["top_k", "temperature", "top_p"],
+                "temperature": args.temperature,
+                "top_k": args.top_k or 0,
+                "top_p": args.top_p or 1,
+            }
+        request = {"prompt": prompts, "max_tokens": n, "cache_prompt": False, **sampling}
+
+        def run():
+            rows = self.server.handle_completions(request)["choices"]
+            return [[int(token) for token in row["text"].split()] for row in rows]
+
+        return run
+
+
+# How llama.cpp holds the matrices, by --quantize or --dtype. Its F16 was faster than its BF16.
+GGML_KINDS = {
+    "float32": "F32",
+    "bfloat16": "F16",
+    "float16": "F16",
+    "int8": "Q8_0",  # integers of 8 bits; 32 neighbours in a row share a scale
+    "int4": "Q4_0",  # integers of 4 bits
+}
+
+
+def write_gguf(module, folder: Path, file: Path, kind: str, tokens: int) -> None:
+    """Writes a checkpoint as a GGUF file, with llama.cpp's names, layouts and metadata.
+
+    kind: of the matrices; a value of GGML_KINDS. tokens: of the longest text.
+    OSError: llama.cpp has no such model.
+    """
+    import gguf
+
+    model_type = module.read_config(folder).to_hf()["model_type"]
+    architectures = {hf: ggml for ggml, hf in module.GGUF_KINDS.items()}
+    if model_type not in architectures:
+        raise OSError(f"--vs llama.cpp is for GPT-2, Llama, Mistral and Gemma, not {model_type}")
+
+    model = module.load(folder, dtype="float32")
+    architecture = architectures[model_type]
+    writer = gguf.GGUFWriter(file, architecture)
+    add_metadata(writer, module, model.config)
+
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    layers = getattr(model.config, module.GGUF_KEYS["block_count"])
+    names = gguf.get_tensor_name_map(numbers[architecture], layers)
+    for path, param, name, _ in module.named_parameters(nnx.state(model)):
+        renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if renamed is None:  # such as a part of a matrix that this project quantized
+            raise OSError(f"--vs llama.cpp: it has no tensor for {name} of {folder}")
+        tensor = ggml_layout(architecture, path, np.asarray(param[...]), model.config)
+        held = gguf.GGMLQuantizationType[ggml_kind(module, path, tensor, kind)]
+        data = gguf.quants.quantize(np.ascontiguousarray(tensor), held)
+        writer.add_tensor(renamed, data, raw_dtype=held)
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_read_back(module, file, model.config, tokens)
+
+
+def add_metadata(writer, module, config) -> None:
+    """Adds what llama.cpp must know of a model beside its tensors."""
+    values = config.to_hf()
+    if "n_inner" in values:
+        values["n_inner"] = config.n_inner or 4 * config.n_embd
+    for key, name in (module.GGUF_KEYS | module.GGUF_OPTIONAL).items():
+        value = values.get(name)
+        if value is None or "expert" in key:
+            continue
+        add = writer.add_uint32
+        if re.search("rope|epsilon|softcapping", key):
+            add = writer.add_float32
+        add(f"{writer.arch}.{key}", value)
+    if "head_dim" in values:
+        writer.add_value_length(config.head_dim)
+
+    # Gemma: each layer of this number attends to all tokens, the others to a sliding window.
+    if "layer_types" in values:
+        number = [*config.layer_types, "full_attention"].index("full_attention") + 1
+        writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", number)
+
+    # RoPE scaling: a factor for all frequencies, as in Gemma 3, or one for each, as in Llama 3.1.
+    if getattr(config, "rope_factor", 1) != 1:
+        writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
+        writer.add_rope_scaling_factor(config.rope_factor)
+    scaling = values.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
+        inv_freq = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+        divisors = inv_freq / module.scale_low_frequencies(inv_freq, scaling)
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+
+    # A vocabulary of a kind that has no token to end a text. A token's text is its id and a blank.
+    writer.add_tokenizer_model("rwkv")
+    writer.add_token_list([f"{token} " for token in range(config.vocab_size)])
+
+
+def ggml_layout(architecture: str, path: str, tensor, config):
+    """A parameter as llama.cpp lays it out."""
+    if path.endswith("kernel"):
+        tensor = tensor.T  # [in, out] -> [out, in]
+    if architecture == "llama" and re.search("[qk]_proj", path):
+        # RoPE rotates neighbours there, and here row i of a head with row i + Dh / 2.
+        halves = tensor.reshape(-1, 2, config.head_dim // 2, *tensor.shape[1:])
+        tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+    if architecture.startswith("gemma") and path.endswith("scale"):
+        tensor = tensor + 1
+    return tensor
+
+
+def ggml_kind(module, path: str, tensor, kind: str) -> str:
+    """How a tensor is held where matrices are held in a kind of numbers."""
+    if tensor.ndim == 1 or path.startswith("wpe"):
+        return "F32"
+    if kind.startswith("Q") and tensor.shape[-1] % 32 != 0:
+        return "F16"
+    if kind == "Q4_0" and path in module.VOCABULARY:
+        # As in ours. Files of Q4_0 mostly have Q6_K here, which the package gguf cannot write.
+        return "Q8_0"
+    return kind
+
+
+# Fields of a Config that do not change what a model computes.
+NO_MATTER = r"n_inner|initializer_range|router_aux_loss_coef|\w+_(pdrop|token_id)"
+
+
+def check_read_back(module, file: Path, config, tokens: int) -> None:
+    """OSError where a GGUF file cannot say what a config does, and llama.cpp has another model.
+
+    A sliding window that holds all tokens of the longest text does not matter.
+    """
+    found = module.read_config(file)
+    for name, value in vars(config).items():
+        window = name == "sliding_window" and value is not None and value >= tokens
+        same = getattr(found, name) == value
+        if not same and not window and not re.fullmatch(NO_MATTER, name):
+            raise OSError(f"--vs llama.cpp: a GGUF file cannot say {name} {value!r}")
+
+
 # What --vs takes.
 PEERS = {
     "transformers": Transformers,
     "ctranslate2": CTranslate2,
+    "llama.cpp": LlamaCpp,
     "transformers-compile": partial(Transformers, compiled=True),
     "unquantized": Unquantized,
 }
@@ -1590,8 +1775,8 @@ def write_results(out: Path, records: list[dict]) -> None:
 
 def about_this_machine() -> dict:
     """The versions of the packages, the processor, and the command."""
-    packages = [name for name in ("jax", "torch", *PEERS) if find_spec(name)]
-    about = {name: metadata.version(name) for name in packages}
+    packages = ("jax", "torch", "transformers", "ctranslate2", "xllamacpp")
+    about = {name: metadata.version(name) for name in packages if find_spec(name)}
     processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     about["cpu"] = f"{os.cpu_count()} x {processor[1] if processor else '?'}"
     about["command"] = shlex.join(["bench.py", *sys.argv[1:]])
@@ -1952,7 +2137,9 @@ def add_model_flags(parser):
         help="float32, bfloat16, float16 or auto: by the device (default: auto)",
     )
     model.add_argument(
-        "--quantize", choices=["int8", "int4"], help="hold our weights in 8 or 4 bits"
+        "--quantize",
+        choices=["int8", "int4"],
+        help="hold our weights in 8 or 4 bits; those of ctranslate2 and llama.cpp, too",
     )
 
 
@@ -2167,14 +2354,16 @@ def check_training_flags(args):
 def check_packages(args):
     """Fails where a package is missing that only this needs."""
     needed = set(args.vs) & {"ctranslate2"}
+    if "llama.cpp" in args.vs:
+        needed |= {"gguf", "xllamacpp"}
     with_torch = {"transformers", "transformers-compile", "validate", "eval", "compare"}
     if with_torch & {*args.task, *args.vs}:
         needed.add("torch")
     if args.dataset:
         needed.add("datasets")
-    for name in sorted(needed):
-        if not find_spec(name):
-            fail(f"that needs {name}: pip install {name}")
+    missing = [name for name in sorted(needed) if not find_spec(name)]
+    if missing:
+        fail(f"that needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.reference import ROOT
 from helpers.small import DAMAGES, write_checkpoint
 
 import bench
+import gemma
 import gpt2
 import llama
 import mistral
+import opt
 
 
 def run(*options, code=0):
@@ -570,6 +573,206 @@ def test_peers_run_in_turn_on_the_same_weights(tasks, tmp_path):
         assert math.isclose(found[metric, "ours / transformers"]["value"], ours / theirs)
 
 
+# --------------------------------------------------------------------------------------- llama.cpp
+
+SIZES = {  # rows of 64 and 96 weights, as quantized kinds have blocks of 32
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+}
+GEMMA = {**SIZES, "query_pre_attn_scalar": 32, "sliding_window": 8, "rope_theta": 10000.0}
+IN_LLAMA_CPP = {  # name -> (model file, config; None: the model in tiny/)
+    "gpt2": (gpt2, None),
+    "llama": (llama, None),
+    "gemma": (gemma, None),
+    "mistral": (mistral, mistral.Config(**SIZES, sliding_window=64)),
+    "llama with biases": (llama, llama.Config(**SIZES, attention_bias=True, mlp_bias=True)),
+    "llama 3.1": (llama, llama.Config(**SIZES, rope_scaling=llama.LLAMA31["rope_scaling"])),
+    "gemma 1": (gemma, gemma.Config(**GEMMA, model_type="gemma")),
+    "gemma 2": (
+        gemma,
+        gemma.Config(
+            **GEMMA, model_type="gemma2", attn_logit_softcapping=50, final_logit_softcapping=30
+        ),
+    ),
+    "gemma 3": (gemma, gemma.Config(**GEMMA | {"num_hidden_layers": 7}, rope_factor=8.0)),
+}
+EVERY_MODEL = [
+    pytest.param(name, marks=[] if config is None else pytest.mark.wide)
+    for name, (_, config) in IN_LLAMA_CPP.items()
+]
+
+
+def folder_of(name, tmp_path):
+    """(model file, folder of a checkpoint): biases and norms have random weights, too."""
+    module, config = IN_LLAMA_CPP[name]
+    if config is None:
+        return module, ROOT / "tiny" / name
+
+    rng = np.random.default_rng(0)
+    graphdef, state = nnx.split(module.Model(config, rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda w: w + 0.3 * rng.normal(size=w.shape).astype(w.dtype), state)
+    module.save(nnx.merge(graphdef, state), tmp_path / "weights")
+    return module, tmp_path / "weights"
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_llama_cpp_draws_our_greedy_tokens(name, tmp_path, monkeypatch):
+    """The tokens in float32; so does its sampler where it has only the likeliest token left."""
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-dev.txt")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # more threads spin where others have the cores
+    module, folder = folder_of(name, tmp_path)
+    prompts = [row[:20] for row in (np.array(ROWS[:2]) % 256).tolist()]
+    prompts[1] = prompts[1][5:]
+    expected = module.generate(
+        module.load(folder, dtype="float32"), prompts, 12, key=0, temperature=0
+    )
+
+    args = SimpleNamespace(
+        model=module.__name__,
+        quantize=None,
+        scratch=tmp_path,
+        batch=[1, 2],
+        length=[20],
+        new_tokens=12,
+        temperature=None,
+    )
+    subject = bench.LlamaCpp(args, "float32", folder)
+    assert subject.generate(prompts, 12)() == expected
+    assert subject.generate(prompts[1:], 12)() == expected[1:]
+    assert subject.prefill(prompts)() == [row[:1] for row in expected]
+    for args.temperature, args.top_k, args.top_p in [(1.0, 1, None), (1.0, None, 1e-6)]:
+        assert subject.generate(prompts, 12)() == expected
+
+
+def test_a_batch_of_the_longest_texts_fits_into_llama_cpp(tmp_path, monkeypatch):
+    """300 tokens and 4 more: it counts its context in parts of 256."""
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-dev.txt")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    folder = write_checkpoint(tmp_path / "weights", n_positions=304)
+    args = SimpleNamespace(
+        model="gpt2",
+        quantize="int8",
+        scratch=tmp_path,
+        batch=[3],
+        length=[20, 300],
+        new_tokens=3,
+        temperature=None,
+    )
+    subject = bench.LlamaCpp(args, "float32", folder)
+    rows = subject.generate(3 * [[7] * 300], 4)()
+    assert [len(row) for row in rows] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_what_llama_cpp_is_given_is_the_checkpoint(name, tmp_path):
+    """As this project's own reader reads a GGUF file. 1e-6: Gemma's norms have 1 added to them."""
+    pytest.importorskip("gguf", reason="pip install -r requirements-dev.txt")
+    module, folder = folder_of(name, tmp_path)
+    bench.write_gguf(module, folder, tmp_path / "a.gguf", "F32", tokens=32)
+    expected = nnx.state(module.load(folder, dtype="float32"))
+    found = nnx.state(module.load(tmp_path / "a.gguf", dtype="float32"))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize(
+    "quantize, kinds", [("int8", ["Q8_0"] * 3), ("int4", ["Q8_0", "Q4_0", "Q4_0"])]
+)
+def test_llama_cpp_has_matrices_in_8_or_4_bits_where_ours_have(quantize, kinds, tmp_path):
+    """In int4 the token table has 8 bits, as ours has; what is no matrix is not quantized."""
+    gguf = pytest.importorskip("gguf", reason="pip install -r requirements-dev.txt")
+    kind = bench.GGML_KINDS[quantize]
+    bench.write_gguf(gpt2, ROOT / "tiny/gpt2", tmp_path / "a.gguf", kind, tokens=32)
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    names = ["token_embd", "blk.0.attn_qkv", "blk.3.ffn_down"]
+    assert [held[f"{name}.weight"].tensor_type.name for name in names] == kinds
+    for name in ("position_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_qkv.bias"):
+        assert held[name].tensor_type.name == "F32"
+
+
+def test_rows_that_are_no_whole_blocks_have_16_bits(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install -r requirements-dev.txt")
+    folder = write_checkpoint(tmp_path / "weights", n_embd=48)
+    bench.write_gguf(gpt2, folder, tmp_path / "a.gguf", "Q4_0", tokens=32)
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert held["blk.0.ffn_up.weight"].tensor_type.name == "F16"
+    assert held["blk.0.ffn_down.weight"].tensor_type.name == "Q4_0"  # 192 weights
+
+
+@pytest.mark.parametrize(
+    "module, config, said",
+    [
+        (opt, opt.Config.small(layers=1, heads=2, width=32, context=64), "not opt"),
+        (mistral, mistral.Config(**SIZES | {"model_type": "mixtral"}), "not mixtral"),
+        (mistral, mistral.Config(**SIZES, sliding_window=31), "cannot say sliding_window 31"),
+        (
+            gpt2,
+            gpt2.Config(n_embd=32, n_layer=1, n_head=2, activation_function="relu"),
+            "cannot say activation_function 'relu'",
+        ),
+        (
+            llama,
+            llama.Config(
+                **SIZES,
+                rope_scaling=(("factor", 2.0), ("rope_type", "dynamic"), ("trained", 64)),
+            ),
+            "cannot say max_position_embeddings 128",
+        ),
+        (
+            gemma,
+            gemma.Config(**GEMMA | {"query_pre_attn_scalar": 8}),
+            "cannot say query_pre_attn_scalar 8",
+        ),
+        (
+            gemma,
+            gemma.Config(
+                **GEMMA | {"num_hidden_layers": 3}, layer_types=(gemma.FULL, *[gemma.SLIDING] * 2)
+            ),
+            "cannot say layer_types",
+        ),
+    ],
+)
+def test_a_model_that_llama_cpp_does_not_have_is_refused(module, config, said, tmp_path):
+    pytest.importorskip("gguf", reason="pip install -r requirements-dev.txt")
+    model = bench.random_model(module, config, "float32", "float32")
+    module.save(model, tmp_path / "weights")
+    with pytest.raises(OSError, match=f"^--vs llama.cpp.*{said}"):
+        bench.write_gguf(module, tmp_path / "weights", tmp_path / "a.gguf", "F32", tokens=32)
+
+
+def test_weights_that_this_project_quantized_are_not_for_llama_cpp(tmp_path):
+    pytest.importorskip("gguf", reason="pip install -r requirements-dev.txt")
+    gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path / "weights")
+    with pytest.raises(OSError, match=r"no tensor for transformer.+codes"):
+        bench.write_gguf(gpt2, tmp_path / "weights", tmp_path / "a.gguf", "Q8_0", tokens=32)
+
+
+@pytest.mark.wide
+def test_llama_cpp_runs_in_turn_with_ours_and_prints_nothing(tmp_path):
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-dev.txt")
+    options = ["--quantize", "int8", "--vs", "llama.cpp", "--new-tokens", 2, "--out", tmp_path]
+    done = run("--task", "decode,prefill", *options)
+    assert done.stdout.startswith("gpt2 (tiny), float32, cpu") and "llama" not in done.stderr
+    about, found = results(tmp_path)
+    assert "xllamacpp" in about
+    for metric in ("decode", "prefill"):
+        ours, theirs = found[metric, "ours"]["value"], found[metric, "llama.cpp"]["value"]
+        assert math.isclose(found[metric, "ours / llama.cpp"]["value"], ours / theirs)
+
+    folder = ROOT / "tiny/mistral"
+    done = run("--task", "decode", "--weights", folder, "--vs", "llama.cpp", code=2)
+    said = "bench.py: --vs llama.cpp is for GPT-2, Llama, Mistral and Gemma, not mixtral"
+    assert done.stderr.splitlines()[-1] == said
+
+
+# --------------------------------------------------------------------------------- the other tasks
+
+
 @pytest.mark.wide
 def test_compiling_is_measured_without_and_with_the_cache(tmp_path):
     run("--task", "compile", "--out", tmp_path)
@@ -784,14 +987,16 @@ def test_a_task_that_takes_too_long_is_given_up_and_the_others_are_kept(tmp_path
         (["--parallel", "pmap", "--vs", "transformers"], "leave --parallel out"),
         (["--weights", "random", "--task", "validate"], "random weights have no tokenizer"),
         (["--vs", "ctranslate2"], "needs ctranslate2: pip install ctranslate2"),
+        (["--vs", "llama.cpp"], "needs gguf and xllamacpp: pip install gguf xllamacpp"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, capsys):
     find_spec = bench.find_spec
+    missing = ("ctranslate2", "datasets", "gguf", "xllamacpp")
     monkeypatch.setattr(
         bench,
         "find_spec",
-        lambda name: None if name in ("ctranslate2", "datasets") else find_spec(name),
+        lambda name: None if name in missing else find_spec(name),
     )
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     with pytest.raises(SystemExit) as stop:

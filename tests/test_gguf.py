@@ -171,6 +171,17 @@ def test_the_logits_are_those_of_transformers_on_the_same_weights(checkpoint, na
     case.assert_close("stream")
 
 
+def test_a_file_says_which_layers_of_a_gemma_3_attend_to_all_tokens(checkpoint, tmp_path):
+    """Each sixth where it does not, as in the published ones."""
+    family, folder = checkpoint("gemma3")
+    for period, expected in [(None, "SSSSSFS"), (3, "SSFSSFS")]:
+        pattern = ("gemma3.attention.sliding_window_pattern", period)
+        metadata = [*IDS, *([pattern] if period else [])]
+        file = write_gguf(folder, tmp_path / "model.gguf", "F32", metadata=metadata)
+        kinds = family.module.read_config(file).layer_types
+        assert "".join(kind[0].upper() for kind in kinds) == expected
+
+
 def test_experts_may_lie_one_by_one_as_in_old_files(checkpoint, tmp_path):
     _, folder = checkpoint("mixtral")
     file = write_gguf(folder, tmp_path / "stacked.gguf", "Q8_0")
