@@ -287,8 +287,8 @@ class Costs:
     train_bytes: float
 
 
-# Bytes of a weight of the blocks, and of the head; in int4, 32 weights share a scale of 8 bits.
-BYTES_OF_WEIGHT = {"int8": (1, 1), "int4": (4.25 / 8, 1)}
+# Bytes of a weight of the blocks, and of the head; in int4, 32 weights share a scale of 16 bits.
+BYTES_OF_WEIGHT = {"int8": (1, 1), "int4": (4.5 / 8, 1)}
 
 
 @lru_cache(1)  # a plan asks for several numbers of chips
@@ -854,7 +854,7 @@ class LlamaCpp:
 
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE  # in memory
+        params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE  # read, not mapped
         params.n_gpu_layers = 0
         params.cpuparams.n_threads = os.cpu_count()
         params.cpuparams_batch.n_threads = os.cpu_count()
@@ -864,7 +864,7 @@ class LlamaCpp:
             params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
             params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 
-        # No copies of the KV cache for later prompts that begin like this one, and no log.
+        # No KV cache is kept for later prompts that begin alike, and no log is printed.
         params.cache_ram_mib = 0
         params.n_ctx_checkpoints = 0
         params.verbosity = -1
@@ -957,10 +957,12 @@ def add_metadata(writer, module, config) -> None:
     if "head_dim" in values:
         writer.add_value_length(config.head_dim)
 
-    # Gemma: each layer of this number attends to all tokens, the others to a sliding window.
+    # Gemma: every n-th layer attends to all tokens, the others to a sliding window.
     if "layer_types" in values:
-        number = [*config.layer_types, "full_attention"].index("full_attention") + 1
-        writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", number)
+        n = len(config.layer_types) + 1  # no layer does
+        if "full_attention" in config.layer_types:
+            n = config.layer_types.index("full_attention") + 1
+        writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", n)
 
     # RoPE scaling: a factor for all frequencies, as in Gemma 3, or one for each, as in Llama 3.1.
     if getattr(config, "rope_factor", 1) != 1:
@@ -972,7 +974,8 @@ def add_metadata(writer, module, config) -> None:
         divisors = inv_freq / module.scale_low_frequencies(inv_freq, scaling)
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
 
-    # A vocabulary of a kind that has no token to end a text. A token's text is its id and a blank.
+    # This kind of vocabulary has no token that ends a text. The text of a token is its id and a
+    # blank, so that `LlamaCpp.generate` can read the ids in a text.
     writer.add_tokenizer_model("rwkv")
     writer.add_token_list([f"{token} " for token in range(config.vocab_size)])
 
@@ -997,7 +1000,7 @@ def ggml_kind(module, path: str, tensor, kind: str) -> str:
     if kind.startswith("Q") and tensor.shape[-1] % 32 != 0:
         return "F16"
     if kind == "Q4_0" and path in module.VOCABULARY:
-        # As in ours. Files of Q4_0 mostly have Q6_K here, which the package gguf cannot write.
+        # As here. Files of Q4_0 mostly have Q6_K instead, which the package gguf cannot write.
         return "Q8_0"
     return kind
 
@@ -1767,7 +1770,7 @@ def write_results(out: Path, records: list[dict]) -> None:
     """results.jsonl, the machine's line first, and roofline.png."""
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(found) for found in [about_this_machine(), *records]]
-    (out / "results.jsonl").write_text("\n".join(lines))
+    (out / "results.jsonl").write_text("\n".join(lines) + "\n")
     points = [found for found in records if "intensity" in found]
     if points:
         draw_roofline(points, out / "roofline.png")

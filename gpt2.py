@@ -533,7 +533,7 @@ def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, keep=N
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     key = as_key(key)
-    ids = as_unscaled(prompt)
+    ids = as_integers(prompt)
     length = len(ids) + max_new_tokens
     if keep is not None:
         length = min(length, model.config.max_position_embeddings)
@@ -704,10 +704,10 @@ def generate_stream(
         "min_p": min_p,
         "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
     }
-    visible = [as_unscaled(prompt) for prompt in prompts]  # of each text, what the model sees
+    visible = [as_integers(prompt) for prompt in prompts]  # of each text, what the model sees
     check_prompts(model.config, visible, max_new_tokens, keep)
     keys = keys_of_rows(key, len(visible))
-    stop_ids = [] if stop_ids is None else as_unscaled(np.ravel(stop_ids))
+    stop_ids = [] if stop_ids is None else as_integers(np.ravel(stop_ids))
     dropped = [0] * len(visible)  # of each text, how many tokens the model no longer sees
     ended = [False] * len(visible)
 
@@ -862,7 +862,7 @@ def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty) -> None
         raise InputError("repetition_penalty must be above 0")
 
 
-def as_unscaled(values) -> list[int]:
+def as_integers(values) -> list[int]:
     """A sequence or array of token ids as a list. InputError: anything else, such as a text."""
     try:
         return [operator.index(value) for value in values]
@@ -877,7 +877,7 @@ def as_array(tokens):
     """Tokens or positions as an array [B, T]. InputError: they are something else."""
     rows = tokens
     if not hasattr(rows, "ndim"):
-        rows = [as_unscaled(row) for row in rows]
+        rows = [as_integers(row) for row in rows]
         if len({len(row) for row in rows}) > 1:
             raise InputError(
                 "rows of tokens are of different lengths: `batch_prompts` makes a batch of them"
@@ -1316,7 +1316,7 @@ def read_stop_ids(folder: Path, config: Config) -> list[int]:
     ids = [] if ids is None else ids
     ids = [ids] if isinstance(ids, int) else ids
     try:
-        return as_unscaled(ids)
+        return as_integers(ids)
     except InputError:
         raise InputError(
             f"{folder}: eos_token_id is {ids!r:.60}, not a token id or several"
@@ -2527,7 +2527,7 @@ def sharding(mesh, config: Config, path: str, shape):
 # --------------------------- Faster forms: the same in every model file ---------------------------
 # A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
 # `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
-# only takes less time or memory. The last section has the branches for int8 and quantized weights.
+# only takes less time or memory. The next section has the branches for int8 and quantized weights.
 # On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write `Linear =
 # nnx.Linear` and drop the first `if` of `how_to_run`.
 
@@ -2661,7 +2661,7 @@ def in_chunks(x, axis: int, size: int, fill=0):
 # ----------------- Quantized weights and KV cache: the same in every model file -------------------
 # `load(..., quantize="int8")` holds each matrix in few bits and widens it where it is used. That
 # takes less memory, and generation is faster where its time goes into reading weights from memory.
-# What is held is the same on all devices. Not quantized: norms, biases, position tables, and the
+# The format does not depend on the device. Not quantized: norms, biases, position tables, and the
 # routers of experts. The token table and the head have 8 bits even where others have 4.
 
 QUANTIZED = ("int8", "int4", "bfloat16")  # how a QuantizedMatrix can hold its weights
@@ -2672,14 +2672,14 @@ PARTS = ("codes", "row_scale", "group_scale")  # the parameters of a QuantizedMa
 
 
 class QuantizedMatrix(nnx.Module):
-    """A matrix [F, D] that is held in few bits.
+    """A matrix [F, D] that is held in few bits: F outputs, each a row of D inputs.
 
-    int8: each weight is a small integer times a scale, codes [F, D] from -127 to 127 and row_scale
-    [F, 1] in float32.
-    int4: codes from -8 to 7, plus 8: a byte of codes [F, D / 2] holds column j in its low half, and
-    column j + D / 2 in its high half. A weight is code * group_scale * row_scale, where GROUP
-    neighbours in a column share a scale: [F / GROUP, D], the bits of a bfloat16. Where F is not a
-    multiple of GROUP, or D is odd, the matrix is held as int8.
+    int8: a weight is code * row_scale, codes [F, D] from -127 to 127, row_scale [F, 1] in float32.
+    int4: a weight is code * group_scale * row_scale, and a code is from -8 to 7. GROUP neighbouring
+    rows share a scale in each column, group_scale [F / GROUP, D], the bits of a bfloat16: so one
+    product of scales and x serves them all, see `dot_with_vector`. A byte of codes [F, D / 2] holds
+    code + 8 of column j in its low four bits, and of column j + D / 2 in its high four. Where F is
+    not a multiple of GROUP, or D is odd, the matrix is held as int8.
     bfloat16: the bits of the weights as uint16 [F, D]. XLA on a CPU is slow to widen bfloat16, but
     not to shift integers.
     """
@@ -2718,7 +2718,7 @@ class QuantizedMatrix(nnx.Module):
         if jax.default_backend() == "cpu":
             y = dot_in_tiles(vectors.astype(jnp.float32), codes, group_scale)
         else:
-            w = jnp.concatenate(unscaled(codes, group_scale), axis=-1).astype(x.dtype)
+            w = jnp.concatenate(without_row_scale(codes, group_scale), axis=-1).astype(x.dtype)
             y = jnp.matmul(vectors, w.T, preferred_element_type=jnp.float32)
 
         # The scale of a row is that of an output, so it can wait until after the sum.
@@ -2790,7 +2790,7 @@ def quantized_head(model, x):
 
 @partial(jax.jit, static_argnames="kind")
 def quantize_matrix(w, kind: str) -> dict:
-    """The parts of a QuantizedMatrix, of w [F, D]: what is nearest to each weight."""
+    """The parts of a QuantizedMatrix by name: the codes nearest to w [F, D], and their scales."""
     F, D = w.shape
     if kind == "bfloat16":
         return {"codes": as_bits(w)}
@@ -2812,14 +2812,14 @@ def quantize_groups(w) -> dict:
     groups = w / jnp.where(row_scale == 0, 1, row_scale)
     groups = groups.reshape(F // GROUP, GROUP, D)
 
-    # The weight of the largest magnitude in a group gets the code -8.
+    # The largest weight of a group gets the code -8: the scale has the opposite sign.
     largest = jnp.abs(groups).argmax(axis=1, keepdims=True)
     scale_bits = as_bits(jnp.take_along_axis(groups, largest, axis=1) / -8)  # [F / GROUP, 1, D]
     scale = from_bits(scale_bits)
     codes = jnp.round(groups / jnp.where(scale == 0, 1, scale)).clip(-8, 7)
 
-    bytes_ = (codes + 8).astype(jnp.uint8).reshape(F, D)
-    low, high = jnp.split(bytes_, 2, axis=1)
+    shifted = (codes + 8).astype(jnp.uint8).reshape(F, D)
+    low, high = jnp.split(shifted, 2, axis=1)
     return {
         "codes": low | (high << 4),
         "row_scale": row_scale,
@@ -2851,8 +2851,8 @@ def check_quantize(folder: Path, quantize: str | None) -> str | None:
         raise InputError(f"quantize is {quantize!r}: it must be one of {', '.join(QUANTIZED)}")
     if stored_as is not None and quantize not in (None, stored_as):
         raise InputError(
-            f"{folder} holds its weights in {stored_as}, and {quantize} is made from the "
-            "checkpoint that they were made from"
+            f"{folder} holds its weights in {stored_as}: for {quantize}, load the checkpoint that "
+            "they were made from"
         )
     return quantize or stored_as
 
@@ -2892,8 +2892,8 @@ def unpacked(codes) -> list:
     return [(pairs & 15) - 8, (pairs >> 4) - 8]
 
 
-def unscaled(codes, group_scale) -> list:
-    """The weights [F, D] but for row_scale, in blocks of columns as from `unpacked`."""
+def without_row_scale(codes, group_scale) -> list:
+    """The weights [F, D], row_scale left out, in blocks of columns as from `unpacked`."""
     blocks = unpacked(codes)
     if group_scale is None:
         return blocks
@@ -2901,15 +2901,16 @@ def unscaled(codes, group_scale) -> list:
     return [times_groups(*pair) for pair in zip(blocks, scales, strict=True)]
 
 
-def times_groups(w, group_scale):
-    """w [F, D] times group_scale [F / GROUP, D], of which GROUP rows share one."""
-    groups = w.reshape(len(group_scale), GROUP, -1)
-    return (groups * group_scale[:, None]).reshape(w.shape)
+def times_groups(w, factors):
+    """w [F, D] times factors [F / GROUP, D], of which GROUP rows share each."""
+    groups = w.reshape(len(factors), GROUP, -1)
+    return (groups * factors[:, None]).reshape(w.shape)
 
 
 def dot_in_tiles(x, codes, group_scale):
-    """x [N, D] times the transposed `unscaled` weights [F, D] -> [N, F], for XLA on a CPU.
+    """x [N, D] times the transposed weights, row_scale left out -> [N, F], for XLA on a CPU.
 
+    codes [F, D], or in int4 [F, D / 2]; group_scale None, or in int4 [F / GROUP, D] in float32.
     XLA would write the whole matrix to memory in float32 before the product. In a loop over tiles
     of some rows each, a tile is widened within the CPU's cache.
     """
@@ -2930,7 +2931,7 @@ def dot_in_tiles(x, codes, group_scale):
             scale = jax.lax.dynamic_slice_in_dim(group_scale, row // GROUP, tile // GROUP)
 
         product = 0
-        for w, half in zip(unscaled(part, scale), halves, strict=True):
+        for w, half in zip(without_row_scale(part, scale), halves, strict=True):
             w = w.astype(jnp.float32)
             if few:
                 product = product + w @ half.T  # [tile, N]
@@ -2948,16 +2949,15 @@ def dot_in_tiles(x, codes, group_scale):
 def dot_with_vector(x, codes, group_scale):
     """`dot_in_tiles` of one x: [D] -> [1, F].
 
-    XLA on a CPU widens a tile within its product with a vector, if the vector is short enough:
-    tiles are a piece of the columns wide.
+    A tile is only as wide as a piece of the vector: see `pieces_of_vector`.
     """
     F, columns = codes.shape
     tile, tiles = tiles_of(F, x.size, group_scale)
     pieces = pieces_of_vector(columns)
     width = columns // pieces
     if group_scale is not None:
-        # The scales go into x, of which each group has its own: less work than to scale weights.
-        scaled = (group_scale * x).reshape(F // GROUP, 2, columns)
+        # x times the scales, once for each group: less work than to scale the weights.
+        scaled_x = (group_scale * x).reshape(F // GROUP, 2, columns)
 
     def multiply_tile(i, y):
         piece = i // tiles
@@ -2969,11 +2969,11 @@ def dot_with_vector(x, codes, group_scale):
             vector = jax.lax.dynamic_slice_in_dim(x, column, width)
             [w] = unpacked(part)
         else:
-            vector = jnp.ones(width)  # what is left of the product is a sum
+            vector = jnp.ones(width)  # x is in w already: the product only sums it
             sizes = (tile // GROUP, 2, width)
-            ours = jax.lax.dynamic_slice(scaled, (row // GROUP, 0, column), sizes)
+            factors = jax.lax.dynamic_slice(scaled_x, (row // GROUP, 0, column), sizes)
             low, high = unpacked(part)
-            w = times_groups(low, ours[:, 0]) + times_groups(high, ours[:, 1])
+            w = times_groups(low, factors[:, 0]) + times_groups(high, factors[:, 1])
         product = vector[None] @ w.astype(jnp.float32).T  # [1, tile]
         return jax.lax.dynamic_update_slice(y, product[None], (piece, 0, row))
 
@@ -2988,12 +2988,12 @@ def tiles_of(F: int, D: int, group_scale) -> tuple[int, int]:
     tiles = max(2, math.ceil(F * D / TILE))
     tile = math.ceil(F / tiles)
     if group_scale is not None:
-        tile = math.ceil(tile / GROUP) * GROUP  # whole groups
+        tile = round_up(tile, GROUP)  # whole groups
     return tile, math.ceil(F / tile)
 
 
 def pieces_of_vector(length: int) -> int:
-    """Into how many equal pieces a vector is cut, each of less than 16 kB.
+    """Into how many equal pieces to cut a vector, each of less than 4,096 numbers (16 kB).
 
     XLA on a CPU widens a tile within its product with a vector only if the vector is so small.
     """
@@ -3004,7 +3004,7 @@ def pieces_of_vector(length: int) -> int:
 
 
 def stored_width(Dh: int, dtype) -> int:
-    """Numbers that the cache holds for a key or value of width Dh: in int8, and its scale."""
+    """How many numbers a key or value takes in the cache: Dh, and in int8 the scale's 4 bytes."""
     return Dh + 4 if dtype == jnp.int8 else Dh
 
 

@@ -83,7 +83,7 @@ def main():
         if args.chat and not args.ui:
             chat_folder = model_file.tokenizer_folder(folder)
             tokenizer = ChatTokenizer(tokenizer.backend, chat_folder, args.system)
-        draft = find_draft(args.draft, tokenizer)
+        draft = find_draft(args.draft, tokenizer, config)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
         args.draft = load_draft(draft, model, mesh, args)
 
@@ -313,11 +313,17 @@ def precision(model_file, model) -> str:
     return f"{model.dtype.name}, weights in {held}"
 
 
-def find_draft(name: str | None, tokenizer):
+def find_draft(name: str | None, tokenizer, config):
     """The model file and the folder of a smaller model that --draft names; None if it names none.
 
-    Exits where its vocabulary is not the one of the tokenizer.
+    Exits where its vocabulary is not the one of the tokenizer, or where the model (config) does not
+    compute several tokens at once as it does one after another.
     """
+    if name is not None and ("rope_type", "dynamic") in getattr(config, "rope_scaling", ()):
+        fail(
+            "--draft does not work with dynamic RoPE scaling, where the angles of a token depend "
+            "on how long the text is so far: leave it out"
+        )
     if name in (None, "ngram"):
         return None
     model_file = importlib.import_module(model_of(name))
@@ -952,7 +958,7 @@ class Programs:
 
 # -------------------------------------- Speculative decoding --------------------------------------
 
-WIDTHS = (4, 8, 16)  # tokens in a forward pass that checks guesses: each is a program to compile
+WIDTHS = (4, 8, 16)  # tokens in a pass that checks guesses: each width is a program to compile
 SPARE = 128  # slots of the cache for the holes in several rows
 LONGEST = 16  # tokens of an n-gram to look up, at most
 SHORTEST = 2  # and at least
@@ -964,12 +970,12 @@ def speculate(decoder: "Decoder", draft, texts: list[list[int]], limit: int, tim
 
     A draft guesses the tokens that follow, and the model checks all of them in one forward pass,
     which takes little longer than the one for a single token where the time goes into reading the
-    weights (Leviathan et al. 2023). There a guess is accepted at random, so that the distribution
-    stays the model's. Here nothing is left to chance: the random numbers of a token depend only on
-    the row's key and the token's position, so what plain decoding would sample at each position is
-    known, and `verify` samples it. Guesses count as long as they are the same tokens; in place of
-    the first other one stands the model's own. So the text is the one without a draft, token for
-    token, greedy or sampled, up to rounding of the logits.
+    weights (Leviathan et al. 2023). In the paper a guess is accepted at random, so that the
+    distribution stays the model's. Here the random numbers of a token depend only on the row's key
+    and the token's position, so `verify` can sample at each position what plain decoding would
+    sample there. Guesses are kept up to the first that differs, and the model's own token takes its
+    place. So the text is the one without a draft, token for token, greedy or sampled, up to
+    rounding of the logits.
 
     A draft model samples with the same keys: the same Gumbel noise is added to its logits. Where
     the two distributions are alike, so are the samples.
@@ -1052,7 +1058,7 @@ def count_guesses(timing, guesses, new):
 
 
 class Decoder:
-    """A model that reads B texts, and its KV cache, out of which tokens can be taken back.
+    """A model, and the KV cache of the B texts that it has read, from which it can take tokens.
 
     run_verify(cache, tokens, positions) and run_decode(cache, token, steps) are the programs of its
     model file, and check_tokens is the function there.
@@ -1079,7 +1085,7 @@ class Decoder:
         return np.asarray(new).reshape(len(last), -1)[:, :steps]
 
     def roll_back(self, written: int, kept: list[int]):
-        """Of the newest `written` slots, leaves each row the first kept [B]."""
+        """Each row keeps the first kept[row] of the newest `written` slots."""
         self.cache = roll_back(self.cache, written, kept)
 
     def make_room(self, slots: int):
@@ -1092,10 +1098,10 @@ class Decoder:
 
 
 def roll_back(cache, written: int, kept: list[int]):
-    """Takes tokens back out of a cache: of its newest `written` slots a row keeps the first kept.
+    """Takes tokens out of a cache: a row keeps the first kept[row] of its newest `written` slots.
 
-    A slot counts by its position alone, and -1 hides it. Where rows keep different numbers [B], all
-    but the longest are left with holes.
+    Only its position makes a slot count; -1 hides it. Where rows keep different numbers, all but
+    the longest get holes.
     """
     positions = np.array(cache.positions)  # [B, S]; with pmap all have an axis of devices before it
     kept = np.reshape(kept, positions.shape[:-1])
@@ -1174,7 +1180,7 @@ def decoder_of_rows(model_file, programs, rows, cache, args) -> Decoder:
 
 
 def share_right(guesses, new) -> float:
-    """Which part of some guesses was right. new: what each row got, the model's own token last."""
+    """The share of the guesses that are right. new: each row's new tokens, the model's own last."""
     right = sum(len(tokens) - 1 for guess, tokens in zip(guesses, new, strict=True) if guess)
     return right / sum(map(len, guesses))
 

@@ -1106,7 +1106,7 @@ def first_state(args, optimizer, params, mesh) -> dict:
 # -------------------------------------------- Pruning ---------------------------------------------
 
 # A pruned weight is 0, and the weights themselves are the mask: what is 0 stays 0. So checkpoints,
-# --resume and all modes of --parallel have the masks without more ado.
+# --resume and all modes of --parallel need no code for the masks.
 
 
 def read_pruning(prune: str | None) -> tuple[float, tuple[int, int] | None]:
@@ -1128,14 +1128,14 @@ def read_pruning(prune: str | None) -> tuple[float, tuple[int, int] | None]:
 
 
 def is_matrix_of_block(path) -> bool:
-    """Whether --prune is for a parameter: a kernel in a block, but not the router of a Mixtral."""
+    """Whether a parameter is pruned: a kernel in a block, but not the router of a Mixtral."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     in_block = re.match(r"(h|layers)\.\d+\.", name) is not None
     return in_block and ".kernel" in name and ".gate." not in name
 
 
 def change_matrices(change: Callable, params, *others):
-    """The parameters with `change` applied to each matrix that --prune is for.
+    """The parameters with `change` applied to each matrix that --prune applies to.
 
     others: more trees of the same structure, whose leaves `change` gets, too.
     """
@@ -1156,8 +1156,9 @@ def zeros_as_in(params, tree):
 def keeping_zeros(optimizer) -> optax.GradientTransformation:
     """An optimizer under which a pruned weight stays 0.
 
-    Its gradient is 0, too, so that it counts neither for clipping nor for Muon. Its update is not:
-    momentum from before the pruning, and Muon's orthogonalization, would move it.
+    Its gradient is 0, too, so that it counts neither for clipping nor for Muon. The optimizer's
+    update would not be: momentum from before the pruning, and Muon's orthogonalization, would move
+    the weight. So it is set to 0.
     """
 
     def update(gradients, state, params):
@@ -1219,17 +1220,20 @@ def pruned_by(run: Run) -> int:
 
 
 def prune_when_due(run: Run) -> None:
-    """Prunes more weights: thirty times in the first three quarters of the run.
+    """Prunes more weights at each fortieth of the run, up to three quarters of it.
 
     By the cubic schedule of Zhu and Gupta 2017: fast at first, when many weights are of little use,
     then ever slower. In the last quarter, the weights that are left recover.
     """
     last = pruned_by(run)
+    if last == 0:
+        return
+
     every = max(1, run.args.steps // 40)
     due = run.step == last or (run.step < last and run.step % every == 0)
     if run.resumed_at >= last:  # perhaps with fewer --steps than before: it may have missed some
         due = run.step == run.resumed_at + 1
-    if last == 0 or not due:
+    if not due:
         return
 
     share, _ = read_pruning(run.args.prune)
@@ -1246,7 +1250,7 @@ def counts_of(share: float, params):
 def compile_pruning(target: str | None, state: dict) -> Callable:
     """The program (state, counts) -> state with so many weights of each matrix pruned.
 
-    It overwrites the state that it is given. target: of --prune.
+    It overwrites the state that it is given. target: the value of --prune.
     """
     _, group = read_pruning(target)
 
@@ -1271,8 +1275,8 @@ def prune(group: tuple[int, int] | None, kernel, count):
     if group:
         n, m = group
         groups = magnitude.reshape(-1, m, kernel.shape[1])
-        order = jnp.argsort(groups, axis=1)
-        rank = jnp.argsort(order, axis=1)
+        order = jnp.argsort(groups, axis=1)  # [in / m, m, out]
+        rank = jnp.argsort(order, axis=1)  # of a weight in its group; 0: the smallest
         groups = jnp.where(rank < m - n, groups, jnp.inf)
         magnitude = groups.reshape(kernel.shape)
     return jnp.where(smallest(magnitude, count), 0, kernel)
@@ -1282,8 +1286,8 @@ def smallest(values, count):
     """Whether each of these float32 values is one of the `count` smallest; none is negative.
 
     Of equal ones, the first are taken. A binary search for the limit only counts values, which is
-    faster than to sort them, and of shards, only counts are sent. The bits of floats that are not
-    negative are in the order of the floats.
+    faster than to sort them, and its steps send only counts between shards. The bits of floats that
+    are not negative are in the order of the floats.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
 
@@ -1299,7 +1303,7 @@ def smallest(values, count):
 
 
 def count_zeros(*trees) -> tuple[int, int]:
-    """(how many weights are 0, how many there are) in the matrices that --prune is for."""
+    """(how many weights are 0, how many there are) in the matrices that --prune applies to."""
     zeros, size = 0, 0
     for path, p in itertools.chain.from_iterable(map(jax.tree.leaves_with_path, trees)):
         if is_matrix_of_block(path):
@@ -1315,7 +1319,7 @@ def sparsity(*trees) -> float:
 
 
 def describe_zeros(*trees) -> str:
-    """The same for a line of the program."""
+    """That share in words, such as: 50.0% of the 786,432 weights in the blocks' matrices are 0"""
     zeros, size = count_zeros(*trees)
     return f"{zeros / size:.1%} of the {size:,} weights in the blocks' matrices are 0"
 

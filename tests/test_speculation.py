@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -435,6 +436,17 @@ def test_a_draft_with_another_vocabulary_is_refused(folders, refused):
 @pytest.mark.parametrize("option", ["--ui", "--score", "--attention=a.png", "--choices=x"])
 def test_a_draft_needs_a_text_that_is_continued(refused, option):
     assert "leave it out" in refused("--draft", "ngram", option)
+
+
+def test_a_draft_is_refused_where_the_length_so_far_matters(refused, tmp_path):
+    """Dynamic RoPE: checked together, tokens would have the angles of a longer text."""
+    model = shutil.copytree(ROOT / "tiny/llama", tmp_path / "dynamic")
+    values = json.loads((model / "config.json").read_text())
+    values["rope_scaling"] = {"rope_type": "dynamic", "factor": 8.0}
+    (model / "config.json").write_text(json.dumps(values))
+    assert "--draft does not work with dynamic RoPE" in refused(
+        "--weights", model, "--draft", "ngram"
+    )
 
 
 def test_a_draft_that_is_no_checkpoint_is_refused(folders, refused, tmp_path):
