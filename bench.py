@@ -2290,7 +2290,8 @@ def fill_defaults(args):
         parts = getattr(args, name)
         if parts > 1:
             args.training.append(f"{name.replace('_', '-')} {parts}")
-    args.how = " + ".join([*args.training, *decoding_options(args)])
+    quantized = [f"{args.quantize} weights"] if args.quantize else []
+    args.how = " + ".join([*quantized, *args.training, *decoding_options(args)])
 
 
 def decoding_options(args) -> list[str]:
@@ -2339,12 +2340,18 @@ def check_weights(args):
 
 
 def check_checkpoint(args):
-    """Exits where --weights are no checkpoint of the model file."""
+    """Exits where --weights are no checkpoint of the model file, or one that is quantized."""
     module = importlib.import_module(args.model)
     with explained(module.InputError, "{}"):
         folder = module.fetch(args.weights, weights=False)
         check_family(module, folder)
         module.read_config(folder)
+        held = module.read_quantization(folder)
+    if held is not None:
+        fail(
+            f"{args.weights} holds its weights in {held}: name the checkpoint that they were made "
+            "from, with --quantize"
+        )
 
 
 def check_training_flags(args):

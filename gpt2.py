@@ -1039,14 +1039,14 @@ def place(params: dict, values: dict, mesh, config: Config) -> None:
 
 
 def read_tensor(folder: Path, name: str, read, param, path: str, transposed: bool):
-    """A tensor of a checkpoint as the parameter needs it. InputError: it has another shape."""
+    """A tensor of a checkpoint as the parameter needs it. InputError: another shape or type."""
     tensor = read()
     if transposed:
         tensor = tensor.T
     if tensor.shape != param.shape:
         raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
-    is_float = jnp.issubdtype(tensor.dtype, jnp.floating)
-    if not is_float and tensor.dtype != param.dtype:
+    both_float = all(jnp.issubdtype(each.dtype, jnp.floating) for each in (tensor, param))
+    if not both_float and tensor.dtype != param.dtype:
         raise InputError(f"{folder}: {name} is {tensor.dtype}: quantized weights are not supported")
     return tensor
 
@@ -2808,9 +2808,12 @@ def quantize_groups(w) -> dict:
     F, D = w.shape
 
     # The rows of a group may differ much, as those of k_proj do: first they get the same size.
-    row_scale = jnp.sqrt(jnp.square(w).mean(axis=1, keepdims=True))
-    groups = w / jnp.where(row_scale == 0, 1, row_scale)
-    groups = groups.reshape(F // GROUP, GROUP, D)
+    # By the largest weight, whose square cannot overflow then, and by the root mean square.
+    most = jnp.abs(w).max(axis=1, keepdims=True)
+    rows = w / jnp.where(most == 0, 1, most)
+    rms = jnp.sqrt(jnp.square(rows).mean(axis=1, keepdims=True))
+    rows = rows / jnp.where(rms == 0, 1, rms)
+    groups = rows.reshape(F // GROUP, GROUP, D)
 
     # The largest weight of a group gets the code -8: the scale has the opposite sign.
     largest = jnp.abs(groups).argmax(axis=1, keepdims=True)
@@ -2822,7 +2825,7 @@ def quantize_groups(w) -> dict:
     low, high = jnp.split(shifted, 2, axis=1)
     return {
         "codes": low | (high << 4),
-        "row_scale": row_scale,
+        "row_scale": most * rms,
         "group_scale": scale_bits[:, 0],
     }
 

@@ -1005,6 +1005,19 @@ def test_bad_input_is_one_line_that_says_what_to_do(options, said, monkeypatch, 
     assert (stop.value.code, out) == (2, "") and err.count("\n") == 1 and said in err
 
 
+def test_a_folder_with_quantized_weights_is_refused(tmp_path, monkeypatch, capsys):
+    """No other library reads it, and float32 is not made of it."""
+    gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--weights", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        bench.parse_command_line()
+    assert stop.value.code == 2
+    said = (
+        "holds its weights in int8: name the checkpoint that they were made from, with --quantize"
+    )
+    assert said in capsys.readouterr().err
+
+
 def test_what_is_not_there_is_one_line_too(tmp_path):
     for options, said in [
         (["--device", "tpu"], "--device tpu: JAX finds no such device"),

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.reference import MATERIAL, ROOT
+from safetensors.numpy import load_file, save_file
 
 import gpt2
 import llama
@@ -89,6 +90,18 @@ def test_the_rows_of_an_int4_group_may_differ_in_size():
     of_one_size = llama.QuantizedMatrix(w, "int4").widened()
     np.testing.assert_allclose(
         llama.QuantizedMatrix(size * w, "int4").widened(), size * of_one_size, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_size_of_the_weights_does_not_matter(kind, size):
+    """Also where the square of a weight is no float32."""
+    w = random_matrix(32, 64)
+    of_size_1 = llama.QuantizedMatrix(w, kind).widened()
+    tolerance = {"rtol": 0.02, "atol": 1e-6}  # the rounding of a code may change
+    np.testing.assert_allclose(
+        llama.QuantizedMatrix(w * np.float32(size), kind).widened() / size, of_size_1, **tolerance
     )
 
 
@@ -267,9 +280,22 @@ def test_another_format_is_refused():
         gpt2.load(ROOT / "tiny/gpt2", quantize="int3")
 
 
+@pytest.mark.parametrize("part", ["codes", "group_scale"])
+def test_parts_of_another_type_are_refused(part, tmp_path):
+    """Such as the bits of a bfloat16 that another program has read as a bfloat16."""
+    llama.save(llama.load(ROOT / "tiny/llama", quantize="int4"), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.0.mlp.down_proj.weight.{part}"
+    tensors[name] = tensors[name].astype(np.float32)
+    save_file(tensors, file)
+    with pytest.raises(llama.InputError, match=f"{part} is float32: quantized weights"):
+        llama.load(tmp_path)
+
+
 def test_int4_is_not_made_of_int8(tmp_path):
     gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path)
-    with pytest.raises(gpt2.InputError, match="holds its weights in int8, and int4 is made from"):
+    with pytest.raises(gpt2.InputError, match="in int8: for int4, load the checkpoint that"):
         gpt2.load(tmp_path, quantize="int4")
 
 
