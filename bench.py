@@ -927,8 +927,6 @@ def write_gguf(module, folder: Path, file: Path, kind: str, tokens: int) -> None
     names = gguf.get_tensor_name_map(numbers[architecture], layers)
     for path, param, name, _ in module.named_parameters(nnx.state(model)):
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if renamed is None:  # such as a part of a matrix that this project quantized
-            raise OSError(f"--vs llama.cpp: it has no tensor for {name} of {folder}")
         tensor = ggml_layout(architecture, path, np.asarray(param[...]), model.config)
         held = gguf.GGMLQuantizationType[ggml_kind(module, path, tensor, kind)]
         data = gguf.quants.quantize(np.ascontiguousarray(tensor), held)

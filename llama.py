@@ -3019,8 +3019,8 @@ def quantize_groups(w) -> dict:
     """The parts of a QuantizedMatrix in int4, of w [F, D] in float32."""
     F, D = w.shape
 
-    # The rows of a group may differ much, as those of k_proj do: first they get the same size.
-    # By the largest weight, whose square cannot overflow then, and by the root mean square.
+    # The rows of a group may differ much, as those of k_proj do: first they get the same root mean
+    # square. That of a row whose largest weight is 1 cannot overflow.
     most = jnp.abs(w).max(axis=1, keepdims=True)
     rows = w / jnp.where(most == 0, 1, most)
     rms = jnp.sqrt(jnp.square(rows).mean(axis=1, keepdims=True))

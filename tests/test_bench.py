@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.reference import ROOT
-from helpers.small import DAMAGES, write_checkpoint
+from helpers.small import DAMAGES, SIZES_FOR_GGUF, write_checkpoint
 
 import bench
 import gemma
@@ -575,16 +575,7 @@ def test_peers_run_in_turn_on_the_same_weights(tasks, tmp_path):
 
 # --------------------------------------------------------------------------------------- llama.cpp
 
-SIZES = {  # rows of 64 and 96 weights, as quantized kinds have blocks of 32
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-}
+SIZES = {**SIZES_FOR_GGUF, "vocab_size": 256}
 GEMMA = {**SIZES, "query_pre_attn_scalar": 32, "sliding_window": 8, "rope_theta": 10000.0}
 IN_LLAMA_CPP = {  # name -> (model file, config; None: the model in tiny/)
     "gpt2": (gpt2, None),
@@ -743,13 +734,6 @@ def test_a_model_that_llama_cpp_does_not_have_is_refused(module, config, said, t
     module.save(model, tmp_path / "weights")
     with pytest.raises(OSError, match=f"^--vs llama.cpp.*{said}"):
         bench.write_gguf(module, tmp_path / "weights", tmp_path / "a.gguf", "F32", tokens=32)
-
-
-def test_weights_that_this_project_quantized_are_not_for_llama_cpp(tmp_path):
-    pytest.importorskip("gguf", reason="pip install -r requirements-dev.txt")
-    gpt2.save(gpt2.load(ROOT / "tiny/gpt2", quantize="int8"), tmp_path / "weights")
-    with pytest.raises(OSError, match=r"no tensor for transformer.+codes"):
-        bench.write_gguf(gpt2, tmp_path / "weights", tmp_path / "a.gguf", "Q8_0", tokens=32)
 
 
 @pytest.mark.wide

@@ -11,6 +11,7 @@ import pytest
 import transformers
 from helpers import families
 from helpers.reference import MATERIAL, ROOT, Case, assert_same_model, write_random
+from helpers.small import SIZES_FOR_GGUF
 from safetensors.numpy import load_file, save_file
 from test_sentencepiece import PUBLISHED, texts_without_special_tokens
 from test_tokenizer import TEXTS, long_texts
@@ -26,15 +27,9 @@ gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 from helpers import gguf_files  # noqa: E402
 from helpers.gguf_files import write_gguf  # noqa: E402
 
-SIZES = {  # rows of 64 and 96 weights, as the quantized kinds have blocks of 32
+SIZES = {
+    **SIZES_FOR_GGUF,
     "vocab_size": 80,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,

@@ -10,6 +10,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import gpt2
 
+# Of a Llama, Mistral or Gemma: rows of 64 and 96 weights, as quantized GGUF has blocks of 32.
+SIZES_FOR_GGUF = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+}
+
 
 def byte_tokenizer() -> Tokenizer:
     """One token for each byte, as train.py's --tokens bytes has them."""
