@@ -115,7 +115,7 @@ def attend(q, k, v, q_positions, k_positions, scale, first=0):
     The softmax is in float32. Vaswani et al. 2017, equation (1).
     """
     if k.dtype == jnp.int8:
-        # From a cache in 8 bits.
+        # From a cache in 8 bits: [..., Dh + 4].
         k = widen_slots(k, q.dtype)
         v = widen_slots(v, q.dtype)
 
@@ -539,9 +539,10 @@ def top_p_bound(logits, top_p):
 def generate_naive(model, prompt: list[int], max_new_tokens: int, *, key, keep=None, **sampling):
     """Autoregressive generation in its plainest form: recompute everything for each new token.
 
-    No cache, and a single prompt. `generate` gives the same tokens with key=jnp.stack([key]), a key
-    for each row; `sampling` is passed on to `sample`. keep: see `generate_stream`; without a cache
-    no text runs on beyond the context, even with sliding windows.
+    No cache, and a single prompt. Up to rounding, `generate` gives the same tokens with
+    key=jnp.stack([key]), a key for each row; a cache in 8 bits rounds more. `sampling` is passed on
+    to `sample`. keep: see `generate_stream`; without a cache no text runs on beyond the context,
+    even with sliding windows.
     """
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
@@ -2523,9 +2524,10 @@ def sharding(mesh, config: Config, path: str, shape):
 # --------------------------- Faster forms: the same in every model file ---------------------------
 # A reader may stop here. The model is the same with `Linear = nnx.Linear`, with Block.__call__ as
 # `run_block`, and without the branch of `attend` that calls `attend_in_chunks`; each form below
-# only takes less time or memory. The next section has the branches for int8 and quantized weights.
-# On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are for XLA on a CPU: write `Linear =
-# nnx.Linear` and drop the first `if` of `how_to_run`.
+# only takes less time or memory. On a GPU or TPU, delete `linear_dot` and `run_fenced`, which are
+# for XLA on a CPU: write `Linear = nnx.Linear` and drop the first `if` of `how_to_run`. The branch
+# of `attend` for a cache in int8 and that of `Model.head` for quantized weights call the next
+# section.
 
 
 def linear_dot(x, kernel, dimension_numbers, **matmul_options):
@@ -2671,11 +2673,13 @@ class QuantizedMatrix(nnx.Module):
     """A matrix [F, D] that is held in few bits: F outputs, each a row of D inputs.
 
     int8: a weight is code * row_scale, codes [F, D] from -127 to 127, row_scale [F, 1] in float32.
-    int4: a weight is code * group_scale * row_scale, and a code is from -8 to 7. GROUP neighbouring
-    rows share a scale in each column, group_scale [F / GROUP, D], the bits of a bfloat16: so one
-    product of scales and x serves them all, see `dot_with_vector`. A byte of codes [F, D / 2] holds
+    int4: a weight is code * group_scale * row_scale, and a code is from -8 to 7. row_scale [F, 1]
+    is the root mean square of a row. GROUP neighbouring rows share a scale in each column:
+    group_scale [F / GROUP, D], the bits of bfloat16s as uint16. A byte of codes [F, D / 2] holds
     code + 8 of column j in its low four bits, and of column j + D / 2 in its high four. Where F is
     not a multiple of GROUP, or D is odd, the matrix is held as int8.
+    (With groups along a row, as in GGUF, XLA on a CPU would look up a scale for each weight; so it
+    multiplies x by the scales, once for all rows of a group: see `dot_with_vector`.)
     bfloat16: the bits of the weights as uint16 [F, D]. XLA on a CPU is slow to widen bfloat16, but
     not to shift integers.
     """
