@@ -1906,6 +1906,9 @@ KINDS = {
     "gemma3_text": "gemma",
     "mistral": "mistral",
     "mixtral": "mistral",
+    "ministral": "mistral",
+    "ministral3": "mistral",
+    "mistral3": "mistral",
 }
 MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
 

@@ -29,7 +29,17 @@ COPIES = [
     (["llama", "mistral"], ["rms_norm"]),
     (["sample", "train"], ["random_key"]),
     (["train", "bench"], ["keys_of"]),
-    (["gemma", "mistral"], ["causal_mask", "update_layer", "ring_contents"]),
+    (
+        ["gemma", "mistral"],
+        [
+            "FULL",
+            "SLIDING",
+            "causal_mask",
+            "update_layer",
+            "ring_contents",
+            "has_unbounded_context",
+        ],
+    ),
     (
         PROGRAMS,
         [

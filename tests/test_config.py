@@ -21,6 +21,7 @@ KINDS = {
     "gemma3_text": ("gemma", transformers.Gemma3TextConfig),
     "mistral": ("mistral", transformers.MistralConfig),
     "mixtral": ("mistral", transformers.MixtralConfig),
+    "ministral": ("mistral", transformers.MinistralConfig),
 }
 # Kept apart from the reference: OPT was trained from normal(0.006), as its paper says, and this is
 # for training from scratch alone.
