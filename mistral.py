@@ -2322,6 +2322,14 @@ def read_values(folder: Path) -> dict:
         raise InputError(f"{folder} is damaged: its metadata cannot be ({error})") from None
 
 
+GGUF_SCALING = {  # keys of the metadata for the scaling of RoPE, and those of config.json
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
+
 def gguf_values(file: Path) -> dict:
     """What a config.json would say of a GGUF file. InputError: no model that this file reads."""
     metadata, tensors = read_gguf(file)
@@ -2344,8 +2352,10 @@ def gguf_values(file: Path) -> dict:
 
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
-        factor = metadata.get(f"{architecture}.rope.scaling.factor")
-        values["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+        values["rope_scaling"] = {"rope_type": scaling}
+        for key, name in GGUF_SCALING.items():
+            if f"{architecture}.rope.scaling.{key}" in metadata:
+                values["rope_scaling"][name] = metadata[f"{architecture}.rope.scaling.{key}"]
 
     # A chat ends its turns with a token of its own, EOT.
     ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]

@@ -89,6 +89,15 @@ def test_scaled_rope_multiplies_the_context_length(kind):
     assert llama.Config.from_hf(config.to_hf()) == config
 
 
+@pytest.mark.parametrize("stated", [4096, 16384])
+def test_yarn_extends_the_context_whichever_length_a_file_states(stated):
+    """Qwen2.5 has the trained length in max_position_embeddings, Yarn-Llama-2 the scaled one."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    config = llama.Config.from_hf({"max_position_embeddings": stated, "rope_scaling": scaling})
+    assert config.max_position_embeddings == 16384
+    assert llama.Config.from_hf(config.to_hf()) == config
+
+
 @pytest.mark.parametrize(
     ("values", "original"),
     [
@@ -110,7 +119,8 @@ def test_llama3_without_its_original_context_takes_that_of_the_model(values, ori
     [
         (llama, {"rope_scaling": {"rope_type": "linear"}}, "type linear lacks factor"),
         (llama, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
-        (llama, {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        (llama, {"rope_scaling": {"rope_type": "yarn"}}, "type yarn lacks factor"),
+        (llama, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
         (llama, {"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn"}}, "is 'qwen2'"),
         (gemma, {"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "paligemma"),
         (gemma, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),

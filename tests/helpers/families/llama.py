@@ -27,6 +27,21 @@ LLAMA = Family(
             high_freq_factor=4.0,
             original_max_position_embeddings=32,
         ),
+        "yarn": rope("yarn", 500.0, factor=4.0, original_max_position_embeddings=32),
+        # Dh / 2 = 32 frequencies, of which few turn once: the ends of the ramp are cut off.
+        "yarn, steep": {
+            "head_dim": 64,
+            **rope(
+                "yarn",
+                factor=3.0,
+                original_max_position_embeddings=40,
+                beta_fast=4,
+                beta_slow=0.5,
+                mscale=1.5,
+                mscale_all_dim=0.6,
+                truncate=False,
+            ),
+        },
         "square head": {"vocab_size": 48, "tie_word_embeddings": False},
     },
     parts=rotary_parts(llama),
@@ -56,7 +71,23 @@ LLAMA = Family(
             "unscaled = 1.0 * (turns > high)",
             "llama3 RoPE",
         ),
-        "scale by D and not Dh": Mutation("scale=Dh**-0.5", "scale=D**-0.5 if (D := 48) else 1"),
+        "YaRN's frequencies not scaled": Mutation(
+            "inv_freq = yarn_frequencies(inv_freq, theta, scaling)", "pass", "yarn"
+        ),
+        "YaRN's scores as without it": Mutation("return scale * m**2", "return scale", "yarn"),
+        "YaRN's factor once and not twice": Mutation("scale * m**2", "scale * m", "yarn"),
+        "YaRN's mscale ignored": Mutation(
+            "m = sharpness(scaling[", "sharpness(scaling[", "yarn, steep"
+        ),
+        "beta_fast ignored": Mutation('scaling.get("beta_fast") or 32', "32", "yarn, steep"),
+        "beta_slow ignored": Mutation('scaling.get("beta_slow") or 1', "1", "yarn, steep"),
+        "YaRN's ramp with whole ends": Mutation(
+            'scaling.get("truncate", True)', "True", "yarn, steep"
+        ),
+        "YaRN's ramp with broken ends": Mutation('scaling.get("truncate", True)', "False", "yarn"),
+        "scale by D and not Dh": Mutation(
+            "scale = config.head_dim**-0.5", "scale = config.hidden_size**-0.5"
+        ),
         "gate and up exchanged": Mutation(
             "x = gate * self.up_proj(x)",
             "x = jax.nn.silu(self.up_proj(x)) * self.gate_proj(x)",
