@@ -4,7 +4,16 @@ from transformers import LlamaConfig
 
 import llama
 from helpers.families.common import Family, Mutation
-from helpers.families.rotary import GROUPED, ROTARY, ROTARY_FAULTS, SMALL, rope, rotary_parts
+from helpers.families.rotary import (
+    GROUPED,
+    ROTARY,
+    ROTARY_FAULTS,
+    SMALL,
+    YARN,
+    YARN_FAULTS,
+    rope,
+    rotary_parts,
+)
 
 LLAMA = Family(
     module=llama,
@@ -27,21 +36,7 @@ LLAMA = Family(
             high_freq_factor=4.0,
             original_max_position_embeddings=32,
         ),
-        "yarn": rope("yarn", 500.0, factor=4.0, original_max_position_embeddings=32),
-        # Dh / 2 = 32 frequencies, of which few turn once: the ends of the ramp are cut off.
-        "yarn, steep": {
-            "head_dim": 64,
-            **rope(
-                "yarn",
-                factor=3.0,
-                original_max_position_embeddings=40,
-                beta_fast=4,
-                beta_slow=0.5,
-                mscale=1.5,
-                mscale_all_dim=0.6,
-                truncate=False,
-            ),
-        },
+        **YARN,
         "square head": {"vocab_size": 48, "tie_word_embeddings": False},
     },
     parts=rotary_parts(llama),
@@ -71,23 +66,7 @@ LLAMA = Family(
             "unscaled = 1.0 * (turns > high)",
             "llama3 RoPE",
         ),
-        "YaRN's frequencies not scaled": Mutation(
-            "inv_freq = yarn_frequencies(inv_freq, theta, scaling)", "pass", "yarn"
-        ),
-        "YaRN's scores as without it": Mutation("return scale * m**2", "return scale", "yarn"),
-        "YaRN's factor once and not twice": Mutation("scale * m**2", "scale * m", "yarn"),
-        "YaRN's mscale ignored": Mutation(
-            "m = sharpness(scaling[", "sharpness(scaling[", "yarn, steep"
-        ),
-        "beta_fast ignored": Mutation('scaling.get("beta_fast") or 32', "32", "yarn, steep"),
-        "beta_slow ignored": Mutation('scaling.get("beta_slow") or 1', "1", "yarn, steep"),
-        "YaRN's ramp with whole ends": Mutation(
-            'scaling.get("truncate", True)', "True", "yarn, steep"
-        ),
-        "YaRN's ramp with broken ends": Mutation('scaling.get("truncate", True)', "False", "yarn"),
-        "scale by D and not Dh": Mutation(
-            "scale = config.head_dim**-0.5", "scale = config.hidden_size**-0.5"
-        ),
+        **YARN_FAULTS,
         "gate and up exchanged": Mutation(
             "x = gate * self.up_proj(x)",
             "x = jax.nn.silu(self.up_proj(x)) * self.gate_proj(x)",
