@@ -2225,6 +2225,10 @@ GGUF_WORDS = {
         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -2488,7 +2492,7 @@ def ids_of_tokens(metadata: dict) -> dict[str, int]:
 
 def byte_level_bpe(metadata: dict):
     """A tokenizer of GPT-2's kind: a text is cut into words, and their bytes are merged."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = metadata.get("tokenizer.ggml.pre", "default")
     words = GGUF_WORDS[name]
@@ -2500,8 +2504,11 @@ def byte_level_bpe(metadata: dict):
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
 
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    model = models.BPE(ids_of_tokens(metadata), merges, ignore_merges=words is not None)
+    whole_words = name in (*LLAMA_3, "tekken")  # a word of the vocabulary is one token
+    model = models.BPE(ids_of_tokens(metadata), merges, ignore_merges=whole_words)
     codec = Tokenizer(model)
+    if name == "qwen2":
+        codec.normalizer = normalizers.NFC()  # which llama.cpp leaves out
     codec.pre_tokenizer = pre_tokenizers.Sequence(steps)
     codec.decoder = decoders.ByteLevel()
     return codec
