@@ -12,6 +12,7 @@ import gemma
 import llama
 import mistral
 import qwen
+import sample
 
 KINDS = {
     "gpt2": ("gpt2", transformers.GPT2Config),
@@ -155,6 +156,27 @@ def test_what_is_not_supported_is_refused_by_name(module, values, said):
     with pytest.raises(module.InputError, match=said) as error:
         module.Config.from_hf(values)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["whole", "text"])
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4", "gemma4_unified"])
+def test_gemma_3n_and_4_are_refused_by_name(kind, which, tmp_path):
+    """Multimodal checkpoints, and their text models alone, as transformers writes them.
+
+    They share names of tensors with Gemma 3, but not its architecture.
+    """
+    config = transformers.CONFIG_MAPPING[kind]()
+    if which == "text":
+        config = config.text_config
+    config.save_pretrained(tmp_path)
+    said = f"model_type is '{config.model_type}', but gemma.py supports only"
+
+    with pytest.raises(gemma.InputError, match=said):
+        gemma.Config.from_hf(config.to_dict())
+    with pytest.raises(gemma.InputError, match=said) as error:
+        gemma.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert config.model_type not in sample.KINDS
 
 
 def test_gemma_3_caps_no_attention_scores_whatever_its_config_says():
