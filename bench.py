@@ -300,7 +300,7 @@ def costs(module, config, B: int, T: int, dtype, quantize=None) -> Costs:
     backward pass costs two forward passes. Of E experts, each token chooses k: N tokens read
     E * (1 - (1 - k / E)^N) of them.
     """
-    E = getattr(config, "num_local_experts", 1)
+    E = getattr(config, "num_experts", getattr(config, "num_local_experts", 1))
     chosen = getattr(config, "num_experts_per_tok", 1)
     size, head, shared, experts = count_weights(module, config)
     used = shared + experts * chosen / E  # weights of the blocks that a token is multiplied with
@@ -914,8 +914,11 @@ def write_gguf(module, folder: Path, file: Path, kind: str, tokens: int) -> None
 
     model_type = module.read_config(folder).to_hf()["model_type"]
     architectures = {hf: ggml for ggml, hf in module.GGUF_KINDS.items()}
-    if model_type not in architectures:
-        raise OSError(f"--vs llama.cpp is for GPT-2, Llama, Mistral and Gemma, not {model_type}")
+    if model_type not in architectures or model_type == "qwen3_moe":
+        raise OSError(
+            "--vs llama.cpp is for GPT-2, Llama, Mistral, Gemma and Qwen without experts, "
+            f"not {model_type}"
+        )
 
     model = module.load(folder, dtype="float32")
     architecture = architectures[model_type]
@@ -956,7 +959,7 @@ def add_metadata(writer, module, config) -> None:
         writer.add_value_length(config.head_dim)
 
     # Gemma: every n-th layer attends to all tokens, the others to a sliding window.
-    if "layer_types" in values:
+    if writer.arch.startswith("gemma") and "layer_types" in values:
         n = len(config.layer_types) + 1  # no layer does
         if "full_attention" in config.layer_types:
             n = config.layer_types.index("full_attention") + 1
@@ -1909,6 +1912,9 @@ KINDS = {
     "ministral": "mistral",
     "ministral3": "mistral",
     "mistral3": "mistral",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
+    "qwen3_moe": "qwen",
 }
 MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
 

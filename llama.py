@@ -205,9 +205,9 @@ def rotate(x, positions, inv_freq):
 def rope_frequencies(config: Config, positions):
     """RoPE frequencies in radians per position: [Dh / 2], or [B, 1, Dh / 2] where dynamic.
 
-    Three kinds of scaling extend the context. linear divides all frequencies by the factor;
+    Four kinds of scaling extend the context. linear divides all frequencies by the factor;
     dynamic NTK raises theta once a sequence is longer than the trained length, while keys in the
-    cache stay as they are; llama3 scales only the low frequencies.
+    cache stay as they are; llama3 and yarn scale only the low frequencies.
     """
     scaling = dict(config.rope_scaling)
     kind = scaling.get("rope_type")
@@ -225,6 +225,8 @@ def rope_frequencies(config: Config, positions):
         inv_freq = inv_freq / factor
     if kind == "llama3":
         inv_freq = scale_low_frequencies(inv_freq, scaling)
+    if kind == "yarn":
+        inv_freq = yarn_frequencies(inv_freq, theta, scaling)
     # Scaled in float64 and rounded once; dynamic has a theta in float32. gemma.py and mistral.py
     # compute in float32 from the start: a difference in the last bits, not of the models.
     return inv_freq.astype(np.float32)
@@ -241,6 +243,58 @@ def scale_low_frequencies(inv_freq, scaling: dict):
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * np.pi)
     unscaled = np.clip((turns - low) / (high - low), 0, 1)
     return unscaled * inv_freq + (1 - unscaled) * inv_freq / scaling["factor"]
+
+
+def yarn_frequencies(inv_freq, theta, scaling: dict):
+    """YaRN's scaling: divides the low frequencies by the factor, and keeps the high ones.
+
+    As in Llama 3.1, frequencies are high or low by the turns that they make within the original
+    context, beta_fast or more, and beta_slow or fewer. In between, the two forms are blended by the
+    index of the frequency. Peng et al. 2023, "YaRN", section 3.2.
+    """
+    factor = scaling["factor"]
+    pairs = len(inv_freq)  # Dh / 2
+
+    def index_of(turns):
+        """Where in inv_freq the frequency would stand that makes so many turns; no integer."""
+        wanted = 2 * math.pi * turns / scaling["original_max_position_embeddings"]
+        return -pairs * math.log(wanted) / math.log(theta)
+
+    last_high = index_of(scaling.get("beta_fast") or 32)
+    first_low = index_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        last_high = math.floor(last_high)
+        first_low = math.ceil(first_low)
+    last_high = max(last_high, 0)
+    first_low = min(first_low, 2 * pairs - 1)
+    if first_low == last_high:
+        first_low += 0.001
+
+    scaled = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
+    return scaled * inv_freq / factor + (1 - scaled) * inv_freq
+
+
+def attention_scale(config: Config) -> float:
+    """What attention scores are multiplied by: 1 / sqrt(Dh), and a little more with YaRN.
+
+    For the more keys of a longer context, YaRN makes the softmax sharper: by m^2 for
+    m = 0.1 ln(factor) + 1. The reference multiplies both queries and keys by m. Peng et al. 2023,
+    equation (22).
+    """
+    scale = config.head_dim**-0.5
+    scaling = dict(config.rope_scaling)
+    if scaling.get("rope_type") != "yarn":
+        return scale
+
+    def sharpness(mscale):
+        return 0.1 * mscale * math.log(max(scaling["factor"], 1)) + 1
+
+    m = scaling.get("attention_factor")
+    if m is None:
+        m = sharpness(1)
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            m = sharpness(scaling["mscale"]) / sharpness(scaling["mscale_all_dim"])
+    return scale * m**2
 
 
 class Attention(nnx.Module):
@@ -281,7 +335,8 @@ class Attention(nnx.Module):
         # k and v [B, S, K, Dh] from here on
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
-        x = attend(q, k, v, positions, k_positions, first, scale=Dh**-0.5)  # [B, T, H, Dh]
+        scale = attention_scale(self.config)
+        x = attend(q, k, v, positions, k_positions, first, scale=scale)  # [B, T, H, Dh]
         x = self.o_proj(x.reshape(B, T, -1))
         return x, layer_cache
 
@@ -2081,6 +2136,10 @@ GGUF_WORDS = {
         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -2178,6 +2237,14 @@ def read_values(folder: Path) -> dict:
         raise InputError(f"{folder} is damaged: its metadata cannot be ({error})") from None
 
 
+GGUF_SCALING = {  # keys of the metadata for the scaling of RoPE, and those of config.json
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
+
 def gguf_values(file: Path) -> dict:
     """What a config.json would say of a GGUF file. InputError: no model that this file reads."""
     metadata, tensors = read_gguf(file)
@@ -2200,8 +2267,10 @@ def gguf_values(file: Path) -> dict:
 
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
-        factor = metadata.get(f"{architecture}.rope.scaling.factor")
-        values["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+        values["rope_scaling"] = {"rope_type": scaling}
+        for key, name in GGUF_SCALING.items():
+            if f"{architecture}.rope.scaling.{key}" in metadata:
+                values["rope_scaling"][name] = metadata[f"{architecture}.rope.scaling.{key}"]
 
     # A chat ends its turns with a token of its own, EOT.
     ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
@@ -2334,7 +2403,7 @@ def ids_of_tokens(metadata: dict) -> dict[str, int]:
 
 def byte_level_bpe(metadata: dict):
     """A tokenizer of GPT-2's kind: a text is cut into words, and their bytes are merged."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = metadata.get("tokenizer.ggml.pre", "default")
     words = GGUF_WORDS[name]
@@ -2346,8 +2415,11 @@ def byte_level_bpe(metadata: dict):
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
 
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    model = models.BPE(ids_of_tokens(metadata), merges, ignore_merges=words is not None)
+    whole_words = name in (*LLAMA_3, "tekken")  # a word of the vocabulary is one token
+    model = models.BPE(ids_of_tokens(metadata), merges, ignore_merges=whole_words)
     codec = Tokenizer(model)
+    if name == "qwen2":
+        codec.normalizer = normalizers.NFC()  # which llama.cpp leaves out
     codec.pre_tokenizer = pre_tokenizers.Sequence(steps)
     codec.decoder = decoders.ByteLevel()
     return codec
@@ -2448,6 +2520,7 @@ ROPE_NEEDS = {  # by rope_type: the keys that it must have
     "linear": ["factor"],
     "dynamic": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+    "yarn": ["factor"],
 }
 
 
@@ -2568,10 +2641,14 @@ def config_from_hf(values: dict) -> Config:
     check_rope(rope)
 
     trained = known.get("max_position_embeddings", Config.max_position_embeddings)
-    if kind == "llama3":
+    if kind in ("llama3", "yarn"):
         original = rope.get("original_max_position_embeddings", trained)
         original = values.get("original_max_position_embeddings", original)
         rope["original_max_position_embeddings"] = original
+
+    # Files with YaRN have the scaled length in max_position_embeddings, or the trained one.
+    if kind == "yarn":
+        known["max_position_embeddings"] = max(trained, int(rope["factor"] * original))
 
     # With these two, a sequence may be `factor` times as long as in training. For transformers,
     # max_position_embeddings is the trained length. Some files have the scaled one there all the
@@ -3180,9 +3257,9 @@ def dot_with_vector(x, codes, group_scale):
         scaled_x = (group_scale * x).reshape(F // GROUP, 2, columns)
 
     def multiply_tile(i, y):
-        piece = i // tiles
+        piece = i % pieces  # those of the same rows in turn: rows are then read from end to end
         column = piece * width
-        row = jnp.minimum(i % tiles * tile, F - tile)
+        row = jnp.minimum(i // pieces * tile, F - tile)
         part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
 
         if group_scale is None:

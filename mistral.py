@@ -2334,6 +2334,10 @@ GGUF_WORDS = {
         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -2431,6 +2435,14 @@ def read_values(folder: Path) -> dict:
         raise InputError(f"{folder} is damaged: its metadata cannot be ({error})") from None
 
 
+GGUF_SCALING = {  # keys of the metadata for the scaling of RoPE, and those of config.json
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
+
 def gguf_values(file: Path) -> dict:
     """What a config.json would say of a GGUF file. InputError: no model that this file reads."""
     metadata, tensors = read_gguf(file)
@@ -2453,8 +2465,10 @@ def gguf_values(file: Path) -> dict:
 
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
-        factor = metadata.get(f"{architecture}.rope.scaling.factor")
-        values["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+        values["rope_scaling"] = {"rope_type": scaling}
+        for key, name in GGUF_SCALING.items():
+            if f"{architecture}.rope.scaling.{key}" in metadata:
+                values["rope_scaling"][name] = metadata[f"{architecture}.rope.scaling.{key}"]
 
     # A chat ends its turns with a token of its own, EOT.
     ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
@@ -2587,7 +2601,7 @@ def ids_of_tokens(metadata: dict) -> dict[str, int]:
 
 def byte_level_bpe(metadata: dict):
     """A tokenizer of GPT-2's kind: a text is cut into words, and their bytes are merged."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = metadata.get("tokenizer.ggml.pre", "default")
     words = GGUF_WORDS[name]
@@ -2599,8 +2613,11 @@ def byte_level_bpe(metadata: dict):
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
 
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    model = models.BPE(ids_of_tokens(metadata), merges, ignore_merges=words is not None)
+    whole_words = name in (*LLAMA_3, "tekken")  # a word of the vocabulary is one token
+    model = models.BPE(ids_of_tokens(metadata), merges, ignore_merges=whole_words)
     codec = Tokenizer(model)
+    if name == "qwen2":
+        codec.normalizer = normalizers.NFC()  # which llama.cpp leaves out
     codec.pre_tokenizer = pre_tokenizers.Sequence(steps)
     codec.decoder = decoders.ByteLevel()
     return codec
@@ -3579,9 +3596,9 @@ def dot_with_vector(x, codes, group_scale):
         scaled_x = (group_scale * x).reshape(F // GROUP, 2, columns)
 
     def multiply_tile(i, y):
-        piece = i // tiles
+        piece = i % pieces  # those of the same rows in turn: rows are then read from end to end
         column = piece * width
-        row = jnp.minimum(i % tiles * tile, F - tile)
+        row = jnp.minimum(i // pieces * tile, F - tile)
         part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
 
         if group_scale is None:

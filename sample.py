@@ -82,7 +82,9 @@ def main():
         stop_ids = model_file.read_stop_ids(folder, config) + special_ids(tokenizer, args.stop)
         if args.chat and not args.ui:
             chat_folder = model_file.tokenizer_folder(folder)
-            tokenizer = ChatTokenizer(tokenizer.backend, chat_folder, args.system)
+            tokenizer = ChatTokenizer(
+                tokenizer.backend, chat_folder, args.system, think=not args.no_think
+            )
         draft = find_draft(args.draft, tokenizer, config)
         model, mesh = load_model(model_file, folder, config, devices, prompts, args)
         args.draft = load_draft(draft, model, mesh, args)
@@ -284,7 +286,7 @@ def load_model(model_file, folder, config, devices: list, prompts: list[str] | N
         size = sum(file.stat().st_size for file in files if file.is_file())
         parallel = choose_parallel(devices, heads, size, rows)
     mesh = make_mesh(parallel, devices, heads)
-    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # Mixtral routes by it
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # the routing of experts reads it
 
     dtype = args.dtype
     if dtype is None:
@@ -1385,9 +1387,12 @@ class ChatError(ValueError):
 
 
 class ChatTokenizer:
-    """The tokenizer of a checkpoint, with its chat template and perhaps a system message."""
+    """The tokenizer of a checkpoint, with its chat template and perhaps a system message.
 
-    def __init__(self, backend, folder: Path, system: str | None):
+    think: False switches off the thinking of models whose template has a switch for it.
+    """
+
+    def __init__(self, backend, folder: Path, system: str | None, think: bool = True):
         # Otherwise transformers says that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         # Half a second, which only chats have to wait.
@@ -1422,6 +1427,17 @@ class ChatTokenizer:
         if isinstance(named, dict) and "default" not in named:
             fail(f"{folder} has the chat templates {', '.join(named)}, but none called default")
 
+        self.options = {}
+        if not think:
+            # The name that Qwen3 has given it; others, such as SmolLM3, took it over.
+            self.options = {"enable_thinking": False}
+            template = named["default"] if isinstance(named, dict) else named
+            if "enable_thinking" not in template:
+                fail(
+                    f"the chat template of {folder} has no switch for thinking "
+                    "(enable_thinking): leave --no-think out"
+                )
+
     def encode(self, messages: str | list[dict]) -> list[int]:
         """The token ids of a conversation, up to where the next answer begins.
 
@@ -1444,7 +1460,7 @@ class ChatTokenizer:
         failed += (ArithmeticError, RuntimeError)
         try:
             text = self.templates.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=True, tokenize=False, **self.options
             )
         except failed as error:
             raise ChatError(f"the chat template of {self.folder} fails: {error}") from error
@@ -2913,7 +2929,7 @@ def serve(model_file, model, mesh, folder, tokenizer, stop_ids, listener, args):
     chat_codec = None
     codec_folder = model_file.tokenizer_folder(folder)
     if args.chat or has_chat_template(model_file, codec_folder):
-        chat_codec = ChatTokenizer(tokenizer.backend, codec_folder, None)
+        chat_codec = ChatTokenizer(tokenizer.backend, codec_folder, None, think=not args.no_think)
     service = Service(engine, tokenizer, chat_codec, stop_ids, args)
 
     config = uvicorn.Config(
@@ -3229,6 +3245,9 @@ KINDS = {
     "ministral": "mistral",
     "ministral3": "mistral",
     "mistral3": "mistral",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
+    "qwen3_moe": "qwen",
 }
 MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
 
@@ -3477,6 +3496,11 @@ def add_text_flags(parser):
         "--system", metavar="TEXT", help="with --chat: the system message of the conversation"
     )
     text.add_argument(
+        "--no-think",
+        action="store_true",
+        help="with --chat: answer at once, where a model (Qwen3, SmolLM3) would think first",
+    )
+    text.add_argument(
         "--num-samples",
         type=int,
         default=1,
@@ -3644,6 +3668,8 @@ def check_text_flags(args):
         fail("--max-new-tokens must be 1 or more")
     if args.system is not None and not (args.chat or args.ui):
         fail("--system is for --chat and --ui")
+    if args.no_think and not (args.chat or args.ui):
+        fail("--no-think is for --chat and --ui")
     if "" in args.stop:
         fail("--stop must be a text; leave it out to go on to --max-new-tokens")
 

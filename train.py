@@ -704,7 +704,8 @@ def describe(args, model_file, model, params, data: "Data", mesh) -> tuple:
     per_weight = 4 if args.lora and not args.prune else 6
 
     # The weights that a token meets in matrix products. Of experts, that is those it chooses.
-    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    E = getattr(config, "num_experts", getattr(config, "num_local_experts", 1))
+    chosen = getattr(config, "num_experts_per_tok", 1) / E
     matrices = "kernel" if hasattr(model, "lm_head") else "kernel|wte|embed_tokens"
     N = 0
     for path, param in jax.tree.leaves_with_path(nnx.state(model, nnx.Param)):
@@ -745,11 +746,11 @@ def measure_peak(devices: list, dtype) -> float:
 
 
 def balance_of(model_file, config) -> Callable | None:
-    """What a Mixtral adds to the loss, as a function of the cache: its load-balancing loss.
+    """What a model with experts adds to the loss: its load-balancing loss, given the cache.
 
     Training needs no keys and values, but the cache also carries the router's statistics.
     """
-    if getattr(config, "model_type", "") != "mixtral":
+    if getattr(config, "model_type", "") not in ("mixtral", "qwen3_moe"):
         return None
     return lambda cache: config.router_aux_loss_coef * model_file.balance_loss(cache)
 
@@ -847,7 +848,7 @@ def train_step(config: StepConfig, state: dict, frozen, batch: Batch, key):
 def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
     """({mean loss, accuracy}, gradients) of the whole batch, on all devices.
 
-    The gradients include a Mixtral's balance loss and float16's loss scale.
+    The gradients include the balance loss of experts and float16's loss scale.
     """
     params = state["params"]
 
@@ -901,7 +902,7 @@ def mean_gradients(config: StepConfig, state: dict, frozen, batch: Batch, key):
 
 
 def sum_router_stats(cache, axis: str):
-    """A Mixtral's cache, with the router's statistics summed over pmap's axis of devices."""
+    """A cache with the statistics of routers, if any, summed over pmap's axis of devices."""
     layers = [(k, v, jax.lax.psum(stats, axis)) for k, v, stats in cache.layers]
     return cache._replace(layers=layers)
 
@@ -1128,7 +1129,7 @@ def read_pruning(prune: str | None) -> tuple[float, tuple[int, int] | None]:
 
 
 def is_matrix_of_block(path) -> bool:
-    """Whether a parameter is pruned: a kernel in a block, but not the router of a Mixtral."""
+    """Whether a parameter is pruned: a kernel in a block, but not the router of experts."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     in_block = re.match(r"(h|layers)\.\d+\.", name) is not None
     return in_block and ".kernel" in name and ".gate." not in name
@@ -2544,7 +2545,7 @@ def make_model(args, model_file, folder: Path | None, data: Data, devices: list)
             devices, heads, init_model, bytes_per_weight=4 if args.lora else 16
         )
     mesh = make_mesh(parallel, devices, heads)
-    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # a Mixtral's routing reads it
+    jax.set_mesh(None if "pmap" in mesh.shape else mesh)  # the routing of experts reads it
 
     if folder:
         say(f"reading {short_name(args.weights)}")
@@ -3339,6 +3340,9 @@ KINDS = {
     "ministral": "mistral",
     "ministral3": "mistral",
     "mistral3": "mistral",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
+    "qwen3_moe": "qwen",
 }
 MODELS = [name for name in dict.fromkeys(KINDS.values()) if (HERE / f"{name}.py").exists()]
 
@@ -3590,7 +3594,7 @@ def add_model_flags(parser):
         "conversations 1024, or the context length of --weights if that is less)",
     )
     add_number(model, "--dropout", 0.0, "dropout rate (gpt2, opt)")
-    add_size(model, "--experts", "experts of a block, two for each token (mistral); 0: none")
+    add_size(model, "--experts", "experts of a block, two for each token (mistral, qwen); 0: none")
     add_number(model, "--lora", 0, "rank of LoRA, which trains adapters and no weights; 0: off")
     model.add_argument(
         "--lora-targets",
@@ -3861,8 +3865,8 @@ def check_model_flags(args):
         fail("--width must be a multiple of --heads")
     if args.dropout and args.model not in ("gpt2", "opt"):
         fail(f"{args.model}.py has no --dropout")
-    if args.experts and args.model != "mistral":
-        fail("--experts are of --model mistral")
+    if args.experts and args.model not in ("mistral", "qwen"):
+        fail("--experts are of --model mistral and --model qwen")
     if args.experts < 0 or args.experts == 1:
         fail("--experts must be 0, or 2 or more")
     if args.lora and not args.weights:

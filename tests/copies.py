@@ -18,19 +18,20 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = ["gpt2", "opt", "llama", "gemma", "mistral"]
+ALL = ["gpt2", "opt", "llama", "gemma", "mistral", "qwen"]
 PROGRAMS = ["sample", "train", "bench"]
 # Which files have the same definitions, beside the sections that are the same in every model file.
 COPIES = [
     (ALL, ["Model.__call__", "write_slots", "sharding"]),
     (["gpt2", "opt"], ["Cache", "update_layer"]),
     (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask", "has_unbounded_context"]),
-    (["llama", "gemma", "mistral"], ["attend", "rotate"]),
+    (["llama", "gemma", "mistral", "qwen"], ["attend", "rotate"]),
+    (["llama", "mistral", "qwen"], ["yarn_frequencies", "attention_scale", "check_rope"]),
     (["llama", "mistral"], ["rms_norm"]),
     (["sample", "train"], ["random_key"]),
     (["train", "bench"], ["keys_of"]),
     (
-        ["gemma", "mistral"],
+        ["gemma", "mistral", "qwen"],
         [
             "FULL",
             "SLIDING",
@@ -40,6 +41,8 @@ COPIES = [
             "has_unbounded_context",
         ],
     ),
+    (["mistral", "qwen"], ["attention_scores", "on_each_device", "run_chosen", "run_sorted"]),
+    (["mistral", "qwen"], ["is_sparse", "run_in_blocks", "add_expert"]),
     (
         PROGRAMS,
         [

@@ -11,6 +11,8 @@ from helpers.families.rotary import SMALL
 import gemma
 import llama
 import mistral
+import qwen
+import sample
 
 KINDS = {
     "gpt2": ("gpt2", transformers.GPT2Config),
@@ -22,6 +24,9 @@ KINDS = {
     "mistral": ("mistral", transformers.MistralConfig),
     "mixtral": ("mistral", transformers.MixtralConfig),
     "ministral": ("mistral", transformers.MinistralConfig),
+    "qwen2": ("qwen", transformers.Qwen2Config),
+    "qwen3": ("qwen", transformers.Qwen3Config),
+    "qwen3_moe": ("qwen", transformers.Qwen3MoeConfig),
 }
 # Kept apart from the reference: OPT was trained from normal(0.006), as its paper says, and this is
 # for training from scratch alone.
@@ -90,6 +95,27 @@ def test_scaled_rope_multiplies_the_context_length(kind):
     assert llama.Config.from_hf(config.to_hf()) == config
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 28])
+def test_windows_of_a_qwen2_begin_at_the_layer_that_its_config_names(first):
+    """Published files have max_window_layers; layer_types came later."""
+    values = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5}
+    values |= {"model_type": "qwen2", "max_window_layers": first}
+    config = qwen.Config.from_hf(values)
+    assert config.layer_types == tuple(transformers.Qwen2Config(**values).layer_types)
+    switched_off = qwen.Config.from_hf({**values, "use_sliding_window": False})
+    assert switched_off.sliding_window is None
+    assert set(switched_off.layer_types) == {"full_attention"}
+
+
+@pytest.mark.parametrize("stated", [4096, 16384])
+def test_yarn_extends_the_context_whichever_length_a_file_states(stated):
+    """Qwen2.5 has the trained length in max_position_embeddings, Yarn-Llama-2 the scaled one."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    config = llama.Config.from_hf({"max_position_embeddings": stated, "rope_scaling": scaling})
+    assert config.max_position_embeddings == 16384
+    assert llama.Config.from_hf(config.to_hf()) == config
+
+
 @pytest.mark.parametrize(
     ("values", "original"),
     [
@@ -111,8 +137,16 @@ def test_llama3_without_its_original_context_takes_that_of_the_model(values, ori
     [
         (llama, {"rope_scaling": {"rope_type": "linear"}}, "type linear lacks factor"),
         (llama, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
-        (llama, {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        (llama, {"rope_scaling": {"rope_type": "yarn"}}, "type yarn lacks factor"),
+        (llama, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
         (llama, {"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn"}}, "is 'qwen2'"),
+        (qwen, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        (
+            qwen,
+            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            "has sliding layers, but no sliding_window",
+        ),
+        (qwen, {"model_type": "qwen3_moe", "num_experts": 4}, "8 is more than num_experts 4"),
         (gemma, {"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "paligemma"),
         (gemma, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         (gemma, {"model_type": "gemma2", "rope_scaling": {"type": "linear"}}, "lacks factor"),
@@ -123,6 +157,27 @@ def test_what_is_not_supported_is_refused_by_name(module, values, said):
     with pytest.raises(module.InputError, match=said) as error:
         module.Config.from_hf(values)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["whole", "text"])
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4", "gemma4_unified"])
+def test_gemma_3n_and_4_are_refused_by_name(kind, which, tmp_path):
+    """Multimodal checkpoints, and their text models alone, as transformers writes them.
+
+    They share names of tensors with Gemma 3, but not its architecture.
+    """
+    config = transformers.CONFIG_MAPPING[kind]()
+    if which == "text":
+        config = config.text_config
+    config.save_pretrained(tmp_path)
+    said = f"model_type is '{config.model_type}', but gemma.py supports only"
+
+    with pytest.raises(gemma.InputError, match=said):
+        gemma.Config.from_hf(config.to_dict())
+    with pytest.raises(gemma.InputError, match=said) as error:
+        gemma.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert config.model_type not in sample.KINDS
 
 
 def test_gemma_3_caps_no_attention_scores_whatever_its_config_says():

@@ -43,6 +43,7 @@ SUPPORTED_ACTIVATIONS = {  # by family; the first is the default
     "llama": ["silu"],
     "gemma": ["gelu_pytorch_tanh", "gelu"],
     "mistral": ["silu"],
+    "qwen": ["silu"],
 }
 ACTIVATION_KEYS = {  # by model_type, where it is not hidden_act
     "gpt2": "activation_function",
@@ -51,9 +52,10 @@ ACTIVATION_KEYS = {  # by model_type, where it is not hidden_act
     "gemma3_text": "hidden_activation",
 }
 SUPPORTED_ROPE = {
-    "llama": ["default", "linear", "dynamic", "llama3"],
+    "llama": ["default", "linear", "dynamic", "llama3", "yarn"],
     "gemma": ["default", "linear"],
     "mistral": ["default"],
+    "qwen": ["default", "yarn"],
 }
 OTHER_ROPE = ["linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
@@ -184,6 +186,17 @@ def random_scaling(rng, kind, values) -> dict:
     if kind == "llama3":
         bands = drawn(rng, original_max_position_embeddings=[ABSENT, 16, 64])
         return bands | {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "yarn":
+        return {"factor": factor} | drawn(
+            rng,
+            original_max_position_embeddings=[ABSENT, 16, 64],
+            attention_factor=[ABSENT, ABSENT, None, 1.2],
+            beta_fast=[ABSENT, None, 4.0],
+            beta_slow=[ABSENT, None, 0.5],
+            mscale=[ABSENT, 0.7, 1.5],
+            mscale_all_dim=[ABSENT, 0, 1.0],
+            truncate=[ABSENT, True, False],
+        )
     if kind == "longrope":
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         factors = {name: [1.0 + i for i in range(width // 2)] for name in ("short", "long")}
@@ -266,6 +279,36 @@ def random_mistral(rng) -> dict:
     return values
 
 
+def random_qwen(rng) -> dict:
+    """A Qwen2, a Qwen3, or a Qwen3 with experts; windows count where they are switched on."""
+    kind = rng.choice(["qwen2", "qwen3", "qwen3", "qwen3_moe"])
+    values = what_all_have(rng) | rotary_sizes(rng, 32, 4 if kind == "qwen3_moe" else 32)
+    no_width = [ABSENT] if kind == "qwen3" else [ABSENT, ABSENT, None]
+    values |= drawn(
+        rng,
+        model_type=[kind],
+        head_dim=[*no_width, 6, 10, 24],
+        hidden_act=[activation(rng, "qwen")],
+        attention_bias=[ABSENT, True, False],
+        use_sliding_window=[ABSENT, True, True, False],
+        sliding_window=[ABSENT, 1, 5, 16, 4096],
+        max_window_layers=[ABSENT, 0, 1, 2],
+    )
+    if kind == "qwen3_moe":
+        values |= drawn(
+            rng,
+            num_experts=[2, 3, 5],
+            num_experts_per_tok=[1, 2],
+            moe_intermediate_size=[20, 33],
+            norm_topk_prob=[ABSENT, True, False],
+            decoder_sparse_step=[ABSENT, 1, 2],
+            mlp_only_layers=[ABSENT, None, [], [0]],
+        )
+    elif values.get("use_sliding_window"):
+        values |= drawn(rng, layer_types=[ABSENT, ABSENT, None, random_layer_types(rng, values)])
+    return values | random_rope(rng, "qwen", values)
+
+
 def random_layer_types(rng, values) -> list[str]:
     """A kind of attention for each layer."""
     kinds = ["full_attention", "sliding_attention"]
@@ -322,6 +365,7 @@ RANDOM = {
     "llama": random_llama,
     "gemma": random_gemma,
     "mistral": random_mistral,
+    "qwen": random_qwen,
 }
 
 # --------------------------------------- What may be refused --------------------------------------
@@ -376,6 +420,10 @@ REFUSED = {  # by family: a reason, and whether a config gives it; all others mu
     "mistral": {
         "activation": partial(other_activation, "mistral"),
         "RoPE": partial(other_rope, "mistral"),
+    },
+    "qwen": {
+        "activation": partial(other_activation, "qwen"),
+        "RoPE": partial(other_rope, "qwen"),
     },
 }
 

@@ -11,8 +11,9 @@ from helpers.families.gpt2 import GPT2
 from helpers.families.llama import LLAMA
 from helpers.families.mistral import MISTRAL
 from helpers.families.opt import OPT
+from helpers.families.qwen import QWEN
 
-FAMILIES = [GPT2, OPT, LLAMA, GEMMA, MISTRAL]
+FAMILIES = [GPT2, OPT, LLAMA, GEMMA, MISTRAL, QWEN]
 EVERY_CONFIG = [
     pytest.param(
         (family, name),

@@ -4,7 +4,16 @@ from transformers import LlamaConfig
 
 import llama
 from helpers.families.common import Family, Mutation
-from helpers.families.rotary import GROUPED, ROTARY, ROTARY_FAULTS, SMALL, rope, rotary_parts
+from helpers.families.rotary import (
+    GROUPED,
+    ROTARY,
+    ROTARY_FAULTS,
+    SMALL,
+    YARN,
+    YARN_FAULTS,
+    rope,
+    rotary_parts,
+)
 
 LLAMA = Family(
     module=llama,
@@ -27,6 +36,7 @@ LLAMA = Family(
             high_freq_factor=4.0,
             original_max_position_embeddings=32,
         ),
+        **YARN,
         "square head": {"vocab_size": 48, "tie_word_embeddings": False},
     },
     parts=rotary_parts(llama),
@@ -56,7 +66,7 @@ LLAMA = Family(
             "unscaled = 1.0 * (turns > high)",
             "llama3 RoPE",
         ),
-        "scale by D and not Dh": Mutation("scale=Dh**-0.5", "scale=D**-0.5 if (D := 48) else 1"),
+        **YARN_FAULTS,
         "gate and up exchanged": Mutation(
             "x = gate * self.up_proj(x)",
             "x = jax.nn.silu(self.up_proj(x)) * self.gate_proj(x)",

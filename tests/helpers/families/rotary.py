@@ -1,4 +1,4 @@
-"""What llama.py, gemma.py and mistral.py have in common: rotary positions and grouped heads."""
+"""What the model files with rotary positions have in common: those and grouped heads."""
 
 import jax.numpy as jnp
 import torch
@@ -13,10 +13,10 @@ def rotary_parts(module):
         block, x = model.layers[-1], jnp.array(x)
         positions = jnp.tile(jnp.arange(x.shape[1]), (x.shape[0], 1))
         layer_cache = module.init_cache(model.config, *x.shape[:2], x.dtype).layers[-1]
-        experts = getattr(block, "block_sparse_moe", None)
+        mlp = getattr(block, "mlp", None) or block.block_sparse_moe
         return {
             "attention": block.self_attn(x, positions, positions, layer_cache, 0)[0],
-            "mlp": experts(x, positions >= 0)[0] if experts else block.mlp(x),
+            "mlp": mlp(x, positions >= 0)[0] if hasattr(mlp, "experts") else mlp(x),
             "norm": block.input_layernorm(x),
             "final norm": model.norm(x),
             "token table": model.embed_tokens(tokens),
@@ -95,5 +95,38 @@ ROTARY_FAULTS = {
     "no final norm": Mutation("x = self.norm(x)", "pass"),
     "o_proj not transposed": Mutation(
         "CHECKPOINT = [", ('CHECKPOINT = [(r"(.+o_proj)\\.kernel", r"model.\\1.weight", False),')
+    ),
+}
+
+# What YaRN adds: of Dh / 2 = 8 frequencies, and of 32, where the ends of the ramp are not whole.
+YARN = {
+    "yarn": rope("yarn", 500.0, factor=4.0, original_max_position_embeddings=32),
+    "yarn, steep": {
+        "head_dim": 64,
+        **rope(
+            "yarn",
+            factor=3.0,
+            original_max_position_embeddings=40,
+            beta_fast=4.0,
+            beta_slow=0.5,
+            mscale=1.5,
+            mscale_all_dim=0.6,
+            truncate=False,
+        ),
+    },
+}
+YARN_FAULTS = {
+    "YaRN's frequencies not scaled": Mutation(
+        "inv_freq = yarn_frequencies(inv_freq, theta, scaling)", "pass", "yarn"
+    ),
+    "YaRN's scores as without it": Mutation("return scale * m**2", "return scale", "yarn"),
+    "YaRN's factor once and not twice": Mutation("scale * m**2", "scale * m", "yarn"),
+    "YaRN's mscale ignored": Mutation('if scaling.get("mscale")', "if False", "yarn, steep"),
+    "beta_fast ignored": Mutation('scaling.get("beta_fast") or 32', "32", "yarn, steep"),
+    "beta_slow ignored": Mutation('scaling.get("beta_slow") or 1', "1", "yarn, steep"),
+    "YaRN's ramp with whole ends": Mutation('scaling.get("truncate", True)', "True", "yarn, steep"),
+    "YaRN's ramp with broken ends": Mutation('scaling.get("truncate", True)', "False", "yarn"),
+    "scale by D and not Dh": Mutation(
+        "scale = config.head_dim**-0.5", "scale = config.hidden_size**-0.5"
     ),
 }
