@@ -3236,6 +3236,8 @@ KINDS = {
     "gpt2": "gpt2",
     "opt": "opt",
     "llama": "llama",
+    "smollm3": "llama",
+    "granite": "llama",
     "gemma": "gemma",
     "gemma2": "gemma",
     "gemma3": "gemma",
