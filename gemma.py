@@ -3334,9 +3334,9 @@ def dot_with_vector(x, codes, group_scale):
         scaled_x = (group_scale * x).reshape(F // GROUP, 2, columns)
 
     def multiply_tile(i, y):
-        piece = i // tiles
+        piece = i % pieces  # those of the same rows in turn: rows are then read from end to end
         column = piece * width
-        row = jnp.minimum(i % tiles * tile, F - tile)
+        row = jnp.minimum(i // pieces * tile, F - tile)
         part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
 
         if group_scale is None:

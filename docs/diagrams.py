@@ -31,6 +31,7 @@ DIAGRAMS = {
     "gemma": ("gemma", "google/gemma-3-270m", "llama"),
     "mistral": ("mistral", "mistralai/Mistral-7B-v0.1", "llama"),
     "mixtral": ("mistral", "mistralai/Mixtral-8x7B-v0.1", "mistral"),
+    "qwen": ("qwen", "Qwen/Qwen3-0.6B-Base", "llama"),
 }
 
 

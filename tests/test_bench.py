@@ -28,6 +28,7 @@ import gpt2
 import llama
 import mistral
 import opt
+import qwen
 
 
 def run(*options, code=0):
@@ -604,6 +605,8 @@ IN_LLAMA_CPP = {  # name -> (model file, config; None: the model in tiny/)
         ),
     ),
     "gemma 3": (gemma, gemma.Config(**GEMMA | {"num_hidden_layers": 7}, rope_factor=8.0)),
+    "qwen 2": (qwen, qwen.Config(**SIZES, model_type="qwen2")),
+    "qwen 3": (qwen, qwen.Config(**SIZES)),
 }
 EVERY_MODEL = [
     pytest.param(name, marks=[] if config is None else pytest.mark.wide)

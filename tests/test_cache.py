@@ -209,7 +209,7 @@ def test_chunks_of_keys_after_all_queries_are_skipped(family, monkeypatch):
     assert np.isnan(found[:, 4:]).all()
 
 
-@pytest.mark.parametrize("name", ["gemma", "mistral"])
+@pytest.mark.parametrize("name", ["gemma", "mistral", "qwen"])
 def test_chunks_of_keys_before_the_window_are_skipped(name, monkeypatch):
     [module] = [family.module for family in FAMILIES if family.name == name]
     monkeypatch.setattr(module, "LONG", 1)

@@ -18,6 +18,7 @@ import pytest
 import tokenizers
 import transformers
 from flax import nnx
+from helpers import templates
 
 import gemma
 import llama
@@ -119,6 +120,34 @@ def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     ids = chat_tokenizer(tmp_path).encode("Hi")
     assert ids[0] == END - 1 and ids.count(END - 1) == 2 and ids.count(END) == 1
+
+
+def test_no_think_asks_the_template_for_an_answer_without_thoughts(tmp_path):
+    """As transformers renders it with enable_thinking=False; LETTERS has no < and /."""
+    folder = write_chat(tmp_path, template=templates.SWITCHED)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for think in (True, False):
+        codec = sample.ChatTokenizer(llama.tokenizer(folder).backend, folder, None, think)
+        text = theirs.apply_chat_template(
+            [{"role": "user", "content": "Hi"}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=think,
+        )
+        assert ("<think>\n\n</think>" in text) == (not think)
+        assert codec.encode("Hi") == codec.backend.encode(text, add_special_tokens=False).ids
+
+
+def test_no_think_is_for_chats_whose_template_has_the_switch(folder):
+    options = ["--weights", folder, "--no-think", "--prompt", "Hi"]
+    result = run(*options)
+    assert (result.returncode, result.stderr.decode().strip()) == (
+        2,
+        "sample.py: --no-think is for --chat and --ui",
+    )
+    result = run(*options, "--chat")
+    assert result.returncode == 2
+    assert "has no switch for thinking (enable_thinking)" in result.stderr.decode()
 
 
 # ----------------------------------------------------------------------------------- a conversation

@@ -8,6 +8,7 @@ from helpers.reference import sampling
 
 import gemma
 import mistral
+import qwen
 
 SIZES = {
     "vocab_size": 64,
@@ -43,6 +44,16 @@ WINDOWED = [
             "layer_types": ["sliding_attention"] * 2,
         },
     ),
+    (
+        qwen,
+        {
+            **SIZES,
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 64,
+            "max_window_layers": 0,
+        },
+    ),
 ]
 
 
@@ -68,7 +79,7 @@ def test_a_new_token_costs_the_same_more_for_each_slot_of_the_cache(family, valu
     assert (long - middle) == pytest.approx(2 * (middle - short), rel=0.02)
 
 
-@pytest.mark.parametrize(("module", "values"), WINDOWED, ids=["mistral", "gemma"])
+@pytest.mark.parametrize(("module", "values"), WINDOWED, ids=["mistral", "gemma", "qwen"])
 def test_behind_a_window_a_new_token_costs_the_same_at_any_length(module, values):
     """But for the positions of all tokens, a few numbers each, which rings are made from."""
     short, long = (operations(module, values, 1, 1, S) for S in (128, 2048))

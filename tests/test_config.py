@@ -11,6 +11,7 @@ from helpers.families.rotary import SMALL
 import gemma
 import llama
 import mistral
+import qwen
 
 KINDS = {
     "gpt2": ("gpt2", transformers.GPT2Config),
@@ -23,6 +24,9 @@ KINDS = {
     "gemma3_text": ("gemma", transformers.Gemma3TextConfig),
     "mistral": ("mistral", transformers.MistralConfig),
     "mixtral": ("mistral", transformers.MixtralConfig),
+    "qwen2": ("qwen", transformers.Qwen2Config),
+    "qwen3": ("qwen", transformers.Qwen3Config),
+    "qwen3_moe": ("qwen", transformers.Qwen3MoeConfig),
 }
 # Kept apart from the reference: OPT was trained from normal(0.006), as its paper says, and this is
 # for training from scratch alone.
@@ -91,6 +95,18 @@ def test_scaled_rope_multiplies_the_context_length(kind):
     assert llama.Config.from_hf(config.to_hf()) == config
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 28])
+def test_windows_of_a_qwen2_begin_at_the_layer_that_its_config_names(first):
+    """Published files have max_window_layers; layer_types came later."""
+    values = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5}
+    values |= {"model_type": "qwen2", "max_window_layers": first}
+    config = qwen.Config.from_hf(values)
+    assert config.layer_types == tuple(transformers.Qwen2Config(**values).layer_types)
+    switched_off = qwen.Config.from_hf({**values, "use_sliding_window": False})
+    assert switched_off.sliding_window is None
+    assert set(switched_off.layer_types) == {"full_attention"}
+
+
 @pytest.mark.parametrize("stated", [4096, 16384])
 def test_yarn_extends_the_context_whichever_length_a_file_states(stated):
     """Qwen2.5 has the trained length in max_position_embeddings, Yarn-Llama-2 the scaled one."""
@@ -143,6 +159,13 @@ def test_llama3_without_its_original_context_takes_that_of_the_model(values, ori
         ),
         (llama, {"model_type": "smollm3", "no_rope_layers": [2] * 36}, "no_rope_layers is 2"),
         (llama, {"model_type": "smollm3", "no_rope_layer_interval": 0}, "must be 1 or more"),
+        (qwen, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        (
+            qwen,
+            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            "has sliding layers, but no sliding_window",
+        ),
+        (qwen, {"model_type": "qwen3_moe", "num_experts": 4}, "8 is more than num_experts 4"),
         (gemma, {"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "paligemma"),
         (gemma, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         (gemma, {"model_type": "gemma2", "rope_scaling": {"type": "linear"}}, "lacks factor"),

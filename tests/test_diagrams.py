@@ -54,6 +54,7 @@ def test_the_parts_of_a_block_stand_where_it_calls_them():
         ("llama", "opt", {"RoPE", "grouped-query", "gated", "SiLU", "no bias"}),
         ("gemma", "llama", {"1 + weight", "scaled embedding", "window", "GELU"}),
         ("mistral", "llama", {"window", "own head"}),
+        ("qwen", "llama", {"QK norm"}),
         pytest.param(
             *("mixtral", "mistral", {"router", "experts", "weighted sum"}),
             marks=pytest.mark.slow,  # a minute of tracing

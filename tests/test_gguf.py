@@ -37,6 +37,7 @@ SIZES = {
 }
 THETA = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA_31 = {"rope_theta": 500000.0, **dict(llama.LLAMA31["rope_scaling"])}
+YARN = {**THETA, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 WINDOW = {"sliding_window": 16}
 CONFIGS = {  # name -> (family, class in transformers, what its config has beside SIZES)
     "gpt2": (
@@ -101,6 +102,20 @@ CONFIGS = {  # name -> (family, class in transformers, what its config has besid
             },
         },
     ),
+    "llama, yarn": (families.LLAMA, transformers.LlamaConfig, {"rope_parameters": YARN}),
+    "qwen2": (families.QWEN, transformers.Qwen2Config, {}),
+    "qwen3": (families.QWEN, transformers.Qwen3Config, {"tie_word_embeddings": False}),
+    "qwen3, yarn": (families.QWEN, transformers.Qwen3Config, {"rope_parameters": YARN}),
+    "qwen3_moe": (
+        families.QWEN,
+        transformers.Qwen3MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 IDS = [("tokenizer.ggml.bos_token_id", 1), ("tokenizer.ggml.eos_token_id", 2)]
@@ -138,7 +153,7 @@ def dequantized(folder, to, kind):
         conv1d = ".c_" in name and tensor.ndim == 2
         if conv1d:
             tensor = tensor.T
-        if tensor.ndim == 2 and "wpe" not in name and "moe.gate." not in name:
+        if tensor.ndim == 2 and "wpe" not in name and ".gate." not in name:
             wanted = gguf.GGMLQuantizationType[kind]
             quantized = gguf.quants.quantize(np.ascontiguousarray(tensor), wanted)
             tensor = gguf.quants.dequantize(quantized, wanted)
@@ -169,7 +184,9 @@ def test_each_kind_of_numbers_is_widened_as_by_the_package(checkpoint, kind, tmp
     assert_same_model(llama.load(file), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "smollm3", "granite", "mixtral", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "smollm3", "granite", "mixtral", "gemma3", "qwen3_moe"]
+)
 def test_the_logits_are_those_of_transformers_on_the_same_weights(checkpoint, name, tmp_path):
     family, folder = checkpoint(name)
     file = write_gguf(folder, tmp_path / "model.gguf", "Q4_0", metadata=IDS)
@@ -551,9 +568,9 @@ def test_a_kind_of_numbers_that_the_package_cannot_widen_is_refused(whole, tmp_p
 
 
 def test_rope_scaling_of_another_kind_is_refused(rewritten, refused):
-    yarn = [("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 2.0)]
-    line = refused("a", "--weights", rewritten(metadata=yarn))
-    assert "model.gguf: its metadata: rope_type is 'yarn', but llama.py supports only" in line
+    longrope = [("llama.rope.scaling.type", "longrope"), ("llama.rope.scaling.factor", 2.0)]
+    line = refused("a", "--weights", rewritten(metadata=longrope))
+    assert "model.gguf: its metadata: rope_type is 'longrope', but llama.py supports only" in line
 
 
 def test_a_part_of_a_file_is_refused(rewritten, refused):

@@ -81,7 +81,7 @@ def run(command):
         "gpt2",
         *[
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("opt", "llama", "gemma", "mistral")
+            for name in ("opt", "llama", "gemma", "mistral", "qwen")
         ],
     ],
 )

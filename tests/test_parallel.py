@@ -184,6 +184,8 @@ LAYER = {
     "gemma": (13, 7, {"all-reduce": 8}),
     "mistral": (9, 7, {"all-reduce": 7}),
     "mistral, 4 experts": (19, 16, {"all-reduce": 20}),
+    "qwen": (11, 7, {"all-reduce": 9}),
+    "qwen, 4 experts": (21, 16, {"all-reduce": 22}),
 }
 
 
@@ -196,6 +198,8 @@ LAYER = {
         wide("gemma"),
         slow("mistral"),
         wide("mistral, 4 experts"),
+        wide("qwen"),
+        slow("qwen, 4 experts"),
     ],
 )
 def test_gradients_are_those_of_one_device_and_arrays_travel_as_they_must(case):
@@ -326,6 +330,7 @@ print(json.dumps([held, sum(p.nbytes for p in jax.tree.leaves(nnx.state(model)))
         ("gpt2", {"tensor": 4}, [None, "tensor"]),
         ("gemma", {"data": 2, "tensor": 2}, ["data", None]),  # its one head is on all
         ("mistral", {"fsdp": 4}, ["fsdp", None]),
+        ("qwen", {"data": 2, "tensor": 2}, ["data", "tensor"]),
     ],
 )
 def test_weights_go_to_their_shards_and_the_cache_is_split_as_the_heads_are(

@@ -144,7 +144,7 @@ def test_as_many_are_smallest_as_asked_for_even_where_many_are_equal(kind, count
 def test_the_matrices_of_the_blocks_are_pruned_and_no_router_table_or_head(name):
     model_file = importlib.import_module(name)
     sizes = {"layers": 1, "heads": 2, "width": 16, "context": 8, "vocab_size": 64}
-    if name == "mistral":
+    if name in ("mistral", "qwen"):
         sizes["experts"] = 4
     config = replace(model_file.Config.small(**sizes), tie_word_embeddings=False)
     params = nnx.state(model_file.Model(config, rngs=nnx.Rngs(0)))
@@ -153,9 +153,9 @@ def test_the_matrices_of_the_blocks_are_pruned_and_no_router_table_or_head(name)
     after = {path: param[...] for path, param, *_ in model_file.named_parameters(changed)}
     found = {path for path in before if (before[path] != after[path]).any()}
     kernels = {path for path in before if path.endswith(".kernel")}
-    others = {"lm_head.kernel", "layers.0.block_sparse_moe.gate.kernel"}
-    assert found == kernels - others and len(found) >= 4
-    assert ("layers.0.block_sparse_moe.gate.kernel" in kernels) == (name == "mistral")
+    routers = {"layers.0.block_sparse_moe.gate.kernel", "layers.0.mlp.gate.kernel"}
+    assert found == kernels - {"lm_head.kernel", *routers} and len(found) >= 4
+    assert bool(routers & kernels) == (name in ("mistral", "qwen"))
 
 
 # --------------------------------------------------------------------------------------------- when

@@ -298,6 +298,7 @@ def test_flax_classes_named_their_parameters_so(plain):
         "llama": ("model.layers.1.mlp.up_proj.kernel", (48, 80)),
         "gemma": ("model.layers.1.mlp.up_proj.kernel", (48, 80)),
         "mistral": ("model.layers.1.mlp.up_proj.kernel", (48, 80)),
+        "qwen": ("model.layers.1.mlp.up_proj.kernel", (48, 80)),
     }[plain.family.name]
     assert shapes[path] == shape
     norm = {"gpt2": "transformer.ln_f.scale", "opt": "model.decoder.final_layer_norm.scale"}

@@ -43,6 +43,7 @@ SUPPORTED_ACTIVATIONS = {  # by family; the first is the default
     "llama": ["silu"],
     "gemma": ["gelu_pytorch_tanh", "gelu"],
     "mistral": ["silu"],
+    "qwen": ["silu"],
 }
 ACTIVATION_KEYS = {  # by model_type, where it is not hidden_act
     "gpt2": "activation_function",
@@ -51,9 +52,10 @@ ACTIVATION_KEYS = {  # by model_type, where it is not hidden_act
     "gemma3_text": "hidden_activation",
 }
 SUPPORTED_ROPE = {
-    "llama": ["default", "linear", "dynamic", "llama3"],
+    "llama": ["default", "linear", "dynamic", "llama3", "yarn"],
     "gemma": ["default", "linear"],
     "mistral": ["default"],
+    "qwen": ["default", "yarn"],
 }
 OTHER_ROPE = ["linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
@@ -184,6 +186,17 @@ def random_scaling(rng, kind, values) -> dict:
     if kind == "llama3":
         bands = drawn(rng, original_max_position_embeddings=[ABSENT, 16, 64])
         return bands | {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "yarn":
+        return {"factor": factor} | drawn(
+            rng,
+            original_max_position_embeddings=[ABSENT, 16, 64],
+            attention_factor=[ABSENT, ABSENT, None, 1.2],
+            beta_fast=[ABSENT, None, 4.0],
+            beta_slow=[ABSENT, None, 0.5],
+            mscale=[ABSENT, 0.7, 1.5],
+            mscale_all_dim=[ABSENT, 0, 1.0],
+            truncate=[ABSENT, True, False],
+        )
     if kind == "longrope":
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         factors = {name: [1.0 + i for i in range(width // 2)] for name in ("short", "long")}
@@ -219,17 +232,36 @@ def random_rope(rng, family, values) -> dict:
 
 
 def random_llama(rng) -> dict:
-    """A Llama; without num_attention_heads it has 32."""
-    values = what_all_have(rng) | rotary_sizes(rng, 32, None)
+    """A Llama, a SmolLM3 or a Granite, with keys of the other two, which it does not read."""
+    kind = rng.choice(["llama", "llama", "smollm3", "granite"])
+    values = what_all_have(rng) | rotary_sizes(rng, *((16, 4) if kind == "smollm3" else (32, None)))
     values |= drawn(
         rng,
-        model_type=["llama"],
+        model_type=[kind],
         head_dim=[ABSENT, ABSENT, None, 6, 10, 24],
         hidden_act=[activation(rng, "llama")],
         attention_bias=[ABSENT, True, False],
         mlp_bias=[ABSENT, True, False],
         pretraining_tp=[ABSENT, 1, 2],
     )
+    if kind != "granite" or rng.random() < 0.2:
+        listed = [rng.choice([0, 1]) for _ in range(values["num_hidden_layers"] + 1)]
+        values |= drawn(
+            rng,
+            no_rope_layer_interval=[ABSENT, 1, 2, 3],
+            no_rope_layers=[ABSENT, ABSENT, None, listed, listed[:-1]],
+            use_sliding_window=[ABSENT, ABSENT, False, True],
+            sliding_window=[ABSENT, ABSENT, None, 5],
+            layer_types=[ABSENT] * 4 + [random_layer_types(rng, values)],
+        )
+    if kind == "granite" or rng.random() < 0.2:
+        values |= drawn(
+            rng,
+            embedding_multiplier=[ABSENT, 1, 12, 0.5],
+            residual_multiplier=[ABSENT, 1.0, 0.22],
+            attention_multiplier=[ABSENT, 0.1, 0.015625],
+            logits_scaling=[ABSENT, 8, 0.5],
+        )
     return values | random_rope(rng, "llama", values)
 
 
@@ -261,6 +293,36 @@ def random_mistral(rng) -> dict:
         types = random_layer_types(rng, values)
         values |= drawn(rng, layer_types=[ABSENT] * 4 + [types])
     return values
+
+
+def random_qwen(rng) -> dict:
+    """A Qwen2, a Qwen3, or a Qwen3 with experts; windows count where they are switched on."""
+    kind = rng.choice(["qwen2", "qwen3", "qwen3", "qwen3_moe"])
+    values = what_all_have(rng) | rotary_sizes(rng, 32, 4 if kind == "qwen3_moe" else 32)
+    no_width = [ABSENT] if kind == "qwen3" else [ABSENT, ABSENT, None]
+    values |= drawn(
+        rng,
+        model_type=[kind],
+        head_dim=[*no_width, 6, 10, 24],
+        hidden_act=[activation(rng, "qwen")],
+        attention_bias=[ABSENT, True, False],
+        use_sliding_window=[ABSENT, True, True, False],
+        sliding_window=[ABSENT, 1, 5, 16, 4096],
+        max_window_layers=[ABSENT, 0, 1, 2],
+    )
+    if kind == "qwen3_moe":
+        values |= drawn(
+            rng,
+            num_experts=[2, 3, 5],
+            num_experts_per_tok=[1, 2],
+            moe_intermediate_size=[20, 33],
+            norm_topk_prob=[ABSENT, True, False],
+            decoder_sparse_step=[ABSENT, 1, 2],
+            mlp_only_layers=[ABSENT, None, [], [0]],
+        )
+    elif values.get("use_sliding_window"):
+        values |= drawn(rng, layer_types=[ABSENT, ABSENT, None, random_layer_types(rng, values)])
+    return values | random_rope(rng, "qwen", values)
 
 
 def random_layer_types(rng, values) -> list[str]:
@@ -319,6 +381,7 @@ RANDOM = {
     "llama": random_llama,
     "gemma": random_gemma,
     "mistral": random_mistral,
+    "qwen": random_qwen,
 }
 
 # --------------------------------------- What may be refused --------------------------------------
@@ -348,8 +411,17 @@ def dynamic_rope_of_one_pair(values) -> bool:
     scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
     head_dim = values.get("head_dim")
     if head_dim is None:
-        head_dim = values["hidden_size"] // values.get("num_attention_heads", 32)
+        default = 16 if values["model_type"] == "smollm3" else 32
+        head_dim = values["hidden_size"] // values.get("num_attention_heads", default)
     return scaling.get("rope_type", scaling.get("type")) == "dynamic" and head_dim == 2
+
+
+def windows_in_a_smollm3(values) -> bool:
+    """Whether a SmolLM3 has layers with sliding windows, or a config that may mean them."""
+    if values["model_type"] != "smollm3":
+        return False
+    window = values.get("sliding_window") is not None and values.get("use_sliding_window", False)
+    return window or "sliding_attention" in values.get("layer_types", [])
 
 
 ALL_REFUSE = {"no causal mask": lambda values: not values.get("is_causal", True)}
@@ -363,6 +435,7 @@ REFUSED = {  # by family: a reason, and whether a config gives it; all others mu
         "activation": partial(other_activation, "llama"),
         "RoPE": partial(other_rope, "llama"),
         "dynamic RoPE of one pair": dynamic_rope_of_one_pair,
+        "sliding windows": windows_in_a_smollm3,
     },
     "gemma": {
         "activation": partial(other_activation, "gemma"),
@@ -375,6 +448,10 @@ REFUSED = {  # by family: a reason, and whether a config gives it; all others mu
         "RoPE": partial(other_rope, "mistral"),
         # With this key transformers reads a Mistral as a Ministral, whose layers differ.
         "layer types": lambda values: "layer_types" in values,
+    },
+    "qwen": {
+        "activation": partial(other_activation, "qwen"),
+        "RoPE": partial(other_rope, "qwen"),
     },
 }
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.families import GEMMA, GPT2, MISTRAL
+from helpers.families import GEMMA, GPT2, MISTRAL, QWEN
 from helpers.small import write_checkpoint
 from scipy.stats import chi2
 
@@ -193,8 +193,9 @@ def test_guesses_end_where_the_context_or_the_limit_does(make_case, kind, limit)
         pytest.param(MISTRAL, "3 experts, window of 7", marks=pytest.mark.wide),
         (GEMMA, "third"),
         pytest.param(GEMMA, "second", marks=pytest.mark.wide),
+        pytest.param(QWEN, "windows of 7 in some layers", marks=pytest.mark.wide),
     ],
-    ids=["mistral", "mixtral", "gemma 3", "gemma 2"],
+    ids=["mistral", "mixtral", "gemma 3", "gemma 2", "qwen"],
 )
 def test_sliding_windows_lose_no_token_to_a_wrong_guess(make_case, family, name, kind):
     """A ring buffer would: a wrong guess takes the place of a token that is still in the window."""

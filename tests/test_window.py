@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.families import EVERY_CONFIG, GEMMA, MISTRAL
+from helpers.families import EVERY_CONFIG, GEMMA, MISTRAL, QWEN
 
 ROUNDING = 1e-5  # as in test_cache.py
 WINDOWED = [
@@ -17,6 +17,8 @@ WINDOWED = [
         (MISTRAL, "3 experts, window of 7"),
         (GEMMA, "second"),
         (GEMMA, "third"),
+        (QWEN, "windows of 7 in some layers"),
+        (QWEN, "Qwen2, a window from layer 1 on"),
     ]
 ]
 every_window = pytest.mark.parametrize("case", WINDOWED, indirect=True)

@@ -19,6 +19,9 @@ KINDS = {  # model_type -> architecture
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
 }
 LLAMA_MODULES = {
     "model.embed_tokens": "token_embd",
@@ -33,6 +36,10 @@ LLAMA_MODULES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
     "block_sparse_moe.gate": "ffn_gate_inp",
     "block_sparse_moe.experts.w1": "ffn_gate_exps",
     "block_sparse_moe.experts.w2": "ffn_down_exps",
@@ -136,6 +143,10 @@ def add_config(writer, values: dict) -> None:
     if values["model_type"] == "mixtral":
         writer.add_expert_count(values["num_local_experts"])
         writer.add_expert_used_count(values["num_experts_per_tok"])
+    if values["model_type"] == "qwen3_moe":
+        writer.add_expert_count(values.get("num_experts") or values["num_local_experts"])
+        writer.add_expert_used_count(values["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(values["moe_intermediate_size"])
     if values["model_type"] == "gemma2":
         writer.add_attn_logit_softcapping(values["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(values["final_logit_softcapping"])
@@ -158,6 +169,10 @@ def add_rope(writer, values: dict) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def converted(tensors: dict, values: dict, one_by_one: bool) -> dict:

@@ -66,6 +66,13 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# The model thinks before it answers, unless it is told not to: then it finds an empty thought.
+SWITCHED = CHATML.replace(
+    "assistant\n' }}{% endif %}",
+    "assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+)
+
 # An answer is begun at the end of every text.
 ALWAYS_BEGUN = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
 

@@ -104,8 +104,8 @@ QWEN = Family(
         "queries not normed": Mutation("q = self.q_norm(q)", "pass"),
         "keys not normed": Mutation("k = self.k_norm(k)", "pass"),
         "norms of queries and keys exchanged": Mutation("self.q_norm(q)", "self.k_norm(q)"),
-        "queries and keys without biases": Mutation(
-            "is_qwen2 or config.attention_bias", "config.attention_bias", "Qwen2"
+        "queries without their bias": Mutation(
+            "q = self.q_proj(x).reshape", "q = (x @ self.q_proj.kernel[...]).reshape", "Qwen2"
         ),
         "keys not turned": Mutation("k = rotate(k, positions - first, inv_freq)", "pass"),
         "a window one longer": Mutation(
@@ -113,11 +113,6 @@ QWEN = Family(
         ),
         "a window one shorter": Mutation(
             "q_pos - k_pos < window", "q_pos - k_pos + 1 < window", "windows of 7 in some layers"
-        ),
-        "windows from layer 0 on": Mutation(
-            'full = min(values["max_window_layers"], layers)',
-            "full = 0",
-            "Qwen2, a window from layer 1 on",
         ),
         "GELU for SiLU": Mutation("jax.nn.silu(self.gate_proj", "jax.nn.gelu(self.gate_proj"),
         "gate and up exchanged": Mutation(
