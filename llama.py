@@ -2823,6 +2823,8 @@ def config_to_hf(config: Config) -> dict:
     rope = dict(config.rope_scaling)
     values["max_position_embeddings"] = rope.pop("trained", config.max_position_embeddings)
     values["rope_scaling"] = rope or None
+    if config.model_type == "smollm3":
+        values["pad_token_id"] = None  # left out, it is one of the published vocabulary
     del values["padded_vocab_size"]
     return values
 

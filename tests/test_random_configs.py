@@ -250,6 +250,10 @@ def random_llama(rng) -> dict:
             rng,
             no_rope_layer_interval=[ABSENT, 1, 2, 3],
             no_rope_layers=[ABSENT, ABSENT, None, listed, listed[:-1]],
+        )
+    if kind == "smollm3":  # not in others: transformers' KV cache alone would have such a window
+        values |= drawn(
+            rng,
             use_sliding_window=[ABSENT, ABSENT, False, True],
             sliding_window=[ABSENT, ABSENT, None, 5],
             layer_types=[ABSENT] * 4 + [random_layer_types(rng, values)],
