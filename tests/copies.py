@@ -26,7 +26,7 @@ COPIES = [
     (["gpt2", "opt"], ["Cache", "update_layer"]),
     (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask", "has_unbounded_context"]),
     (["llama", "gemma", "mistral", "qwen"], ["attend", "rotate"]),
-    (["llama", "qwen"], ["yarn_frequencies", "attention_scale", "check_rope"]),
+    (["llama", "qwen"], ["yarn_frequencies", "check_rope"]),
     (["llama", "mistral"], ["rms_norm"]),
     (["sample", "train"], ["random_key"]),
     (["train", "bench"], ["keys_of"]),
