@@ -1973,7 +1973,8 @@ def read_old_tokenizer(folder: Path):
             files += kind
     if not files:
         raise InputError(
-            f"{folder} has no tokenizer: none of tokenizer.json, vocab.json, tokenizer.model"
+            f"{folder} has no tokenizer: none of tokenizer.json, vocab.json, tokenizer.model; copy "
+            "one from a checkpoint with the same tokens (tekken.json is not read)"
         )
     for name in files:
         check_file(folder / name)

@@ -1,12 +1,16 @@
-"""Mistral and Mixtral in one file: read it from top to bottom, run it, copy it.
+"""Mistral, Mixtral and Ministral in one file: read it from top to bottom, run it, copy it.
 
 Mistral 7B is a Llama with grouped-query attention, which Llama 2 has only in its larger sizes. Its
 first version has a sliding window: a token attends only to the last 4,096, and the KV cache is a
 ring buffer. Mixtral replaces the MLP by a mixture of eight experts. For each token a router picks
-two of them, so that a model of 47 billion parameters computes as one of 13 billion does.
+two of them, so that a model of 47 billion parameters computes as one of 13 billion does. Ministral
+has a layer without a window before each three with one. Ministral 3 reaches 262,144 tokens with
+YaRN, and multiplies queries by a factor that grows with the position. Of multimodal checkpoints
+(Mistral Small 3.1 and 3.2, Ministral 3) this file reads the text model.
 
-Papers: Jiang et al. 2023, "Mistral 7B"; Jiang et al. 2024, "Mixtral of Experts". Reference:
-modeling_mistral.py and modeling_mixtral.py of Hugging Face transformers.
+Papers: Jiang et al. 2023, "Mistral 7B"; Jiang et al. 2024, "Mixtral of Experts"; Peng et al. 2023,
+"YaRN"; Liu et al. 2026, "Ministral 3". Reference: modeling_mistral.py, modeling_mixtral.py,
+modeling_ministral.py and modeling_ministral3.py of Hugging Face transformers.
 
 Shape letters:  B batch   T query length: the tokens of this call   S cache length, in slots
                 D model width (the residual stream)   H query heads   K KV heads   G = H / K
@@ -22,7 +26,7 @@ model file. `Linear` is defined near the end, under Faster forms; until there, r
     pip install gguf                                 # for GGUF files
     pip install transformers sentencepiece protobuf  # for tokenizers older than tokenizer.json
     python mistral.py "Once upon a time"                      # downloads mistralai/Mistral-7B-v0.1
-    python mistral.py "Once upon a time" path/to/checkpoint   # either kind in Hugging Face's format
+    python mistral.py "Once upon a time" path/to/checkpoint   # any kind in Hugging Face's format
 
 From "Open language models in JAX, one file each". MIT License, copyright (c) 2026 its authors.
 """
@@ -53,11 +57,19 @@ from safetensors.numpy import save_file
 # --------------------------------------------- Config ---------------------------------------------
 
 
+FULL = "full_attention"  # the kinds of layer, as config.json names them
+SLIDING = "sliding_attention"
+
+
 @dataclass(frozen=True)
 class Config:
-    """The sizes and switches of one Mistral or Mixtral, under the names of its config.json."""
+    """The sizes and switches of one model of the family, under the names of its config.json.
 
-    model_type: str = "mistral"  # or mixtral
+    Only a Ministral mixes layers with and without a sliding window. In the others all layers have
+    one, or none has, and `layer_types` need not be given.
+    """
+
+    model_type: str = "mistral"  # or mixtral, ministral, ministral3
     vocab_size: int = 32000  # V
     max_position_embeddings: int = 32768  # context length
     hidden_size: int = 4096  # D
@@ -66,12 +78,16 @@ class Config:
     num_attention_heads: int = 32  # H
     num_key_value_heads: int | None = 8  # K; None: H
     head_dim: int | None = None  # Dh; None: D / H
-    sliding_window: int | None = None  # how many tokens one attends to, its own included; None: all
+    layer_types: tuple = ()  # FULL or SLIDING for each layer
+    sliding_window: int | None = (
+        None  # how many tokens a SLIDING layer attends to, its own included
+    )
     num_local_experts: int = 8  # E, of a Mixtral
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001  # weight of `balance_loss` in training
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # YaRN: the items of config.json's dict
     initializer_range: float = 0.02  # standard deviation of the initial weights
     tie_word_embeddings: bool = False  # True: the head is the token table
     bos_token_id: int | None = 1
@@ -90,11 +106,28 @@ class Config:
         check_divides(self, "num_key_value_heads", "num_attention_heads")
         check_even(self, "head_dim")
         check_supported("model_type", self.model_type, ARCHITECTURES)
+        scaling = dict(self.rope_scaling)
+        check_rope(scaling)
+        if self.model_type == "ministral3" and "llama_4_scaling_beta" not in scaling:
+            raise InputError("config.json: a ministral3 needs yarn with llama_4_scaling_beta")
         if self.num_experts_per_tok > self.num_local_experts:
             raise InputError(
                 f"config.json: num_experts_per_tok {self.num_experts_per_tok} is more than "
                 f"num_local_experts {self.num_local_experts}"
             )
+
+        if not self.layer_types or self.model_type != "ministral":
+            kind = FULL if self.sliding_window is None else SLIDING
+            object.__setattr__(self, "layer_types", (kind,) * self.num_hidden_layers)
+        for kind in self.layer_types:
+            check_supported("layer_types", kind, [FULL, SLIDING])
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise InputError(
+                f"config.json: layer_types has {len(self.layer_types)} entries, but "
+                f"num_hidden_layers is {self.num_hidden_layers}"
+            )
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            raise InputError("config.json: layer_types has sliding layers, but no sliding_window")
 
     @classmethod
     def small(
@@ -121,7 +154,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
-        """From the contents of a config.json. InputError: neither, or an unsupported one."""
+        """From the contents of a config.json. InputError: no Mistral, or an unsupported one."""
         return translate(values)
 
     def to_hf(self) -> dict:
@@ -221,14 +254,84 @@ def rotate(x, positions, inv_freq):
 def rope_frequencies(config: Config):
     """RoPE frequencies in radians per position: [Dh / 2]."""
     Dh = config.head_dim
+    theta = config.rope_theta
+    scaling = dict(config.rope_scaling)
+
     exponents = np.arange(0, Dh, 2, dtype=np.float32) / Dh  # in float32, as transformers has it
-    return config.rope_theta**-exponents
+    inv_freq = theta**-exponents
+    if scaling:
+        inv_freq = yarn_frequencies(inv_freq, theta, scaling)
+    return inv_freq.astype(np.float32)
+
+
+def yarn_frequencies(inv_freq, theta, scaling: dict):
+    """YaRN's scaling: divides the low frequencies by the factor, and keeps the high ones.
+
+    As in Llama 3.1, frequencies are high or low by the turns that they make within the original
+    context, beta_fast or more, and beta_slow or fewer. In between, the two forms are blended by the
+    index of the frequency. Peng et al. 2023, "YaRN", section 3.2.
+    """
+    factor = scaling["factor"]
+    pairs = len(inv_freq)  # Dh / 2
+
+    def index_of(turns):
+        """Where in inv_freq the frequency would stand that makes so many turns; no integer."""
+        wanted = 2 * math.pi * turns / scaling["original_max_position_embeddings"]
+        return -pairs * math.log(wanted) / math.log(theta)
+
+    last_high = index_of(scaling.get("beta_fast") or 32)
+    first_low = index_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        last_high = math.floor(last_high)
+        first_low = math.ceil(first_low)
+    last_high = max(last_high, 0)
+    first_low = min(first_low, 2 * pairs - 1)
+    if first_low == last_high:
+        first_low += 0.001
+
+    scaled = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
+    return scaled * inv_freq / factor + (1 - scaled) * inv_freq
+
+
+def attention_scale(config: Config) -> float:
+    """What attention scores are multiplied by: 1 / sqrt(Dh), and a little more with YaRN.
+
+    For the more keys of a longer context, YaRN makes the softmax sharper: by m^2 for
+    m = 0.1 ln(factor) + 1. The reference multiplies both queries and keys by m. Peng et al. 2023,
+    equation (22).
+    """
+    scale = config.head_dim**-0.5
+    scaling = dict(config.rope_scaling)
+    if scaling.get("rope_type") != "yarn":
+        return scale
+
+    def sharpness(mscale):
+        return 0.1 * mscale * math.log(max(scaling["factor"], 1)) + 1
+
+    m = scaling.get("attention_factor")
+    if m is None:
+        m = sharpness(1)
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            m = sharpness(scaling["mscale"]) / sharpness(scaling["mscale_all_dim"])
+    return scale * m**2
+
+
+def query_scale(config: Config, positions):
+    """What a Ministral 3 multiplies its queries by, in float32: positions [B, T] -> [B, T, 1, 1].
+
+    It is 1 within the original context, and 1 + beta ln(1 + n) in the n-th stretch of that length
+    after it: over ever more keys the softmax stays as sharp. As in Llama 4; Nakanishi 2025.
+    """
+    scaling = dict(config.rope_scaling)
+    n = jnp.maximum(positions, 0) // scaling["original_max_position_embeddings"]  # padding is at -1
+    scale = 1 + scaling["llama_4_scaling_beta"] * jnp.log(1 + n)
+    return scale[:, :, None, None]
 
 
 class Attention(nnx.Module):
     """Causal self-attention with H query heads and K KV heads, and positions as rotations."""
 
-    def __init__(self, config: Config, **options):  # options: dtype, param_dtype, rngs
+    def __init__(self, config: Config, layer: int, **options):  # options: dtype, param_dtype, rngs
         D = config.hidden_size
         H = config.num_attention_heads
         K = config.num_key_value_heads
@@ -237,6 +340,7 @@ class Attention(nnx.Module):
         linear = {"use_bias": False, "kernel_init": init, **options}
 
         self.config = config
+        self.sliding = config.layer_types[layer] == SLIDING
         self.q_proj = Linear(D, H * Dh, **linear)
         self.k_proj = Linear(D, K * Dh, **linear)
         self.v_proj = Linear(D, K * Dh, **linear)
@@ -260,13 +364,16 @@ class Attention(nnx.Module):
         inv_freq = rope_frequencies(self.config)
         q = rotate(q, positions - first, inv_freq)
         k = rotate(k, positions - first, inv_freq)
+        if self.config.model_type == "ministral3":
+            q = q * query_scale(self.config, positions - first).astype(q.dtype)
 
         # What to attend to: k and v [B, S, K, Dh] of the cache. With a ring buffer they are the old
         # ring followed by the T new ones, or just the updated ring if T = 1.
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
-        window = self.config.sliding_window
-        x = attend(q, k, v, positions, k_positions, first, scale=Dh**-0.5, window=window)
+        scale = attention_scale(self.config)
+        window = self.config.sliding_window if self.sliding else None
+        x = attend(q, k, v, positions, k_positions, first, scale=scale, window=window)
         x = self.o_proj(x.reshape(B, T, -1))
         return x, layer_cache
 
@@ -373,9 +480,9 @@ class Block(nnx.Module):
     In a Mixtral the experts take the place of the MLP.
     """
 
-    def __init__(self, config: Config, **options):
+    def __init__(self, config: Config, layer: int, **options):
         self.input_layernorm = rms_norm(config, **options)
-        self.self_attn = Attention(config, **options)
+        self.self_attn = Attention(config, layer, **options)
         self.post_attention_layernorm = rms_norm(config, **options)
         if config.model_type == "mixtral":
             self.block_sparse_moe = Experts(config, **options)
@@ -401,7 +508,7 @@ class Block(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Mistral or Mixtral: tokens [B, T] -> logits [B, T, V].
+    """Mistral, Mixtral or Ministral: tokens [B, T] -> logits [B, T, V].
 
     `dtype` is the type to compute in, `param_dtype` the type to store weights in. Norms, RoPE,
     attention scores, softmax and logits are float32 in any case. `remat` turns on gradient
@@ -424,7 +531,8 @@ class Model(nnx.Module):
         self.remat = remat
 
         self.embed_tokens = nnx.Embed(V, D, embedding_init=init, **options)
-        self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([Block(config, layer, **options) for layer in layers])
         self.norm = rms_norm(config, **options)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(D, V, use_bias=False, kernel_init=init, **options)
@@ -552,15 +660,15 @@ class Cache(NamedTuple):
 def init_cache(config: Config, batch: int, length: int, dtype, use_ring=True) -> Cache:
     """An empty cache of `length` slots.
 
-    use_ring: a layer holds no more tokens than the sliding window, in a ring buffer.
+    use_ring: a SLIDING layer holds no more tokens than its window, in a ring buffer.
     """
-    layer_length = length
-    if config.sliding_window is not None and use_ring:
-        layer_length = min(length, config.sliding_window)
     width = stored_width(config.head_dim, dtype)
-    shape = (batch, layer_length, config.num_key_value_heads, width)
     layers = []
-    for _ in range(config.num_hidden_layers):
+    for kind in config.layer_types:
+        layer_length = length
+        if kind == SLIDING and use_ring:
+            layer_length = min(length, config.sliding_window)
+        shape = (batch, layer_length, config.num_key_value_heads, width)
         router_stats = None
         if config.model_type == "mixtral":
             router_stats = jnp.zeros((2, config.num_local_experts))
@@ -632,7 +740,7 @@ def has_unbounded_context(config: Config) -> bool:
 
     RoPE sees distances alone, and none within a window is new to the model.
     """
-    return config.sliding_window is not None
+    return all(kind == SLIDING for kind in config.layer_types)
 
 
 def write_slots(slots, new, start):
@@ -2164,7 +2272,8 @@ def read_old_tokenizer(folder: Path):
             files += kind
     if not files:
         raise InputError(
-            f"{folder} has no tokenizer: none of tokenizer.json, vocab.json, tokenizer.model"
+            f"{folder} has no tokenizer: none of tokenizer.json, vocab.json, tokenizer.model; copy "
+            "one from a checkpoint with the same tokens (tekken.json is not read)"
         )
     for name in files:
         check_file(folder / name)
@@ -2595,14 +2704,76 @@ def gguf_chat_settings(file: Path) -> dict:
 # ------------------------------------- Checkpoints of Mistral -------------------------------------
 
 
-ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}  # by model_type
+ARCHITECTURES = {  # by model_type
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+}
 
 
-def preset(parameters: int, download_GB: float, **sizes) -> Preset:
-    """A published checkpoint; `sizes` are the fields of its config that differ from the default."""
-    return Preset(parameters, download_GB, gated=False, config=Config(**sizes))
+def check_rope(rope: dict) -> None:
+    """InputError where RoPE scaling is of a kind that this file does not know, or incomplete."""
+    kind = rope.get("rope_type", "default")
+    check_supported("rope_type", kind, ROPE_NEEDS)
+    for key in ROPE_NEEDS[kind]:
+        if rope.get(key) is None:
+            raise InputError(f"config.json: RoPE scaling of type {kind} lacks {key}")
 
 
+ROPE_NEEDS = {  # by rope_type: the keys that it must have
+    "default": [],
+    "yarn": ["factor"],
+}
+
+
+def preset(parameters: int, download_GB: float, gated=False, **sizes) -> Preset:
+    """A published checkpoint; `sizes` are the fields of its config that differ from the default.
+
+    download_GB: of the multimodal ones, the vision encoder is included.
+    """
+    return Preset(parameters, download_GB, gated, Config(**sizes))
+
+
+SMALL_3 = {  # Mistral Small 3, and the text model of 3.1 and 3.2
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+    "head_dim": 128,
+}
+SMALL_31 = SMALL_3 | {"max_position_embeddings": 131072, "rope_theta": 1e9}
+YARN_16 = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 16.0,
+    "llama_4_scaling_beta": 0.1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 16384,
+    "rope_type": "yarn",
+}
+MINISTRAL_3 = {
+    "model_type": "ministral3",
+    "vocab_size": 131072,
+    "max_position_embeddings": 262144,
+    "head_dim": 128,
+    "rope_scaling": tuple(YARN_16.items()),
+}
+MINISTRAL_3B = MINISTRAL_3 | {
+    "hidden_size": 3072,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+MINISTRAL_8B = MINISTRAL_3 | {"num_hidden_layers": 34, "rope_theta": 1e6}
+MINISTRAL_14B = MINISTRAL_3 | {
+    "hidden_size": 5120,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 40,
+    "rope_theta": 1e9,
+}
 PRESETS = {  # by id on the Hub; the first is the default
     "mistralai/Mistral-7B-v0.1": preset(7_241_732_096, 14.5, sliding_window=4096),
     "mistral-community/Mistral-7B-v0.2": preset(7_241_732_096, 14.5, rope_theta=1e6),
@@ -2610,6 +2781,31 @@ PRESETS = {  # by id on the Hub; the first is the default
     "mistralai/Mistral-7B-Instruct-v0.3": preset(
         7_248_023_552, 14.5, rope_theta=1e6, vocab_size=32768
     ),
+    "mistralai/Mistral-Small-24B-Base-2501": preset(
+        23_572_403_200, 47.1, rope_theta=1e8, **SMALL_3
+    ),
+    "mistralai/Mistral-Small-24B-Instruct-2501": preset(
+        23_572_403_200, 47.1, rope_theta=1e8, **SMALL_3
+    ),
+    "mistralai/Mistral-Small-3.1-24B-Base-2503": preset(23_572_403_200, 48.0, **SMALL_31),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": preset(23_572_403_200, 48.0, **SMALL_31),
+    "mistralai/Ministral-8B-Instruct-2410": preset(
+        8_019_808_256,
+        16.0,
+        gated=True,
+        model_type="ministral",
+        layer_types=(FULL, SLIDING, SLIDING, SLIDING) * 9,
+        sliding_window=32768,
+        rope_theta=1e8,
+        vocab_size=131072,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+    ),
+    "mistralai/Ministral-3-3B-Base-2512": preset(3_429_006_336, 7.7, **MINISTRAL_3B),
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": preset(3_429_006_336, 7.7, **MINISTRAL_3B),
+    "mistralai/Ministral-3-8B-Base-2512": preset(8_489_553_920, 17.8, **MINISTRAL_8B),
+    "mistralai/Ministral-3-14B-Base-2512": preset(13_506_073_600, 27.9, **MINISTRAL_14B),
+    "mistralai/Ministral-3-14B-Instruct-2512-BF16": preset(13_506_073_600, 27.9, **MINISTRAL_14B),
     "mistralai/Mixtral-8x7B-v0.1": preset(
         46_702_792_704, 93.4, model_type="mixtral", rope_theta=1e6
     ),
@@ -2629,32 +2825,69 @@ PRESETS = {  # by id on the Hub; the first is the default
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    kind = check_kind(values, list(ARCHITECTURES))
-    if "layer_types" in values:
-        raise InputError("config.json: layer_types make it a Ministral, which is not supported")
-    values = {**ABSENT[kind], **values}
+    kind = check_kind(values, [*ARCHITECTURES, "mistral3"])
+    if kind == "mistral3":  # a multimodal one, of which the text model is read
+        values = text_values(values)
+        kind = check_kind(values, list(ARCHITECTURES))
+    elif kind == "mistral" and "layer_types" in values:
+        kind = "ministral"  # transformers reads it so, too: Ministral 8B calls itself a Mistral
+    values = {**ABSENT[kind], **values, "model_type": kind}
     if "num_experts" in values:
         values["num_local_experts"] = values["num_experts"]  # transformers takes either name
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
     known = known_fields(values)
 
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    known["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    check_supported("rope_type", rope_type, ["default"])
+    rope = values.get("rope_scaling") or values.get("rope_parameters")
+    rope = dict(rope or ABSENT_ROPE.get(kind, {}))
+    known["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
+    rope_type = rope.pop("type", "default")
+    rope_type = rope.setdefault("rope_type", rope_type)
+    check_rope(rope)
+    rope.pop("max_position_embeddings", None)  # this and the next are ignored by the reference
+    if kind != "ministral3":
+        rope.pop("llama_4_scaling_beta", None)
+
+    # Files with YaRN have the scaled length in max_position_embeddings, or the trained one.
+    if rope_type == "yarn":
+        stated = values["max_position_embeddings"]
+        original = rope.get("original_max_position_embeddings", stated)
+        original = values.get("original_max_position_embeddings", original)
+        rope["original_max_position_embeddings"] = original
+        known["max_position_embeddings"] = max(stated, int(rope["factor"] * original))
+
+    known["rope_scaling"] = () if rope_type == "default" else tuple(sorted(rope.items()))
     return Config(**known)
 
 
+def text_values(values: dict) -> dict:
+    """The config.json of the text model in a multimodal one, as the reference reads it.
+
+    All is in text_config but whether the head is tied, and perhaps the ids of special tokens.
+    """
+    ids = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
+    text = values.get("text_config")
+    if text is None:
+        text = {"sliding_window": None, "rms_norm_eps": 1e-5, **SMALL_31}
+    return {
+        **ids,
+        "model_type": "mistral",
+        **text,
+        "tie_word_embeddings": values.get("tie_word_embeddings", True),
+    }
+
+
 # What transformers assumes where a config.json lacks a key.
+WINDOWED = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+}
 ABSENT = {
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4,
-    },
+    "mistral": WINDOWED,
+    "ministral": WINDOWED,
     "mixtral": {
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
@@ -2662,13 +2895,25 @@ ABSENT = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
     },
+    "ministral3": {
+        "vocab_size": 131072,
+        "max_position_embeddings": 262144,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1e4,
+    },
 }
+ABSENT_ROPE = {"ministral3": {"rope_theta": 1e6, **YARN_16}}  # where it lacks all of RoPE
 
 
 def config_to_hf(config: Config) -> dict:
     """The contents of config.json for a Config; see Config.to_hf."""
     values = {"architectures": [ARCHITECTURES[config.model_type]], **asdict(config)}
+    values["rope_scaling"] = dict(config.rope_scaling) or None
     del values["padded_vocab_size"]
+    if config.model_type != "ministral":
+        del values["layer_types"]
     return values
 
 
@@ -2683,10 +2928,14 @@ VOCABULARY = ("embed_tokens.embedding", "lm_head.kernel")  # `save` drops what p
 # (pattern, replacement) pairs, applied in turn to each name in a file before CHECKPOINT's names are
 # looked up: a row for tensors that other files name otherwise.
 RENAMED = [
-    (r"^(?!model\.|lm_head\.)", "model."),  # bare models lack the prefix
+    (r"^(language_model\.|model\.)+(?=lm_head\.)", ""),  # multimodal models have other prefixes,
+    (r"^(language_model\.|model\.)*(?!lm_head\.)", "model."),  # and bare models have none
 ]
-# Ignored where a file has them: the token table again as the head, and RoPE's frequencies.
-IGNORED = r"lm_head\.weight|.+\.rotary_emb\.inv_freq"
+# Ignored where a file has them: the token table again as the head, RoPE's frequencies, and what is
+# for pictures.
+IGNORED = (
+    r"lm_head\.weight|.+\.rotary_emb\.inv_freq|model\.(vision_tower|multi_modal_projector)\..+"
+)
 FORMATS = {  # files of weights, and what reads them: the first one present is used
     "model.safetensors": safetensors_in,
     "pytorch_model.bin": torch_tensors_in,

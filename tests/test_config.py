@@ -25,6 +25,7 @@ KINDS = {
     "gemma3_text": ("gemma", transformers.Gemma3TextConfig),
     "mistral": ("mistral", transformers.MistralConfig),
     "mixtral": ("mistral", transformers.MixtralConfig),
+    "ministral": ("mistral", transformers.MinistralConfig),
     "qwen2": ("qwen", transformers.Qwen2Config),
     "qwen3": ("qwen", transformers.Qwen3Config),
     "qwen3_moe": ("qwen", transformers.Qwen3MoeConfig),

@@ -47,6 +47,16 @@ def test_kv_heads_and_head_width_that_are_left_out_are_derived(module):
     assert module.Config(num_attention_heads=16).head_dim == 256
 
 
+def test_all_layers_but_those_of_a_ministral_are_as_the_window_says():
+    changed = {"sliding_window": 8, "num_hidden_layers": 3}
+    for model_type in ("mistral", "mixtral"):
+        config = mistral.Config(model_type)
+        assert set(config.layer_types) == {mistral.FULL}
+        assert mistral.replace(config, **changed).layer_types == (mistral.SLIDING,) * 3
+    assert set(mistral.Config("ministral", sliding_window=8).layer_types) == {mistral.SLIDING}
+    assert set(mistral.Config("ministral").layer_types) == {mistral.FULL}
+
+
 def test_layer_types_that_are_left_out_are_those_of_that_gemma():
     assert gemma.Config(num_hidden_layers=12).layer_types.count(gemma.FULL) == 2
     assert gemma.Config(model_type="gemma2", num_hidden_layers=4).layer_types.count(gemma.FULL) == 2
@@ -90,6 +100,21 @@ def test_layer_types_that_are_left_out_are_those_of_that_gemma():
         (mistral, {"head_dim": 7}, "head_dim 7 is odd"),
         (mistral, {"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok 9 is"),
         (mistral, {"sliding_window": 0}, "sliding_window is 0"),
+        (
+            mistral,
+            {"model_type": "ministral", "layer_types": (mistral.FULL,)},
+            "layer_types has 1 entries, but num_hidden_layers",
+        ),
+        (
+            mistral,
+            {"model_type": "ministral", "num_hidden_layers": 1, "layer_types": ("linear",)},
+            "layer_types is 'linear'",
+        ),
+        (
+            mistral,
+            {"model_type": "ministral", "num_hidden_layers": 1, "layer_types": (mistral.SLIDING,)},
+            "layer_types has sliding layers, but no sliding_window",
+        ),
     ],
     ids=lambda value: value.__name__ if hasattr(value, "__name__") else str(value),
 )
@@ -281,6 +306,8 @@ def test_what_load_cannot_take_is_refused_in_words(arguments, says):
         (gemma, {"num_hidden_layers": "x"}),
         (mistral, {"rope_parameters": 7}),
         (mistral, {"sliding_window": "4096"}),
+        (mistral, {"model_type": "ministral", "layer_types": 5}),
+        (mistral, {"model_type": "mistral3", "text_config": 5}),
     ],
     ids=str,
 )

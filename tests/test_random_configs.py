@@ -270,8 +270,8 @@ def random_llama(rng) -> dict:
 
 
 def random_mistral(rng) -> dict:
-    """A Mistral or a Mixtral; the heads need not share the width evenly."""
-    kind = rng.choice(["mistral", "mixtral"])
+    """One of the kinds that mistral.py reads; the heads need not share the width evenly."""
+    kind = rng.choice(["mistral", "mixtral", "ministral"])
     values = what_all_have(rng) | rotary_sizes(rng, 32, 8)
     values |= drawn(
         rng,
@@ -293,8 +293,11 @@ def random_mistral(rng) -> dict:
             output_router_logits=[ABSENT, False],
         )
     values |= random_rope(rng, "mistral", values)
-    if kind == "mistral" and values.get("head_dim"):
-        types = random_layer_types(rng, values)
+    # With layer_types, a Mistral is read as a Ministral, of which transformers wants a head_dim.
+    types = random_layer_types(rng, values)
+    if kind == "ministral":
+        values |= drawn(rng, layer_types=[ABSENT, None, types, types])
+    elif kind == "mistral" and values.get("head_dim"):
         values |= drawn(rng, layer_types=[ABSENT] * 4 + [types])
     return values
 
@@ -450,8 +453,6 @@ REFUSED = {  # by family: a reason, and whether a config gives it; all others mu
     "mistral": {
         "activation": partial(other_activation, "mistral"),
         "RoPE": partial(other_rope, "mistral"),
-        # With this key transformers reads a Mistral as a Ministral, whose layers differ.
-        "layer types": lambda values: "layer_types" in values,
     },
     "qwen": {
         "activation": partial(other_activation, "qwen"),

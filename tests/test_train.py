@@ -422,9 +422,18 @@ def test_long_texts_are_attended_to_in_chunks_where_there_is_no_dropout():
         (mistral.Config(num_hidden_layers=2, sliding_window=64), [64, 64]),
         (mistral.Config(num_hidden_layers=2, sliding_window=4096), [100, 100]),
         (mistral.Config(num_hidden_layers=2), [100, 100]),
+        (
+            mistral.Config(
+                "ministral",
+                num_hidden_layers=2,
+                layer_types=(mistral.FULL, mistral.SLIDING),
+                sliding_window=64,
+            ),
+            [100, 64],
+        ),
         (gemma.Config(num_hidden_layers=6, sliding_window=30), [30] * 5 + [100]),
     ],
-    ids=["gpt2", "window", "wide window", "no window", "gemma"],
+    ids=["gpt2", "window", "wide window", "no window", "ministral", "gemma"],
 )
 def test_a_layer_with_a_window_is_counted_by_its_window(config, keys):
     layers = getattr(config, "num_hidden_layers", 12)

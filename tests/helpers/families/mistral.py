@@ -1,6 +1,6 @@
 """What the tests know about mistral.py."""
 
-from transformers import MistralConfig, MixtralConfig
+from transformers import MinistralConfig, MistralConfig, MixtralConfig
 
 import mistral
 from helpers.families.common import Family, Mutation
@@ -8,7 +8,7 @@ from helpers.families.rotary import GROUPED, ROTARY, ROTARY_FAULTS, SMALL, rope,
 
 
 def mistral_config(model_type="mistral", **sizes):
-    kinds = {"mistral": MistralConfig, "mixtral": MixtralConfig}
+    kinds = {"mistral": MistralConfig, "mixtral": MixtralConfig, "ministral": MinistralConfig}
     return kinds[model_type](**sizes)
 
 
@@ -31,6 +31,12 @@ def mixtral_names(gradients):
 
 
 MIXTRAL = {"model_type": "mixtral", "sliding_window": None}
+MINISTRAL = {
+    "model_type": "ministral",
+    "layer_types": ["full_attention", *["sliding_attention"] * 3],
+    "sliding_window": 5,
+    "num_hidden_layers": 4,
+}
 MISTRAL = Family(
     module=mistral,
     hf_config=mistral_config,
@@ -41,6 +47,7 @@ MISTRAL = Family(
         "window of 5": {"sliding_window": 5, **GROUPED, "num_hidden_layers": 3},
         "window of 70": {"sliding_window": 70, "head_dim": 20},
         "large epsilon and theta": {"rms_norm_eps": 1e-2, **rope("default", 1e6)},
+        "windows in some layers": {**MINISTRAL, **GROUPED},
         "8 experts": {**MIXTRAL, **GROUPED, "num_local_experts": 8},
         "3 experts, window of 7": {**MIXTRAL, "num_local_experts": 3, "sliding_window": 7},
         "both of 2 experts": {**MIXTRAL, "num_local_experts": 2},
@@ -61,6 +68,16 @@ MISTRAL = Family(
         ),
         "a window one shorter": Mutation(
             "q_pos - k_pos < window", "q_pos - k_pos + 1 < window", "window of 5"
+        ),
+        "windows in the other layers": Mutation(
+            "layer_types[layer] == SLIDING",
+            "layer_types[layer] != SLIDING",
+            "windows in some layers",
+        ),
+        "windows in all layers": Mutation(
+            "self.config.sliding_window if self.sliding else None",
+            "self.config.sliding_window",
+            "windows in some layers",
         ),
         "GELU for SiLU": Mutation("jax.nn.silu(self.gate_proj", "jax.nn.gelu(self.gate_proj"),
         "w1 and w3 exchanged": Mutation(
