@@ -2879,8 +2879,27 @@ def config_to_hf(config: Config) -> dict:
     values["rope_scaling"] = dict(config.rope_scaling) or None
     values["use_sliding_window"] = config.sliding_window is not None
     values["max_window_layers"] = config.layer_types.count(FULL)
-    del values["padded_vocab_size"]
+
+    # A dense Qwen has no keys for experts. One with experts has none for the kinds of its layers.
+    left_out = ["padded_vocab_size"]
+    if config.model_type == "qwen3_moe":
+        left_out += ["layer_types", "max_window_layers"]
+    else:
+        left_out += EXPERTS
+    for name in left_out:
+        del values[name]
     return values
+
+
+EXPERTS = [  # fields of a qwen3_moe alone
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "router_aux_loss_coef",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+]
 
 
 # Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,

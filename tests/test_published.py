@@ -17,6 +17,7 @@ import gpt2
 import llama
 import mistral
 import opt
+import qwen
 
 CITIES = [
     "Today is a beautiful day and I want",
@@ -157,6 +158,13 @@ GREEDY = [
             " and I'm going to take a walk.\n\nI really enjoy the scenery, and I'",
             ", green, yellow, orange, purple, brown, black, white, gray.\n\nI'",
         ],
+    ),
+    (
+        qwen,
+        "Qwen/Qwen3-0.6B-Base",
+        "float32",
+        ["My favourite condiment is "],
+        ["100% plain, unflavoured, and unadulterated. It is"],
     ),
 ]
 DOG = [
