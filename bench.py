@@ -952,7 +952,7 @@ def add_metadata(writer, module, config) -> None:
         if value is None or "expert" in key:
             continue
         add = writer.add_uint32
-        if re.search("rope|epsilon|softcapping", key):
+        if re.search("rope|epsilon|softcapping|scale", key):
             add = writer.add_float32
         add(f"{writer.arch}.{key}", value)
     if "head_dim" in values:
@@ -985,7 +985,7 @@ def ggml_layout(architecture: str, path: str, tensor, config):
     """A parameter as llama.cpp lays it out."""
     if path.endswith("kernel"):
         tensor = tensor.T  # [in, out] -> [out, in]
-    if architecture == "llama" and re.search("[qk]_proj", path):
+    if architecture in ("llama", "smollm3", "granite") and re.search("[qk]_proj", path):
         # RoPE rotates neighbours there, and here row i of a head with row i + Dh / 2.
         halves = tensor.reshape(-1, 2, config.head_dim // 2, *tensor.shape[1:])
         tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
@@ -1007,7 +1007,9 @@ def ggml_kind(module, path: str, tensor, kind: str) -> str:
 
 
 # Fields of a Config that do not change what a model computes.
-NO_MATTER = r"n_inner|initializer_range|router_aux_loss_coef|\w+_(pdrop|token_id)"
+NO_MATTER = (
+    r"n_inner|initializer_range|router_aux_loss_coef|no_rope_layer_interval|\w+_(pdrop|token_id)"
+)
 
 
 def check_read_back(module, file: Path, config, tokens: int) -> None:
@@ -1903,6 +1905,8 @@ KINDS = {
     "gpt2": "gpt2",
     "opt": "opt",
     "llama": "llama",
+    "smollm3": "llama",
+    "granite": "llama",
     "gemma": "gemma",
     "gemma2": "gemma",
     "gemma3": "gemma",

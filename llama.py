@@ -6,8 +6,14 @@ keys (RoPE) and not vectors in a table. The MLP is gated (SwiGLU). Many models s
 among several query heads (grouped-query attention). There is no dropout. Published checkpoints have
 no biases, but the config allows them.
 
+Two other models are Llamas with a small change each. SmolLM3 has no RoPE in every fourth layer
+(NoPE). Granite 3 multiplies by four constants of its config: the embeddings, what each block adds
+to the residual stream, the attention scores and, as a divisor, the logits.
+
 Papers: Touvron et al. 2023, "LLaMA" and "Llama 2"; Grattafiori et al. 2024, "The Llama 3 Herd of
-Models". Reference: modeling_llama.py of Hugging Face transformers.
+Models"; Yang et al. 2025, "RoPE to NoPE and Back Again"; Shen et al. 2024, "Power Scheduler".
+Reference: modeling_llama.py, modeling_smollm3.py and modeling_granite.py of Hugging Face
+transformers.
 
 Shape letters:  B batch   T query length: the tokens of this call   S cache length, in slots
                 D model width (the residual stream)   H query heads   K KV heads   G = H / K
@@ -22,7 +28,7 @@ model file. `Linear` is defined near the end, under Faster forms; until there, r
     pip install gguf                                 # for GGUF files
     pip install transformers sentencepiece protobuf  # for tokenizers older than tokenizer.json
     python llama.py "Once upon a time"                      # downloads HuggingFaceTB/SmolLM2-135M
-    python llama.py "Once upon a time" path/to/checkpoint   # any Llama in Hugging Face's format
+    python llama.py "Once upon a time" path/to/checkpoint   # any of these in Hugging Face's format
 
 From "Open language models in JAX, one file each". MIT License, copyright (c) 2026 its authors.
 """
@@ -57,6 +63,7 @@ from safetensors.numpy import save_file
 class Config:
     """The sizes and switches of one Llama, under the names that its config.json has for them."""
 
+    model_type: str = "llama"  # or smollm3, granite
     vocab_size: int = 32000  # V
     max_position_embeddings: int = 2048  # context length, RoPE scaling included
     hidden_size: int = 4096  # D
@@ -70,6 +77,12 @@ class Config:
     rope_scaling: tuple = ()  # the items of config.json's dict, and "trained": see config_from_hf
     attention_bias: bool = False
     mlp_bias: bool = False
+    no_rope_layer_interval: int = 4  # SmolLM3: every so many layers, one has no RoPE
+    no_rope_layers: tuple | None = None  # SmolLM3: 1 for each layer with RoPE; None: see above
+    embedding_multiplier: float = 1.0  # Granite
+    residual_multiplier: float = 1.0  # Granite
+    attention_multiplier: float | None = None  # Granite; None: 1 / sqrt(Dh)
+    logits_scaling: float = 1.0  # Granite
     initializer_range: float = 0.02  # standard deviation of the initial weights
     tie_word_embeddings: bool = False  # True: the head is the token table
     bos_token_id: int | None = 1
@@ -79,6 +92,8 @@ class Config:
     def __post_init__(self):
         """Derives what is left out. InputError: sizes that do not fit each other."""
         check_fields(self)
+        check_supported("model_type", self.model_type, ARCHITECTURES)
+        check_own_fields(self)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -90,6 +105,10 @@ class Config:
         check_rope(dict(self.rope_scaling))
         if ("rope_type", "dynamic") in self.rope_scaling and self.head_dim == 2:
             raise InputError("config.json: dynamic RoPE scaling needs a head_dim of 4 or more")
+        if self.model_type == "smollm3":
+            object.__setattr__(self, "no_rope_layers", rope_by_layer(self))
+        if self.model_type == "granite" and self.attention_multiplier is None:
+            object.__setattr__(self, "attention_multiplier", self.head_dim**-0.5)
 
     @classmethod
     def small(cls, *, layers: int, heads: int, width: int, context: int, **changes) -> "Config":
@@ -107,9 +126,13 @@ class Config:
             **changes,
         )
 
+    def has_rope(self, layer: int) -> bool:
+        """Whether a layer rotates its queries and keys: all do, but for some of a SmolLM3."""
+        return self.model_type != "smollm3" or self.no_rope_layers[layer] == 1
+
     @classmethod
     def from_hf(cls, values: dict) -> "Config":
-        """From the contents of a config.json. InputError: not a Llama, or an unsupported one."""
+        """From the contents of a config.json. InputError: none of these models, or unsupported."""
         return translate(values)
 
     def to_hf(self) -> dict:
@@ -274,16 +297,20 @@ def yarn_frequencies(inv_freq, theta, scaling: dict):
     return scaled * inv_freq / factor + (1 - scaled) * inv_freq
 
 
-def attention_scale(config: Config) -> float:
+def attention_scale(config: Config, has_rope: bool) -> float:
     """What attention scores are multiplied by: 1 / sqrt(Dh), and a little more with YaRN.
+
+    A Granite has another number in place of 1 / sqrt(Dh): the published ones have 1 / Dh.
 
     For the more keys of a longer context, YaRN makes the softmax sharper: by m^2 for
     m = 0.1 ln(factor) + 1. The reference multiplies both queries and keys by m. Peng et al. 2023,
     equation (22).
     """
     scale = config.head_dim**-0.5
+    if config.attention_multiplier is not None:
+        scale = config.attention_multiplier
     scaling = dict(config.rope_scaling)
-    if scaling.get("rope_type") != "yarn":
+    if scaling.get("rope_type") != "yarn" or not has_rope:
         return scale
 
     def sharpness(mscale):
@@ -300,7 +327,7 @@ def attention_scale(config: Config) -> float:
 class Attention(nnx.Module):
     """Causal self-attention with H query heads and K KV heads, and positions as rotations."""
 
-    def __init__(self, config: Config, **options):  # options: dtype, param_dtype, rngs
+    def __init__(self, config: Config, layer: int, **options):  # options: dtype, param_dtype, rngs
         D = config.hidden_size
         H = config.num_attention_heads
         K = config.num_key_value_heads
@@ -309,6 +336,7 @@ class Attention(nnx.Module):
         linear = {"use_bias": config.attention_bias, "kernel_init": init, **options}
 
         self.config = config
+        self.has_rope = config.has_rope(layer)
         self.q_proj = Linear(D, H * Dh, **linear)
         self.k_proj = Linear(D, K * Dh, **linear)
         self.v_proj = Linear(D, K * Dh, **linear)
@@ -328,14 +356,15 @@ class Attention(nnx.Module):
         k = self.k_proj(x).reshape(B, T, -1, Dh)  # [B, T, K, Dh]
         v = self.v_proj(x).reshape(B, T, -1, Dh)
 
-        inv_freq = rope_frequencies(self.config, positions - first)
-        q = rotate(q, positions - first, inv_freq)
-        k = rotate(k, positions - first, inv_freq)
+        if self.has_rope:  # in each layer, but for some of a SmolLM3
+            inv_freq = rope_frequencies(self.config, positions - first)
+            q = rotate(q, positions - first, inv_freq)
+            k = rotate(k, positions - first, inv_freq)
 
         # k and v [B, S, K, Dh] from here on
         k, v, k_positions, layer_cache = update_layer(layer_cache, k, v, k_positions, start)
 
-        scale = attention_scale(self.config)
+        scale = attention_scale(self.config, self.has_rope)
         x = attend(q, k, v, positions, k_positions, first, scale=scale)  # [B, T, H, Dh]
         x = self.o_proj(x.reshape(B, T, -1))
         return x, layer_cache
@@ -368,9 +397,10 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then the MLP. Each reads a normed copy of the residual stream."""
 
-    def __init__(self, config: Config, **options):
+    def __init__(self, config: Config, layer: int, **options):
+        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = rms_norm(config, **options)
-        self.self_attn = Attention(config, **options)
+        self.self_attn = Attention(config, layer, **options)
         self.post_attention_layernorm = rms_norm(config, **options)
         self.mlp = MLP(config, **options)
 
@@ -378,14 +408,15 @@ class Block(nnx.Module):
         """x [B, T, D] -> (x [B, T, D], the updated layer_cache); arguments as for Attention."""
         y = self.input_layernorm(x)
         y, layer_cache = self.self_attn(y, positions, k_positions, layer_cache, start, first)
-        x = x + y
+        x = x + y * self.residual_multiplier  # 1, but in a Granite
 
         y = self.mlp(self.post_attention_layernorm(x))
-        return x + y, layer_cache
+        x = x + y * self.residual_multiplier
+        return x, layer_cache
 
 
 class Model(nnx.Module):
-    """Llama: tokens [B, T] -> logits [B, T, V].
+    """Llama, SmolLM3 or Granite: tokens [B, T] -> logits [B, T, V].
 
     `dtype` is the type to compute in, `param_dtype` the type to store weights in. Norms, RoPE,
     attention scores, softmax and logits are float32 in any case. `remat` turns on gradient
@@ -408,7 +439,8 @@ class Model(nnx.Module):
         self.remat = remat
 
         self.embed_tokens = nnx.Embed(V, D, embedding_init=init, **options)
-        self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([Block(config, layer, **options) for layer in layers])
         self.norm = rms_norm(config, **options)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(D, V, use_bias=False, kernel_init=init, **options)
@@ -454,6 +486,7 @@ class Model(nnx.Module):
         k_positions = write_slots(cache.positions, positions, start)  # [B, S]
 
         x = self.embed_tokens(tokens)  # [B, T, D]
+        x = x * self.config.embedding_multiplier  # 1, but in a Granite
 
         layers = []
         for i, block in enumerate(self.layers):
@@ -481,6 +514,7 @@ class Model(nnx.Module):
             w = w.astype(x.dtype)
             logits = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
 
+        logits = logits / self.config.logits_scaling  # 1, but in a Granite
         return logits[..., : self.config.vocab_size]  # drops what pads the vocabulary
 
 
@@ -2125,9 +2159,9 @@ LLAMA_3 = ["llama-bpe", "llama3", "llama-v3"]  # names of its tokenizer
 # What cuts a text into words, before byte-level BPE: regular expressions by tokenizer.ggml.pre.
 # None: that of GPT-2, which the package tokenizers has.
 GGUF_WORDS = {
-    **dict.fromkeys(["gpt-2", "default", "smollm"]),
+    **dict.fromkeys(["gpt-2", "default", "smollm", "refact"]),
     **dict.fromkeys(
-        LLAMA_3,
+        [*LLAMA_3, "smaug-bpe"],
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
@@ -2408,7 +2442,7 @@ def byte_level_bpe(metadata: dict):
     name = metadata.get("tokenizer.ggml.pre", "default")
     words = GGUF_WORDS[name]
     steps = []
-    if name == "smollm":
+    if name in ("smollm", "refact"):
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     if words is not None:
         steps.append(pre_tokenizers.Split(Regex(words), "isolated"))
@@ -2506,6 +2540,55 @@ def gguf_chat_settings(file: Path) -> dict:
 # -------------------------------------- Checkpoints of Llama --------------------------------------
 
 
+ARCHITECTURES = {  # by model_type
+    "llama": "LlamaForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+OWN_FIELDS = {  # the fields of Config that only one model_type has
+    "llama": [],
+    "smollm3": ["no_rope_layers", "no_rope_layer_interval"],
+    "granite": [
+        "embedding_multiplier",
+        "residual_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+    ],
+}
+
+
+def fields_of_others(model_type: str) -> list[str]:
+    """The fields of Config that mean nothing in the config.json of this model_type."""
+    found = []
+    for kind, names in OWN_FIELDS.items():
+        if kind != model_type:
+            found += names
+    return found
+
+
+def check_own_fields(config: Config) -> None:
+    """InputError where a field is set that the model_type does not have: it would not be saved."""
+    for name in fields_of_others(config.model_type):
+        if getattr(config, name) != getattr(Config, name):
+            raise InputError(f"{name} has no meaning for the model_type {config.model_type!r}")
+
+
+def rope_by_layer(config: Config) -> tuple[int, ...]:
+    """no_rope_layers of a SmolLM3, derived where left out: 1 for a layer with RoPE, 0 without."""
+    layers = config.num_hidden_layers
+    if config.no_rope_layers is None:
+        return tuple(int((i + 1) % config.no_rope_layer_interval != 0) for i in range(layers))
+
+    for has_rope in config.no_rope_layers:
+        check_supported("no_rope_layers", has_rope, [0, 1])
+    if len(config.no_rope_layers) < layers:
+        raise InputError(
+            f"config.json: no_rope_layers has {len(config.no_rope_layers)} entries, but "
+            f"num_hidden_layers is {layers}"
+        )
+    return config.no_rope_layers[:layers]  # as the reference, which allows for more entries
+
+
 def check_rope(rope: dict) -> None:
     """InputError where RoPE scaling is of a kind that this file does not know, or incomplete."""
     kind = rope.get("rope_type", "default")
@@ -2539,6 +2622,7 @@ def sizes(D: int, F: int, layers: int, H: int, K: int) -> dict:
 SMOL_135M = sizes(D=576, F=1536, layers=30, H=9, K=3)
 SMOL_360M = sizes(D=960, F=2560, layers=32, H=15, K=5)
 SMOL_1B7 = sizes(D=2048, F=8192, layers=24, H=32, K=32)
+SMOL_3B = sizes(D=2048, F=11008, layers=36, H=16, K=4)
 TINY_1B = sizes(D=2048, F=5632, layers=22, H=32, K=4)
 OPEN_3B = sizes(D=3200, F=8640, layers=26, H=32, K=32)
 LLAMA_1B = sizes(D=2048, F=8192, layers=16, H=32, K=8)
@@ -2550,6 +2634,9 @@ LLAMA_30B = sizes(D=6656, F=17920, layers=60, H=52, K=52)
 LLAMA_65B = sizes(D=8192, F=22016, layers=80, H=64, K=64)
 LLAMA_70B = sizes(D=8192, F=28672, layers=80, H=64, K=8)
 LLAMA_405B = sizes(D=16384, F=53248, layers=126, H=128, K=8)
+GRANITE_2B = sizes(D=2048, F=8192, layers=40, H=32, K=8)
+GRANITE_8B = sizes(D=4096, F=12800, layers=40, H=32, K=8)
+GRANITE_8B |= {"attention_multiplier": 1 / 128, "logits_scaling": 16.0}
 
 LLAMA1 = {}  # the defaults of Config
 TINYLLAMA = {"rms_norm_eps": 1e-5}  # Llama 65B, too
@@ -2586,11 +2673,40 @@ SMOL = {
 SMOL2 = SMOL | {"max_position_embeddings": 8192, "rope_theta": 100000.0}
 SMOL2_1B7 = SMOL2 | {"rope_theta": 130000.0}
 SMOL2_CHAT = SMOL2 | {"bos_token_id": 1, "eos_token_id": 2}
+SMOL3 = {
+    "model_type": "smollm3",
+    "max_position_embeddings": 65536,
+    "rope_theta": 5000000.0,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 128001,
+}
+SMOL3_CHAT = SMOL3 | {"bos_token_id": 128000, "eos_token_id": 128012}
+GRANITE3 = {
+    "model_type": "granite",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "vocab_size": 49155,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 1 / 64,
+    "logits_scaling": 8.0,
+}
+GRANITE31 = GRANITE3 | {
+    "max_position_embeddings": 131072,
+    "rope_theta": 5000000.0,
+    "vocab_size": 49152,
+}
+GRANITE33 = GRANITE31 | {"rope_theta": 10000000.0, "vocab_size": 49159}
 
 
 def preset(parameters: int, download_GB: float, kind: dict, size: dict, gated=False) -> Preset:
-    """A published Llama: `kind` and `size` are fields of its config."""
-    return Preset(parameters, download_GB, gated, Config(**kind, **size))
+    """A published checkpoint: `kind` and `size` are fields of its config."""
+    return Preset(parameters, download_GB, gated, Config(**kind | size))
 
 
 PRESETS = {  # by id on the Hub; the first is the default
@@ -2598,6 +2714,8 @@ PRESETS = {  # by id on the Hub; the first is the default
     "HuggingFaceTB/SmolLM2-360M": preset(361_821_120, 0.7, SMOL2, SMOL_360M),
     "HuggingFaceTB/SmolLM2-1.7B": preset(1_711_376_384, 3.4, SMOL2_1B7, SMOL_1B7),
     "HuggingFaceTB/SmolLM2-135M-Instruct": preset(134_515_008, 0.3, SMOL2_CHAT, SMOL_135M),
+    "HuggingFaceTB/SmolLM3-3B-Base": preset(3_075_098_624, 6.2, SMOL3, SMOL_3B),
+    "HuggingFaceTB/SmolLM3-3B": preset(3_075_098_624, 6.2, SMOL3_CHAT, SMOL_3B),
     "HuggingFaceTB/SmolLM-135M": preset(134_515_008, 0.5, SMOL, SMOL_135M),
     "HuggingFaceTB/SmolLM-360M": preset(361_821_120, 1.4, SMOL, SMOL_360M),
     "HuggingFaceTB/SmolLM-1.7B": preset(1_711_376_384, 6.8, SMOL, SMOL_1B7),
@@ -2624,13 +2742,23 @@ PRESETS = {  # by id on the Hub; the first is the default
     "meta-llama/Llama-3.3-70B-Instruct": preset(
         70_553_706_496, 141.1, LLAMA31, LLAMA_70B, gated=True
     ),
+    "ibm-granite/granite-3.0-2b-base": preset(2_533_531_648, 5.1, GRANITE3, GRANITE_2B),
+    "ibm-granite/granite-3.0-8b-instruct": preset(8_170_848_256, 16.3, GRANITE3, GRANITE_8B),
+    "ibm-granite/granite-3.1-2b-base": preset(2_533_525_504, 5.1, GRANITE31, GRANITE_2B),
+    "ibm-granite/granite-3.3-2b-instruct": preset(2_533_539_840, 5.1, GRANITE33, GRANITE_2B),
+    "ibm-granite/granite-3.3-8b-instruct": preset(8_170_864_640, 16.3, GRANITE33, GRANITE_8B),
 }
 
 
 def config_from_hf(values: dict) -> Config:
     """The Config for the contents of a config.json; see Config.from_hf."""
-    check_kind(values, ["llama"])
+    model_type = check_kind(values, list(ARCHITECTURES))
+    values = {**ABSENT[model_type], **values}
+    for name in fields_of_others(model_type):
+        values.pop(name, None)  # as the reference, which does not read them
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
+    if model_type == "smollm3":
+        check_no_window(values)
     known = known_fields(values)
 
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
@@ -2661,12 +2789,43 @@ def config_from_hf(values: dict) -> Config:
     return Config(**known)
 
 
+# What transformers assumes where a config.json lacks a key.
+ABSENT = {
+    "llama": {},
+    "smollm3": {
+        "vocab_size": 128256,
+        "max_position_embeddings": 32768,
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "granite": {"attention_multiplier": 1.0},
+}
+
+
+def check_no_window(values: dict) -> None:
+    """InputError where layers of a SmolLM3 would have a sliding window: no published one has."""
+    for kind in values.get("layer_types") or []:
+        check_supported("layer_types", kind, ["full_attention"])
+    if values.get("sliding_window") is not None:
+        check_supported("use_sliding_window", values.get("use_sliding_window", False), [False])
+
+
 def config_to_hf(config: Config) -> dict:
     """The contents of config.json for a Config; see Config.to_hf."""
-    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(config)}
+    values = {"architectures": [ARCHITECTURES[config.model_type]], **asdict(config)}
+    for name in fields_of_others(config.model_type):
+        del values[name]
     rope = dict(config.rope_scaling)
     values["max_position_embeddings"] = rope.pop("trained", config.max_position_embeddings)
     values["rope_scaling"] = rope or None
+    if config.model_type == "smollm3":
+        values["pad_token_id"] = None  # left out, it is one of the published vocabulary
     del values["padded_vocab_size"]
     return values
 
@@ -2696,7 +2855,7 @@ FORMATS = {  # files of weights, and what reads them: the first one present is u
 OLD_TOKENIZER = ("TokenizersBackend", {"add_bos_token": True})
 
 # GGUF files: each architecture, as a model_type,
-GGUF_KINDS = {"llama": "llama"}
+GGUF_KINDS = {"llama": "llama", "smollm3": "smollm3", "granite": "granite"}
 # keys of the metadata, after the architecture, as keys of config.json,
 GGUF_KEYS = {
     "context_length": "max_position_embeddings",
@@ -2710,24 +2869,27 @@ GGUF_OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
 }
 # names of tensors as a folder has them, where N is a number,
-GGUF_NAMES = {
-    "llama": {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "blk.N.attn_norm": "model.layers.N.input_layernorm",
-        "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
-        "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
-        "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
-        "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
-        "blk.N.ffn_norm": "model.layers.N.post_attention_layernorm",
-        "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
-        "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
-        "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
-    }
+GGUF_NAMES_OF_ALL = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.N.attn_norm": "model.layers.N.input_layernorm",
+    "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
+    "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
+    "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
+    "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
+    "blk.N.ffn_norm": "model.layers.N.post_attention_layernorm",
+    "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
+    "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
+    "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
 }
+GGUF_NAMES = dict.fromkeys(GGUF_KINDS, GGUF_NAMES_OF_ALL)
 
 
 def unpermute(weights, config: Config):
@@ -2747,9 +2909,19 @@ GGUF_LAYOUTS = {  # and what undoes the layouts that differ
 
 
 def complete_gguf(file: Path, values: dict) -> dict:
-    """Adds what else config.json says. InputError: RoPE is scaled as in no published Llama."""
-    _, tensors = read_gguf(file)
+    """Adds what else config.json says, and what llama.cpp assumes where the metadata lack a key.
+
+    That every fourth layer of a SmolLM3 has no RoPE is not in a file: llama.cpp knows it.
+    InputError: RoPE is scaled as in no published Llama, or a Granite has none.
+    """
+    metadata, tensors = read_gguf(file)
+    has_rope = metadata.get("granite.rope.scaling.finetuned", True)  # llama.cpp's switch for it
+    check_supported("rope.scaling.finetuned", has_rope, [True])
+
     values = {
+        "num_key_value_heads": values["num_attention_heads"],
+        "rope_theta": 1e4,
+        "attention_multiplier": None,
         **values,
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,

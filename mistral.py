@@ -2323,9 +2323,9 @@ LLAMA_3 = ["llama-bpe", "llama3", "llama-v3"]  # names of its tokenizer
 # What cuts a text into words, before byte-level BPE: regular expressions by tokenizer.ggml.pre.
 # None: that of GPT-2, which the package tokenizers has.
 GGUF_WORDS = {
-    **dict.fromkeys(["gpt-2", "default", "smollm"]),
+    **dict.fromkeys(["gpt-2", "default", "smollm", "refact"]),
     **dict.fromkeys(
-        LLAMA_3,
+        [*LLAMA_3, "smaug-bpe"],
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
@@ -2606,7 +2606,7 @@ def byte_level_bpe(metadata: dict):
     name = metadata.get("tokenizer.ggml.pre", "default")
     words = GGUF_WORDS[name]
     steps = []
-    if name == "smollm":
+    if name in ("smollm", "refact"):
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     if words is not None:
         steps.append(pre_tokenizers.Split(Regex(words), "isolated"))

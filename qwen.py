@@ -2310,9 +2310,9 @@ LLAMA_3 = ["llama-bpe", "llama3", "llama-v3"]  # names of its tokenizer
 # What cuts a text into words, before byte-level BPE: regular expressions by tokenizer.ggml.pre.
 # None: that of GPT-2, which the package tokenizers has.
 GGUF_WORDS = {
-    **dict.fromkeys(["gpt-2", "default", "smollm"]),
+    **dict.fromkeys(["gpt-2", "default", "smollm", "refact"]),
     **dict.fromkeys(
-        LLAMA_3,
+        [*LLAMA_3, "smaug-bpe"],
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
@@ -2593,7 +2593,7 @@ def byte_level_bpe(metadata: dict):
     name = metadata.get("tokenizer.ggml.pre", "default")
     words = GGUF_WORDS[name]
     steps = []
-    if name == "smollm":
+    if name in ("smollm", "refact"):
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     if words is not None:
         steps.append(pre_tokenizers.Split(Regex(words), "isolated"))
@@ -2879,8 +2879,27 @@ def config_to_hf(config: Config) -> dict:
     values["rope_scaling"] = dict(config.rope_scaling) or None
     values["use_sliding_window"] = config.sliding_window is not None
     values["max_window_layers"] = config.layer_types.count(FULL)
-    del values["padded_vocab_size"]
+
+    # A dense Qwen has no keys for experts. One with experts has none for the kinds of its layers.
+    left_out = ["padded_vocab_size"]
+    if config.model_type == "qwen3_moe":
+        left_out += ["layer_types", "max_window_layers"]
+    else:
+        left_out += EXPERTS
+    for name in left_out:
+        del values[name]
     return values
+
+
+EXPERTS = [  # fields of a qwen3_moe alone
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "router_aux_loss_coef",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+]
 
 
 # Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,

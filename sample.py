@@ -165,17 +165,17 @@ def check_conversation(args):
 
 def print_presets():
     """Prints a table of the published checkpoints that each model file names."""
-    print(f"{'--model':9}{'--weights':34}{'parameters':>14}{'download':>11}")
+    print(f"{'--model':9}{'--weights':36}{'parameters':>14}{'download':>11}")
     for name in MODELS:
         for hub_id, preset in importlib.import_module(name).PRESETS.items():
-            note = "  gated: accept its terms first" if preset.gated else ""
+            note = "  gated: accept its terms" if preset.gated else ""
             size = f"{preset.download_GB:>8.2f} GB"
-            print(f"{name:9}{hub_id:34}{preset.parameters:>14,}{size}{note}")
+            print(f"{name:9}{hub_id:36}{preset.parameters:>14,}{size}{note}")
 
         for folder in sorted((HERE / "tiny").glob(f"{name}*")):
             size = sum(file.stat().st_size for file in folder.glob("*"))
             label = "tiny" if folder.name == name else f"tiny/{folder.name}"
-            print(f"{name:9}{label + ' (bundled)':34}{'':14}{size / 1e6:>8.2f} MB")
+            print(f"{name:9}{label + ' (bundled)':36}{'':14}{size / 1e6:>8.2f} MB")
 
 
 def say_what_is_better(flag: str):
@@ -3236,6 +3236,8 @@ KINDS = {
     "gpt2": "gpt2",
     "opt": "opt",
     "llama": "llama",
+    "smollm3": "llama",
+    "granite": "llama",
     "gemma": "gemma",
     "gemma2": "gemma",
     "gemma3": "gemma",

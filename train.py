@@ -3331,6 +3331,8 @@ KINDS = {
     "gpt2": "gpt2",
     "opt": "opt",
     "llama": "llama",
+    "smollm3": "llama",
+    "granite": "llama",
     "gemma": "gemma",
     "gemma2": "gemma",
     "gemma3": "gemma",

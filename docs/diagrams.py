@@ -168,8 +168,10 @@ def describe(model_file, checkpoint: str) -> Family:
     family.layers_name = layers_name
 
     context = getattr(config, "max_position_embeddings", None)
+    is_scaled = events[first].input is not events[0].result
+    is_scaled &= getattr(config, "embedding_multiplier", None) != 1  # as in a Llama
     family.embeddings = [embedding_box(model, event.name, context) for event in events[:first]]
-    if first == 1 and events[first].input is not events[0].result:
+    if first == 1 and is_scaled:
         scale = ("times √D", "scaled embedding")
         family.embeddings[0] = Box(names[0], (*family.embeddings[0].facts, scale))
 

@@ -1,4 +1,4 @@
-"""docs/adding-a-model.md: its commands and diffs make a model file, and that is a Granite."""
+"""docs/adding-a-model.md: its commands and diffs make a model file, and that is an OLMo 2."""
 
 import importlib.util
 import shutil
@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from helpers.pages import python_of, scripts_of
 from helpers.reference import ROOT, Case, mutated, read_hf, write_random
-from transformers import GraniteForCausalLM
+from transformers import Olmo2ForCausalLM
 
 import llama
 
@@ -53,26 +53,26 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def granite(folder):
-    """What the page says that the tests know about granite.py."""
-    spec = importlib.util.spec_from_file_location("granite", folder / "granite.py")
+def olmo2(folder):
+    """What the page says that the tests know about olmo2.py."""
+    spec = importlib.util.spec_from_file_location("olmo2", folder / "olmo2.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["granite"] = module
+    sys.modules["olmo2"] = module
     spec.loader.exec_module(module)
     [block] = python_of(PAGE)
     names = {}
     exec(compile(block.code, "adding-a-model.md", "exec"), names)
-    yield names["GRANITE"]
-    del sys.modules["granite"]
+    yield names["OLMO2"]
+    del sys.modules["olmo2"]
 
 
 @pytest.fixture(scope="module")
-def make_granite(granite, tmp_path_factory):
+def make_olmo2(olmo2, tmp_path_factory):
     """Name of a config -> its Case."""
 
     def make(name):
-        where = tmp_path_factory.mktemp("granite")
-        return Case(granite, write_random(granite, granite.config(name), where))
+        where = tmp_path_factory.mktemp("olmo2")
+        return Case(olmo2, write_random(olmo2, olmo2.config(name), where))
 
     return make
 
@@ -80,18 +80,18 @@ def make_granite(granite, tmp_path_factory):
 def test_the_new_file_keeps_the_copies_and_the_programs_know_it(folder):
     assert run(folder, "python tests/copies.py") == ""
     for program in ("sample.py", "train.py", "bench.py"):
-        assert '"granite": "granite",' in (folder / program).read_text()
+        assert '"olmo2": "olmo2",' in (folder / program).read_text()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_computes_what_transformers_computes(make_granite, name):
-    case = make_granite(name)
+def test_it_computes_what_transformers_computes(make_olmo2, name):
+    case = make_olmo2(name)
     case.assert_close("parts")
     case.assert_close("stream")
 
 
-def test_its_greedy_text_is_that_of_transformers_and_its_checkpoint_is_read(make_granite, tmp_path):
-    case = make_granite("plain")
+def test_its_greedy_text_is_that_of_transformers_and_its_checkpoint_is_read(make_olmo2, tmp_path):
+    case = make_olmo2("plain")
     module = case.family.module
     prompt = case.tokens[0].tolist()
     [new] = module.generate(case.model, [prompt], 20, key=0, temperature=0)
@@ -102,29 +102,29 @@ def test_its_greedy_text_is_that_of_transformers_and_its_checkpoint_is_read(make
 
     module.save(case.model, tmp_path)
     again = read_hf(case.family, tmp_path)
-    assert isinstance(again, GraniteForCausalLM)
+    assert isinstance(again, Olmo2ForCausalLM)
     for one, other in zip(again.parameters(), case.hf32.parameters(), strict=True):
         np.testing.assert_array_equal(one.detach(), other.detach())
 
 
-def test_a_multiplier_that_is_forgotten_is_noticed(granite, make_granite, tmp_path):
+def test_a_norm_that_is_forgotten_is_noticed(olmo2, make_olmo2, tmp_path):
     """One of the faults of the page; the others with the commands of the page."""
-    mutant = mutated(granite.module, granite.mutations["logits not divided"], tmp_path)
-    error, allowed = make_granite("plain").worst("stream", mutant)["logits"]
+    mutant = mutated(olmo2.module, olmo2.mutations["what attention adds not normed"], tmp_path)
+    error, allowed = make_olmo2("plain").worst("stream", mutant)["logits"]
     assert error > 10 * allowed
 
 
-def test_the_preset_has_its_parameters(granite):
-    for preset in granite.module.PRESETS.values():
-        _, state = granite.module.skeleton(preset.config)
+def test_the_preset_has_its_parameters(olmo2):
+    for preset in olmo2.module.PRESETS.values():
+        _, state = olmo2.module.skeleton(preset.config)
         assert sum(x.size for x in jax.tree.leaves(nnx.to_pure_dict(state))) == preset.parameters
 
 
-def test_neither_file_reads_the_others_checkpoints(granite):
-    with pytest.raises(granite.module.InputError, match="'llama'"):
-        granite.module.Config.from_hf({"model_type": "llama"})
-    with pytest.raises(llama.InputError, match="'granite'"):
-        llama.Config.from_hf({"model_type": "granite"})
+def test_neither_file_reads_the_others_checkpoints(olmo2):
+    with pytest.raises(olmo2.module.InputError, match="'llama'"):
+        olmo2.module.Config.from_hf({"model_type": "llama"})
+    with pytest.raises(llama.InputError, match="'olmo2'"):
+        llama.Config.from_hf({"model_type": "olmo2"})
 
 
 @pytest.mark.wide

@@ -585,6 +585,18 @@ IN_LLAMA_CPP = {  # name -> (model file, config; None: the model in tiny/)
     "mistral": (mistral, mistral.Config(**SIZES, sliding_window=64)),
     "llama with biases": (llama, llama.Config(**SIZES, attention_bias=True, mlp_bias=True)),
     "llama 3.1": (llama, llama.Config(**SIZES, rope_scaling=llama.LLAMA31["rope_scaling"])),
+    "smollm3": (llama, llama.Config(**SIZES | {"num_hidden_layers": 5}, model_type="smollm3")),
+    "granite": (
+        llama,
+        llama.Config(
+            **SIZES,
+            model_type="granite",
+            embedding_multiplier=12,
+            residual_multiplier=0.22,
+            attention_multiplier=0.05,
+            logits_scaling=8,
+        ),
+    ),
     "gemma 1": (gemma, gemma.Config(**GEMMA, model_type="gemma")),
     "gemma 2": (
         gemma,
@@ -716,6 +728,11 @@ def test_rows_that_are_no_whole_blocks_have_16_bits(tmp_path):
                 rope_scaling=(("factor", 2.0), ("rope_type", "dynamic"), ("trained", 64)),
             ),
             "cannot say max_position_embeddings 128",
+        ),
+        (
+            llama,
+            llama.Config(**SIZES, model_type="smollm3", no_rope_layers=(1, 0)),
+            r"cannot say no_rope_layers \(1, 0\)",
         ),
         (
             gemma,

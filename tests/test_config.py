@@ -19,6 +19,8 @@ KINDS = {
     "gpt2": ("gpt2", transformers.GPT2Config),
     "opt": ("opt", transformers.OPTConfig),
     "llama": ("llama", transformers.LlamaConfig),
+    "smollm3": ("llama", transformers.SmolLM3Config),
+    "granite": ("llama", transformers.GraniteConfig),
     "gemma": ("gemma", transformers.GemmaConfig),
     "gemma2": ("gemma", transformers.Gemma2Config),
     "gemma3_text": ("gemma", transformers.Gemma3TextConfig),
@@ -142,6 +144,25 @@ def test_llama3_without_its_original_context_takes_that_of_the_model(values, ori
         (llama, {"rope_scaling": {"rope_type": "yarn"}}, "type yarn lacks factor"),
         (llama, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
         (llama, {"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn"}}, "is 'qwen2'"),
+        (llama, {"model_type": "granitemoe"}, "model_type is 'granitemoe'"),
+        (llama, {"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'"),
+        (
+            llama,
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 512},
+            "use_sliding_window is True",
+        ),
+        (
+            llama,
+            {"model_type": "smollm3", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types is 'sliding_attention'",
+        ),
+        (
+            llama,
+            {"model_type": "smollm3", "no_rope_layers": [1, 0], "num_hidden_layers": 3},
+            "no_rope_layers has 2 entries, but num_hidden_layers is 3",
+        ),
+        (llama, {"model_type": "smollm3", "no_rope_layers": [2] * 36}, "no_rope_layers is 2"),
+        (llama, {"model_type": "smollm3", "no_rope_layer_interval": 0}, "must be 1 or more"),
         (qwen, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         (
             qwen,
@@ -180,6 +201,45 @@ def test_gemma_3n_and_4_are_refused_by_name(kind, which, tmp_path):
         gemma.load(tmp_path)
     assert "\n" not in str(error.value)
     assert config.model_type not in sample.KINDS
+
+
+def test_multipliers_and_layers_without_rope_mean_something_in_their_model_type_alone():
+    """A Llama's config.json may have such keys; transformers does not read them."""
+    keys = {
+        "no_rope_layers": [0] * 32,
+        "no_rope_layer_interval": 2,
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.05,
+        "logits_scaling": 8,
+    }
+    plain = llama.Config.from_hf({"model_type": "llama"})
+    assert llama.Config.from_hf({"model_type": "llama", **keys}) == plain
+    assert not keys.keys() & plain.to_hf().keys()
+    smol = llama.Config.from_hf({"model_type": "smollm3", **keys, "num_hidden_layers": 32})
+    assert smol.no_rope_layers == (0,) * 32 and smol.logits_scaling == 1
+    granite = llama.Config.from_hf({"model_type": "granite", **keys})
+    assert granite.logits_scaling == 8 and granite.no_rope_layers is None
+
+
+def test_a_multiplier_that_would_not_be_saved_is_refused():
+    with pytest.raises(llama.InputError, match="residual_multiplier has no meaning"):
+        llama.Config.small(layers=1, heads=2, width=32, context=16, residual_multiplier=0.5)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 4, 9])
+def test_every_so_many_layers_one_has_no_rope(interval):
+    """Of a SmolLM3 whose config.json does not list them."""
+    values = {"num_hidden_layers": 8, "no_rope_layer_interval": interval}
+    expected = transformers.SmolLM3Config(**values).no_rope_layers
+    config = llama.Config.from_hf({"model_type": "smollm3", **values})
+    assert config.no_rope_layers == tuple(expected)
+    assert [config.has_rope(layer) for layer in range(8)] == [x == 1 for x in expected]
+
+
+def test_a_smollm3_may_name_a_window_that_it_does_not_use():
+    values = {"model_type": "smollm3", "sliding_window": 512, "use_sliding_window": False}
+    assert llama.Config.from_hf(values) == llama.Config.from_hf({"model_type": "smollm3"})
 
 
 def test_gemma_3_caps_no_attention_scores_whatever_its_config_says():

@@ -1,4 +1,7 @@
-"""Mixtral's experts: the plain mixture, and two forms of it that do only the chosen work."""
+"""Experts: the plain mixture, and two forms of it that do only the chosen work.
+
+qwen.py has the forms of mistral.py, but for the names of the matrices.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers.families import MISTRAL
+from helpers.families import MISTRAL, QWEN
 from jax.nn import silu
 
 import mistral
+import qwen
 
 N, D, F, E, CHOSEN = 96, 16, 24, 8, 2
 SIZES = {"hidden_size": D, "intermediate_size": F, "num_attention_heads": 8}
@@ -50,12 +54,26 @@ def test_both_forms_are_the_weighted_sum_of_the_chosen_experts(experts, run, n):
     np.testing.assert_allclose(run(experts, *inputs), dense(experts, *inputs), rtol=0, atol=1e-5)
 
 
+MIXTURES = {
+    mistral: mistral.Config("mixtral", **SIZES, num_local_experts=E, initializer_range=0.3),
+    qwen: qwen.Config(
+        "qwen3_moe",
+        **SIZES,
+        num_key_value_heads=None,
+        moe_intermediate_size=F,
+        num_experts=E,
+        num_experts_per_tok=CHOSEN,
+        initializer_range=0.3,
+    ),
+}
+
+
+@pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
 @pytest.mark.parametrize("form", ["run_in_blocks", "run_ragged"])
 @pytest.mark.parametrize("n", [1, N])
-def test_the_faster_forms_are_the_plain_mixture(form, n, monkeypatch):
+def test_the_faster_forms_are_the_plain_mixture(module, form, n, monkeypatch):
     """Experts as a whole: results, router_stats, and the gradients of both."""
-    config = mistral.Config("mixtral", **SIZES, num_local_experts=E, initializer_range=0.3)
-    graphdef, state = nnx.split(mistral.Experts(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module.Experts(MIXTURES[module], rngs=nnx.Rngs(0)))
     x = jnp.array(np.random.default_rng(1).normal(size=(1, n, D)), jnp.float32)
     real = jnp.arange(n)[None] % 3 < 2  # every third token is padding
 
@@ -64,10 +82,10 @@ def test_the_faster_forms_are_the_plain_mixture(form, n, monkeypatch):
         return (y**2).mean() + router_stats[1].max(), (y, router_stats)
 
     step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    monkeypatch.setattr(mistral, "run_in_blocks", getattr(mistral, form))  # which a CPU calls
+    monkeypatch.setattr(module, "run_in_blocks", getattr(module, form))  # which a CPU calls
     fast = jax.tree.leaves(step(state, x))
-    monkeypatch.setattr(mistral, "is_sparse", lambda experts: False)
-    monkeypatch.setattr(mistral, "run_sorted", None)  # must not be called
+    monkeypatch.setattr(module, "is_sparse", lambda experts: False)
+    monkeypatch.setattr(module, "run_sorted", None)  # must not be called
     plain = jax.tree.leaves(step(state, x))
     for one, other in zip(fast, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
@@ -145,18 +163,28 @@ def test_no_program_holds_all_tokens_for_all_experts(experts, run, platform):
 
 
 @pytest.mark.wide
-def test_the_balance_loss_is_that_of_transformers(make_case):
-    for name in ("8 experts", "4 experts, one at a time"):
-        case = make_case(MISTRAL, name)
-        _, cache = case.model.hidden(jnp.array(case.tokens))
-        with torch.no_grad():
-            theirs = case.hf32(torch.tensor(case.tokens), output_router_logits=True).aux_loss
-        assert float(mistral.balance_loss(cache)) == pytest.approx(float(theirs), rel=1e-5)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (MISTRAL, "8 experts"),
+        (MISTRAL, "4 experts, one at a time"),
+        (QWEN, "8 experts"),
+        (QWEN, "3 experts in some layers, windows, yarn"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_balance_loss_is_that_of_transformers(make_case, family, name):
+    case = make_case(family, name)
+    _, cache = case.model.hidden(jnp.array(case.tokens))
+    with torch.no_grad():
+        theirs = case.hf32(torch.tensor(case.tokens), output_router_logits=True).aux_loss
+    assert float(family.module.balance_loss(cache)) == pytest.approx(float(theirs), rel=1e-5)
 
 
 @pytest.mark.wide
-def test_the_balance_loss_does_not_count_padding(make_case):
-    case = make_case(MISTRAL, "8 experts")
+@pytest.mark.parametrize("family", [MISTRAL, QWEN], ids=lambda family: family.name)
+def test_the_balance_loss_does_not_count_padding(make_case, family):
+    case = make_case(family, "8 experts")
     mask = np.ones(case.tokens.shape, int)
     mask[0, :5] = 0
     mask[2, :11] = 0
@@ -165,4 +193,4 @@ def test_the_balance_loss_does_not_count_padding(make_case):
     options = {"attention_mask": torch.tensor(mask), "output_router_logits": True}
     with torch.no_grad():
         theirs = case.hf32(torch.tensor(case.tokens), **options).aux_loss
-    assert float(mistral.balance_loss(cache)) == pytest.approx(float(theirs), rel=1e-5)
+    assert float(family.module.balance_loss(cache)) == pytest.approx(float(theirs), rel=1e-5)

@@ -61,6 +61,18 @@ CONFIGS = {  # name -> (family, class in transformers, what its config has besid
         transformers.LlamaConfig,
         {"max_position_embeddings": 16384, "rope_parameters": LLAMA_31},
     ),
+    "smollm3": (families.LLAMA, transformers.SmolLM3Config, {"num_hidden_layers": 5}),
+    "granite": (
+        families.LLAMA,
+        transformers.GraniteConfig,
+        {
+            "embedding_multiplier": 12,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.05,
+            "logits_scaling": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
     "mistral": (families.MISTRAL, transformers.MistralConfig, {"sliding_window": None}),
     "mixtral": (
         families.MISTRAL,
@@ -172,7 +184,9 @@ def test_each_kind_of_numbers_is_widened_as_by_the_package(checkpoint, kind, tmp
     assert_same_model(llama.load(file), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "smollm3", "granite", "mixtral", "gemma3", "qwen3_moe"]
+)
 def test_the_logits_are_those_of_transformers_on_the_same_weights(checkpoint, name, tmp_path):
     family, folder = checkpoint(name)
     file = write_gguf(folder, tmp_path / "model.gguf", "Q4_0", metadata=IDS)
@@ -246,6 +260,35 @@ def test_a_mistral_without_experts_is_read_by_llama_py_too(checkpoint, tmp_path)
     np.testing.assert_allclose(
         llama.load(file)(tokens), mistral.load(file)(tokens), rtol=1e-5, atol=1e-5
     )  # each file rounds RoPE's frequencies in its own way
+
+
+def test_the_config_of_a_smollm3_and_of_a_granite_is_that_of_the_folder(checkpoint, tmp_path):
+    """llama.cpp's files do not say which layers of a SmolLM3 have no RoPE; it goes by the kind."""
+    for name in ("smollm3", "granite"):
+        _, folder = checkpoint(name)
+        file = write_gguf(folder, tmp_path / f"{name}.gguf", "F16", metadata=IDS)
+        assert llama.read_config(file) == llama.read_config(folder)
+
+
+def test_a_granite_lacks_a_multiplier_where_llama_cpp_has_its_own(checkpoint, tmp_path):
+    """Its scores are then divided by the square root of a head's width, as in a Llama."""
+    _, folder = checkpoint("llama")
+    values = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(values | {"model_type": "granite"}))
+    file = write_gguf(tmp_path / "folder", tmp_path / "model.gguf", "F16", metadata=IDS)
+    config = llama.read_config(file)
+    assert config.attention_multiplier == config.head_dim**-0.5
+    assert config.embedding_multiplier == config.residual_multiplier == config.logits_scaling == 1
+
+
+def test_a_granite_without_rope_is_refused(checkpoint, tmp_path):
+    """llama.cpp's switch for it; files of Granite 4 have it."""
+    _, folder = checkpoint("granite")
+    metadata = [("granite.rope.scaling.finetuned", False)]
+    file = write_gguf(folder, tmp_path / "model.gguf", "F16", metadata=metadata)
+    with pytest.raises(llama.InputError, match=r"scaling\.finetuned is False"):
+        llama.read_config(file)
 
 
 def test_the_models_of_27b_scale_scores_by_the_share_of_a_head(checkpoint, tmp_path):
@@ -339,7 +382,9 @@ def test_the_tokenizer_of_gpt2_gives_the_published_ids(checkpoint, tmp_path):
     [
         ("gpt-2", "in 2026 DON'T", ["in", "Ġ2026", "ĠDON", "'", "T"]),
         ("smollm", "in 2026 DON'T", ["in", "Ġ", "2", "0", "2", "6", "ĠDON", "'", "T"]),
+        ("refact", "in 2026 DON'T", ["in", "Ġ", "2", "0", "2", "6", "ĠDON", "'", "T"]),
         ("llama-bpe", "in 2026 DON'T", ["in", "Ġ", "202", "6", "ĠDON", "'T"]),
+        ("smaug-bpe", "in 2026 DON'T", ["in", "Ġ", "202", "6", "ĠDON", "'T"]),
         ("tekken", "in 2026 DON'T", ["in", "Ġ", "2", "0", "2", "6", "ĠDON", "'T"]),
     ],
 )

@@ -128,7 +128,7 @@ def assert_same_curve(one, other):
     [("gpt2", ["no", "pmap", "fsdp:2,tensor"]), *[slow(name, MODES) for name in train.MODELS]],
 )
 def test_every_mode_learns_what_one_device_learns(model, modes, text, tmp_path):
-    more = ["--experts", "4"] if model == "mistral" else []
+    more = ["--experts", "4"] if model in ("mistral", "qwen") else []
     printed = train_several(
         *[
             [

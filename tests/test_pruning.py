@@ -501,7 +501,7 @@ def test_every_mode_prunes_as_one_device_does(model, modes, flags, train_several
 def test_every_family_is_pruned_and_transformers_reads_it(model, train_several, tmp_path):
     """In half precision, where small weights must not become 0 as well."""
     flags = "--steps 6 --prune 2:4 --save-dtype bfloat16 --accumulate 2"
-    more = ["--experts", "4"] if model == "mistral" else []
+    more = ["--experts", "4"] if model in ("mistral", "qwen") else []
     train_several([*SMALL.split(), *flags.split(), "--model", model, *more, "--out", tmp_path])
     assert_two_of_four(tmp_path, model)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()

@@ -1,6 +1,6 @@
 """The published checkpoints give what was published of them, mostly by transformers' own tests.
 
-Needs the Hub, 100 GB of disk and, for the largest, 30 GB of memory; gated ones need their terms
+Needs the Hub, 114 GB of disk and, for the largest, 30 GB of memory; gated ones need their terms
 accepted. One family: pytest -m network -k opt
 """
 
@@ -17,6 +17,7 @@ import gpt2
 import llama
 import mistral
 import opt
+import qwen
 
 CITIES = [
     "Today is a beautiful day and I want",
@@ -158,6 +159,13 @@ GREEDY = [
             ", green, yellow, orange, purple, brown, black, white, gray.\n\nI'",
         ],
     ),
+    (
+        qwen,
+        "Qwen/Qwen3-0.6B-Base",
+        "float32",
+        ["My favourite condiment is "],
+        ["100% plain, unflavoured, and unadulterated. It is"],
+    ),
 ]
 DOG = [
     464,
@@ -275,6 +283,13 @@ OPT_350M_MEANS = {  # the mean logit after each token of a prompt without </s>, 
         -6.8213,
     ],
 }
+SMOLLM3_MEANS = [9.3306, 8.1721, 6.4764, 7.6011, 11.1218, 7.5343, 7.1195, 8.0956]  # as in MEANS
+SMOLLM3_FIRST = [15.7759, 17.6274, 16.3404, 14.5543, 13.1366, 14.2475, 15.871, 15.6753]
+GRAVITY = "Gravity is the force"
+PULLS = (
+    " that pulls objects toward the center of the Earth. It is a force that is always present, even"
+)
+POWERLM_MEANS = [-1.9798, -3.1626, -2.8062, -2.3777, -2.7091, -2.2338, -2.5924, -2.3974]
 MIXTRAL_TINY = [[0.167, 0.162, 0.6094], [-0.8906, -0.1588, -0.606], [0.1572, 0.129, 0.7246]]
 
 
@@ -357,6 +372,25 @@ def test_opt_350m_gives_the_hidden_states_of_transformers_and_the_logits_of_meta
     for prompt, expected in OPT_350M_MEANS.items():
         logits = model(jnp.array([codec.encode(prompt)[1:]]))
         np.testing.assert_allclose(logits.mean(axis=-1)[0], expected, atol=1e-4)
+
+
+@pytest.mark.network
+def test_smollm3_gives_the_logits_and_the_text_of_transformers(load):
+    """What tests/models/smollm3 of transformers expects, in float32 and within its tolerance."""
+    name = "HuggingFaceTB/SmolLM3-3B"
+    model, codec = load(llama, name, "float32"), llama.tokenizer(name)
+    logits = model(jnp.array([MEANING]))
+    np.testing.assert_allclose(logits.mean(axis=-1)[0], SMOLLM3_MEANS, rtol=0.01, atol=0.01)
+    np.testing.assert_allclose(logits[0, 0, :8], SMOLLM3_FIRST, rtol=1e-3)
+    [new] = llama.generate(model, [codec.encode(GRAVITY)], 20, key=0, temperature=0)
+    assert codec.decode(new) == PULLS
+
+
+@pytest.mark.network
+def test_a_granite_gives_the_logits_of_transformers(load):
+    """What tests/models/granite of transformers expects, in bfloat16 and within its tolerance."""
+    logits = load(llama, "ibm/PowerLM-3b", "bfloat16")(jnp.array([MEANING]))
+    np.testing.assert_allclose(logits.mean(axis=-1)[0], POWERLM_MEANS, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.network

@@ -232,17 +232,40 @@ def random_rope(rng, family, values) -> dict:
 
 
 def random_llama(rng) -> dict:
-    """A Llama; without num_attention_heads it has 32."""
-    values = what_all_have(rng) | rotary_sizes(rng, 32, None)
+    """A Llama, a SmolLM3 or a Granite, with keys of the other two, which it does not read."""
+    kind = rng.choice(["llama", "llama", "smollm3", "granite"])
+    values = what_all_have(rng) | rotary_sizes(rng, *((16, 4) if kind == "smollm3" else (32, None)))
     values |= drawn(
         rng,
-        model_type=["llama"],
+        model_type=[kind],
         head_dim=[ABSENT, ABSENT, None, 6, 10, 24],
         hidden_act=[activation(rng, "llama")],
         attention_bias=[ABSENT, True, False],
         mlp_bias=[ABSENT, True, False],
         pretraining_tp=[ABSENT, 1, 2],
     )
+    if kind != "granite" or rng.random() < 0.2:
+        listed = [rng.choice([0, 1]) for _ in range(values["num_hidden_layers"] + 1)]
+        values |= drawn(
+            rng,
+            no_rope_layer_interval=[ABSENT, 1, 2, 3],
+            no_rope_layers=[ABSENT, ABSENT, None, listed, listed[:-1]],
+        )
+    if kind == "smollm3":  # not in others: transformers' KV cache alone would have such a window
+        values |= drawn(
+            rng,
+            use_sliding_window=[ABSENT, ABSENT, False, True],
+            sliding_window=[ABSENT, ABSENT, None, 5],
+            layer_types=[ABSENT] * 4 + [random_layer_types(rng, values)],
+        )
+    if kind == "granite" or rng.random() < 0.2:
+        values |= drawn(
+            rng,
+            embedding_multiplier=[ABSENT, 1, 12, 0.5],
+            residual_multiplier=[ABSENT, 1.0, 0.22],
+            attention_multiplier=[ABSENT, 0.1, 0.015625],
+            logits_scaling=[ABSENT, 8, 0.5],
+        )
     return values | random_rope(rng, "llama", values)
 
 
@@ -400,8 +423,17 @@ def dynamic_rope_of_one_pair(values) -> bool:
     scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
     head_dim = values.get("head_dim")
     if head_dim is None:
-        head_dim = values["hidden_size"] // values.get("num_attention_heads", 32)
+        default = 16 if values["model_type"] == "smollm3" else 32
+        head_dim = values["hidden_size"] // values.get("num_attention_heads", default)
     return scaling.get("rope_type", scaling.get("type")) == "dynamic" and head_dim == 2
+
+
+def windows_in_a_smollm3(values) -> bool:
+    """Whether a SmolLM3 has layers with sliding windows, or a config that may mean them."""
+    if values["model_type"] != "smollm3":
+        return False
+    window = values.get("sliding_window") is not None and values.get("use_sliding_window", False)
+    return window or "sliding_attention" in values.get("layer_types", [])
 
 
 ALL_REFUSE = {"no causal mask": lambda values: not values.get("is_causal", True)}
@@ -415,6 +447,7 @@ REFUSED = {  # by family: a reason, and whether a config gives it; all others mu
         "activation": partial(other_activation, "llama"),
         "RoPE": partial(other_rope, "llama"),
         "dynamic RoPE of one pair": dynamic_rope_of_one_pair,
+        "sliding windows": windows_in_a_smollm3,
     },
     "gemma": {
         "activation": partial(other_activation, "gemma"),

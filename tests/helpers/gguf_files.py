@@ -12,6 +12,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 KINDS = {  # model_type -> architecture
     "gpt2": "gpt2",
     "llama": "llama",
+    "smollm3": "smollm3",
+    "granite": "granite",
     "mistral": "llama",
     "mixtral": "llama",
     "gemma": "gemma",
@@ -133,6 +135,11 @@ def add_config(writer, values: dict) -> None:
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
     add_rope(writer, values)
+    if "attention_multiplier" in values:
+        writer.add_embedding_scale(values["embedding_multiplier"])
+        writer.add_residual_scale(values["residual_multiplier"])
+        writer.add_attention_scale(values["attention_multiplier"])
+        writer.add_logit_scale(values["logits_scaling"])
     if values["model_type"] == "mixtral":
         writer.add_expert_count(values["num_local_experts"])
         writer.add_expert_used_count(values["num_experts_per_tok"])
@@ -189,7 +196,7 @@ def converted(tensors: dict, values: dict, one_by_one: bool) -> dict:
         name = f"{module}.{end}" if prefix is None else f"blk.{prefix}.{module}.{end}"
 
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(module)
-        if KINDS[kind] == "llama" and heads:
+        if KINDS[kind] in ("llama", "smollm3", "granite") and heads:
             tensor = permute(tensor, values[heads])
         if kind.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1

@@ -1,6 +1,6 @@
 """What the tests know about llama.py."""
 
-from transformers import LlamaConfig
+from transformers import GraniteConfig, LlamaConfig, SmolLM3Config
 
 import llama
 from helpers.families.common import Family, Mutation
@@ -12,12 +12,34 @@ from helpers.families.rotary import (
     YARN,
     YARN_FAULTS,
     rope,
+    rotary_hf_parts,
     rotary_parts,
 )
 
+
+def llama_config(model_type="llama", **sizes):
+    kinds = {"llama": LlamaConfig, "smollm3": SmolLM3Config, "granite": GraniteConfig}
+    return kinds[model_type](**sizes)
+
+
+def llama_hf_parts(hf, tokens, x):
+    """Of a Granite, the head includes the division that follows it."""
+    parts = rotary_hf_parts(hf, tokens, x)
+    return {**parts, "head": parts["head"] / getattr(hf.config, "logits_scaling", 1)}
+
+
+SMOLLM3 = {"model_type": "smollm3", **GROUPED}
+GRANITE = {  # no multiplier is 1: to forget it must show
+    "model_type": "granite",
+    **GROUPED,
+    "embedding_multiplier": 12,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.05,
+    "logits_scaling": 8,
+}
 LLAMA = Family(
     module=llama,
-    hf_config=LlamaConfig,
+    hf_config=llama_config,
     sizes=SMALL | {"rms_norm_eps": 1e-5},
     configs={
         "plain": {},
@@ -38,6 +60,23 @@ LLAMA = Family(
         ),
         **YARN,
         "square head": {"vocab_size": 48, "tie_word_embeddings": False},
+        "SmolLM3": {**SMOLLM3, "num_hidden_layers": 5},
+        "SmolLM3, listed layers, yarn": {
+            **SMOLLM3,
+            **YARN["yarn"],
+            "num_hidden_layers": 3,
+            "no_rope_layers": [0, 1, 0, 1],  # one more than there are
+            "tie_word_embeddings": False,
+        },
+        "Granite": GRANITE,
+        "Granite, yarn": {**GRANITE, **YARN["yarn"], "num_hidden_layers": 3},
+        "Granite, square head": {
+            **GRANITE,
+            "vocab_size": 48,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
     },
     parts=rotary_parts(llama),
     mutations={
@@ -78,7 +117,58 @@ LLAMA = Family(
         "own head transposed": Mutation(
             '"lm_head.weight", True', '"lm_head.weight", False', "square head"
         ),
+        "RoPE in every layer": Mutation("if self.has_rope:", "if True:", "SmolLM3"),
+        "RoPE in the other layers": Mutation(
+            "self.no_rope_layers[layer] == 1",
+            "self.no_rope_layers[layer] == 0",
+            "SmolLM3, listed layers, yarn",
+        ),
+        "RoPE one layer late": Mutation(
+            "self.no_rope_layers[layer] == 1", "self.no_rope_layers[layer - 1] == 1", "SmolLM3"
+        ),
+        "listed layers ignored": Mutation(
+            "if config.no_rope_layers is None:", "if True:", "SmolLM3, listed layers, yarn"
+        ),
+        "YaRN's scores in layers without RoPE, too": Mutation(
+            " or not has_rope:", ":", "SmolLM3, listed layers, yarn"
+        ),
+        "embeddings not multiplied": Mutation(
+            "x = x * self.config.embedding_multiplier", "pass", "Granite"
+        ),
+        "embeddings multiplied by sqrt(D)": Mutation(
+            "self.config.embedding_multiplier", "self.config.hidden_size**0.5", "Granite"
+        ),
+        "what attention adds not multiplied": Mutation(
+            "x + y * self.residual_multiplier  #", "x + y  #", "Granite"
+        ),
+        "what the MLP adds not multiplied": Mutation(
+            "x = x + y * self.residual_multiplier\n", "x = x + y\n", "Granite"
+        ),
+        "the stream multiplied, too": Mutation(
+            "x = x + y * self.residual_multiplier\n",
+            "x = (x + y) * self.residual_multiplier\n",
+            "Granite",
+        ),
+        "Llama's attention scale": Mutation(
+            "scale = config.attention_multiplier", "pass", "Granite"
+        ),
+        "attention scale beside Llama's": Mutation(
+            "scale = config.attention_multiplier", "scale *= config.attention_multiplier", "Granite"
+        ),
+        "attention scale without YaRN's": Mutation(
+            "scale = config.attention_multiplier",
+            "return config.attention_multiplier",
+            "Granite, yarn",
+        ),
+        "logits not divided": Mutation(
+            "logits = logits / self.config.logits_scaling", "pass", "Granite"
+        ),
+        "logits multiplied": Mutation(
+            "logits / self.config.logits_scaling",
+            "logits * self.config.logits_scaling",
+            "Granite, square head",
+        ),
     },
     core="llama3 RoPE",
-    **ROTARY,
+    **{**ROTARY, "hf_parts": llama_hf_parts},
 )

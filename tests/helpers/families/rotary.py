@@ -17,7 +17,7 @@ def rotary_parts(module):
         return {
             "attention": block.self_attn(x, positions, positions, layer_cache, 0)[0],
             "mlp": mlp(x, positions >= 0)[0] if hasattr(mlp, "experts") else mlp(x),
-            "norm": block.input_layernorm(x),
+            "norm": block.post_attention_layernorm(x),
             "final norm": model.norm(x),
             "token table": model.embed_tokens(tokens),
             "head": model.head(x),
@@ -40,7 +40,7 @@ def rotary_hf_parts(hf, tokens, x):
     return {
         "attention": layer.self_attn(x, **options)[0],
         "mlp": layer.mlp(x),
-        "norm": layer.input_layernorm(x),
+        "norm": layer.post_attention_layernorm(x),
         "final norm": hf.model.norm(x),
         "token table": hf.model.embed_tokens.weight[tokens],
         "head": cap * torch.tanh(head / cap) if cap else head,
