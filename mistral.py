@@ -4,9 +4,9 @@ Mistral 7B is a Llama with grouped-query attention, which Llama 2 has only in it
 first version has a sliding window: a token attends only to the last 4,096, and the KV cache is a
 ring buffer. Mixtral replaces the MLP by a mixture of eight experts. For each token a router picks
 two of them, so that a model of 47 billion parameters computes as one of 13 billion does. Ministral
-has a layer without a window before each three with one. Ministral 3 reaches 262,144 tokens with
-YaRN, and multiplies queries by a factor that grows with the position. Of multimodal checkpoints
-(Mistral Small 3.1 and 3.2, Ministral 3) this file reads the text model.
+8B has a window in three of four layers. Ministral 3 has a context of 262,144 tokens by YaRN, and
+multiplies queries by a factor that grows with the position. Of multimodal checkpoints (Mistral
+Small 3.1 and 3.2, Ministral 3) this file reads the text model.
 
 Papers: Jiang et al. 2023, "Mistral 7B"; Jiang et al. 2024, "Mixtral of Experts"; Peng et al. 2023,
 "YaRN"; Liu et al. 2026, "Ministral 3". Reference: modeling_mistral.py, modeling_mixtral.py,
@@ -65,8 +65,7 @@ SLIDING = "sliding_attention"
 class Config:
     """The sizes and switches of one model of the family, under the names of its config.json.
 
-    Only a Ministral mixes layers with and without a sliding window. In the others all layers have
-    one, or none has, and `layer_types` need not be given.
+    Only a Ministral may have layers of both kinds; in the others `sliding_window` decides for all.
     """
 
     model_type: str = "mistral"  # or mixtral, ministral, ministral3
@@ -78,10 +77,8 @@ class Config:
     num_attention_heads: int = 32  # H
     num_key_value_heads: int | None = 8  # K; None: H
     head_dim: int | None = None  # Dh; None: D / H
-    layer_types: tuple = ()  # FULL or SLIDING for each layer
-    sliding_window: int | None = (
-        None  # how many tokens a SLIDING layer attends to, its own included
-    )
+    layer_types: tuple = ()  # FULL or SLIDING for each layer; left out: all as sliding_window says
+    sliding_window: int | None = None  # how many tokens a SLIDING layer attends to; None: no layer
     num_local_experts: int = 8  # E, of a Mixtral
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001  # weight of `balance_loss` in training
@@ -2741,8 +2738,18 @@ SMALL_3 = {  # Mistral Small 3, and the text model of 3.1 and 3.2
     "intermediate_size": 32768,
     "num_hidden_layers": 40,
     "head_dim": 128,
+    "rope_theta": 1e8,
 }
 SMALL_31 = SMALL_3 | {"max_position_embeddings": 131072, "rope_theta": 1e9}
+MINISTRAL = {
+    "model_type": "ministral",
+    "vocab_size": 131072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "layer_types": (FULL, SLIDING, SLIDING, SLIDING) * 9,
+    "sliding_window": 32768,
+    "rope_theta": 1e8,
+}
 YARN_16 = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
@@ -2781,26 +2788,11 @@ PRESETS = {  # by id on the Hub; the first is the default
     "mistralai/Mistral-7B-Instruct-v0.3": preset(
         7_248_023_552, 14.5, rope_theta=1e6, vocab_size=32768
     ),
-    "mistralai/Mistral-Small-24B-Base-2501": preset(
-        23_572_403_200, 47.1, rope_theta=1e8, **SMALL_3
-    ),
-    "mistralai/Mistral-Small-24B-Instruct-2501": preset(
-        23_572_403_200, 47.1, rope_theta=1e8, **SMALL_3
-    ),
+    "mistralai/Mistral-Small-24B-Base-2501": preset(23_572_403_200, 47.1, **SMALL_3),
+    "mistralai/Mistral-Small-24B-Instruct-2501": preset(23_572_403_200, 47.1, **SMALL_3),
     "mistralai/Mistral-Small-3.1-24B-Base-2503": preset(23_572_403_200, 48.0, **SMALL_31),
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": preset(23_572_403_200, 48.0, **SMALL_31),
-    "mistralai/Ministral-8B-Instruct-2410": preset(
-        8_019_808_256,
-        16.0,
-        gated=True,
-        model_type="ministral",
-        layer_types=(FULL, SLIDING, SLIDING, SLIDING) * 9,
-        sliding_window=32768,
-        rope_theta=1e8,
-        vocab_size=131072,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-    ),
+    "mistralai/Ministral-8B-Instruct-2410": preset(8_019_808_256, 16.0, gated=True, **MINISTRAL),
     "mistralai/Ministral-3-3B-Base-2512": preset(3_429_006_336, 7.7, **MINISTRAL_3B),
     "mistralai/Ministral-3-3B-Instruct-2512-BF16": preset(3_429_006_336, 7.7, **MINISTRAL_3B),
     "mistralai/Ministral-3-8B-Base-2512": preset(8_489_553_920, 17.8, **MINISTRAL_8B),
