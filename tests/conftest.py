@@ -100,6 +100,7 @@ def refused(monkeypatch, capsys):
     def call(*options):
         command = ["sample.py", "--compile-cache", "off", *map(str, options)]
         monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()  # what the fixtures printed
         with pytest.raises(SystemExit) as stop:
             sample.main()
         out, err = capsys.readouterr()
