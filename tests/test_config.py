@@ -213,6 +213,12 @@ def test_every_so_many_layers_one_has_no_rope(interval):
     assert [config.has_rope(layer) for layer in range(8)] == [x == 1 for x in expected]
 
 
+def test_a_smollm3_may_list_more_layers_than_it_has():
+    """As transformers allows; the others mean nothing."""
+    values = {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [0, 1, 0, 1]}
+    assert llama.Config.from_hf(values).no_rope_layers == (0, 1, 0)
+
+
 def test_a_smollm3_may_name_a_window_that_it_does_not_use():
     values = {"model_type": "smollm3", "sliding_window": 512, "use_sliding_window": False}
     assert llama.Config.from_hf(values) == llama.Config.from_hf({"model_type": "smollm3"})
