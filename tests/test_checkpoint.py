@@ -14,10 +14,16 @@ import pytest
 import safetensors.torch
 import torch
 from flax import nnx
-from helpers.families import GPT2, once
+from helpers.families import GPT2, MISTRAL, once
 from helpers.reference import ROOT, assert_same_model, read_hf, state_of
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
+)
 
 OLD_GPT2_CONFIG = {  # of openai-community/gpt2 as it was published, in the order of its keys
     "activation_function": "gelu_new",
@@ -105,6 +111,40 @@ def test_names_without_a_prefix_are_those_of_the_bare_model(family, plain, folde
     prefix = f"{plain.hf32.base_model_prefix}."
     assert not any(name.startswith(prefix) for name in load_file(folder / "model.safetensors"))
     assert_same_model(family.module.load(folder), plain.model)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "language_model."], ids=["new names", "old names"])
+@pytest.mark.parametrize("name", ["plain", "grouped heads", "queries by position"])
+def test_of_a_multimodal_mistral_the_text_model_is_read(make_case, tmp_path, name, prefix):
+    """The first and the last are tied; the third is a Ministral 3."""
+    case = make_case(MISTRAL, name)
+    text = AutoConfig.from_pretrained(case.folder)
+    pictures = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    pictures |= {"num_attention_heads": 2, "patch_size": 14, "image_size": 28}
+    config = Mistral3Config(
+        text_config=text,
+        vision_config=PixtralVisionConfig(**pictures),
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    whole = Mistral3ForConditionalGeneration(config).eval()
+    whole.model.language_model = case.hf32.model
+    whole.lm_head = case.hf32.lm_head
+    tensors = {}
+    for path, tensor in whole.state_dict().items():
+        if prefix == "language_model.":  # as published
+            path = path.replace("model.language_model.", "language_model.model.")
+            path = re.sub("^lm_head", "language_model.lm_head", path)
+            path = path.removeprefix("model.")
+        tensors[path] = tensor.detach().contiguous().clone()
+    assert any(path.startswith(prefix) for path in tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    config.save_pretrained(tmp_path)
+
+    model = MISTRAL.module.load(tmp_path)
+    assert_same_model(model, case.model)
+    theirs = Mistral3ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+    logits = theirs(torch.tensor(case.tokens)).logits
+    assert torch.equal(logits, case.hf32(torch.tensor(case.tokens)).logits)
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "with prefix"])

@@ -1,6 +1,7 @@
 """Config.from_hf: what a config.json means, key by key, as transformers reads it."""
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ KINDS = {
     "mistral": ("mistral", transformers.MistralConfig),
     "mixtral": ("mistral", transformers.MixtralConfig),
     "ministral": ("mistral", transformers.MinistralConfig),
+    "ministral3": ("mistral", transformers.Ministral3Config),
     "qwen2": ("qwen", transformers.Qwen2Config),
     "qwen3": ("qwen", transformers.Qwen3Config),
     "qwen3_moe": ("qwen", transformers.Qwen3MoeConfig),
@@ -69,8 +71,8 @@ BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 def test_rope_type_wins_where_an_older_type_disagrees():
     scaling = {"type": "dynamic", "rope_type": "linear", "factor": 2.0}
     assert rope_of_llama(scaling)["rope_type"] == "linear"
-    with pytest.raises(mistral.InputError, match="rope_type is 'yarn'"):
-        mistral.Config.from_hf({"rope_scaling": {"type": "default", "rope_type": "yarn"}})
+    with pytest.raises(mistral.InputError, match="rope_type is 'longrope'"):
+        mistral.Config.from_hf({"rope_scaling": {"type": "default", "rope_type": "longrope"}})
 
 
 def test_rope_scaling_wins_over_rope_parameters():
@@ -294,6 +296,110 @@ def test_of_a_multimodal_gemma_3_only_text_config_describes_the_text_model(value
 def test_what_text_config_asks_for_and_is_not_supported_is_refused(values, said):
     with pytest.raises(gemma.InputError, match=said):
         gemma.Config.from_hf({"model_type": "gemma3", "text_config": values})
+
+
+def test_layer_types_make_a_mistral_a_ministral(tmp_path):
+    """So Ministral 8B is published, and transformers' AutoConfig reads it so, too."""
+    values = {
+        "model_type": "mistral",
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == "ministral"
+    config = mistral.Config.from_hf(values)
+    assert config.model_type == "ministral"
+    assert config.layer_types == (mistral.FULL, mistral.SLIDING)
+
+
+def meaning_of_text(values):
+    """The text model that transformers sees in a multimodal Mistral, and whether its head is tied;
+    read as if it were alone."""
+    whole = transformers.Mistral3Config(**values)
+    text = whole.text_config.to_dict() | {"tie_word_embeddings": whole.tie_word_embeddings}
+    if text["model_type"] == "mistral":
+        text.pop("layer_types", None)  # not read in here
+    return mistral.Config.from_hf(text)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"text_config": None},
+        {"text_config": {}},
+        {"text_config": {"hidden_size": 64, "num_hidden_layers": 3}},
+        {"text_config": {"model_type": "ministral3", "num_hidden_layers": 3}},
+        {"text_config": {"model_type": "mistral", "layer_types": ["full_attention"] * 32}},
+        {"text_config": {"tie_word_embeddings": False}},
+        {"text_config": {"rope_theta": 1e9}, "tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_a_multimodal_mistral_is_read_as_its_text_model(values):
+    found = mistral.Config.from_hf({"model_type": "mistral3", **values})
+    assert found == meaning_of_text(values)
+
+
+MINISTRAL_3_ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_parameters": None},
+        {"rope_theta": 5e5},  # ignored, as rope_parameters that are left out have one
+        {"rope_scaling": {"type": "yarn", **MINISTRAL_3_ROPE}, "rope_theta": 5e5},
+        {"rope_scaling": {"rope_type": "yarn", **MINISTRAL_3_ROPE}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **MINISTRAL_3_ROPE}},
+        {"rope_parameters": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 512},
+    ],
+    ids=str,
+)
+def test_rope_of_a_ministral_3_in_old_and_new_files(values):
+    for key in ("rope_scaling", "rope_parameters"):
+        if values.get(key):
+            values = {**values, key: {**values[key], "llama_4_scaling_beta": 0.2}}
+    reference = transformers.Ministral3Config(**values)
+    reference.standardize_rope_params()  # as it does again where it computes the frequencies
+    expected = {**reference.rope_parameters}
+    config = mistral.Config.from_hf({"model_type": "ministral3", **values})
+    assert config.rope_theta == expected.pop("rope_theta")
+    found = dict(config.rope_scaling)
+    assert found == {key: expected[key] for key in found}
+    assert expected.keys() - found.keys() <= {"type", "max_position_embeddings"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral4"}}, "is 'mistral4'"),
+        ({"model_type": "mistral3", "quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"model_type": "mistral3", "text_config": {"is_causal": False}}, "is_causal is False"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "type yarn lacks factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        (
+            {"model_type": "ministral3", "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "a ministral3 needs yarn with llama_4_scaling_beta",
+        ),
+        (
+            {"model_type": "ministral3", "rope_parameters": {"llama_4_scaling_beta": 0.1}},
+            "a ministral3 needs yarn with llama_4_scaling_beta",
+        ),
+    ],
+    ids=str,
+)
+def test_what_mistral_py_does_not_support_is_refused_by_name(values, said):
+    with pytest.raises(mistral.InputError, match=said) as error:
+        mistral.Config.from_hf(values)
+    assert "\n" not in str(error.value)
+
+
+def test_only_a_ministral_3_scales_its_queries():
+    """So it is in transformers: of a Mistral the key is ignored, and saved no more."""
+    rope = {"rope_type": "yarn", **MINISTRAL_3_ROPE, "llama_4_scaling_beta": 0.1}
+    config = mistral.Config.from_hf({"model_type": "mistral", "rope_parameters": rope})
+    assert "llama_4_scaling_beta" not in dict(config.rope_scaling)
 
 
 @pytest.mark.parametrize("kind", KINDS)

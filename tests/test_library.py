@@ -84,7 +84,7 @@ def test_layer_types_that_are_left_out_are_those_of_that_gemma():
             "num_attention_heads 4 is not",
         ),
         (llama, {"head_dim": 5}, "head_dim 5 is odd"),
-        (llama, {"rope_scaling": (("rope_type", "yarn"),)}, "rope_type is 'yarn'"),
+        (llama, {"rope_scaling": (("rope_type", "longrope"),)}, "rope_type is 'longrope'"),
         (llama, {"rope_scaling": (("rope_type", "llama3"),)}, "of type llama3 lacks factor"),
         (gemma, {"num_attention_heads": 6}, "num_attention_heads 6 is not a multiple of"),
         (gemma, {"head_dim": 7}, "head_dim 7 is odd"),

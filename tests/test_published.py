@@ -1,6 +1,6 @@
 """The published checkpoints give what was published of them, mostly by transformers' own tests.
 
-Needs the Hub, 98 GB of disk and, for the largest, 30 GB of memory; gated ones need their terms
+Needs the Hub, 114 GB of disk and, for the largest, 30 GB of memory; gated ones need their terms
 accepted. One family: pytest -m network -k opt
 """
 
@@ -346,6 +346,21 @@ def test_mistral_repeats_a_pattern_longer_than_its_window(load):
     prompt = [1] + [306, 338] * 2048  # 4,097 tokens
     [new] = mistral.generate(model, [prompt], 4, key=jax.random.key(0), temperature=0)
     assert new[-2:] == [306, 338]
+
+
+@pytest.mark.network
+def test_ministral_gives_the_published_means_and_text(load):
+    """Of tests/models/ministral/test_modeling_ministral.py in transformers, at 120807f1."""
+    name = "mistralai/Ministral-8B-Instruct-2410"
+    model, codec = load(mistral, name, "bfloat16"), mistral.tokenizer(name)
+    expected = [-1.5029, -7.2815, 4.5190, 0.5930, -5.2526, 3.0765, -0.6314, 1.8068]
+    means = model(jnp.array([MEANING])).mean(axis=-1)[0]
+    np.testing.assert_allclose(means, expected, rtol=0.01, atol=0.05)
+
+    prompt = codec.encode("My favourite condiment is ")
+    [new] = mistral.generate(model, [prompt], 20, key=jax.random.key(0), temperature=0)
+    text = codec.decode(prompt + new)
+    assert text.startswith("My favourite condiment is 100% natural, 100% organic, 100% free of")
 
 
 @pytest.mark.network

@@ -54,7 +54,7 @@ ACTIVATION_KEYS = {  # by model_type, where it is not hidden_act
 SUPPORTED_ROPE = {
     "llama": ["default", "linear", "dynamic", "llama3", "yarn"],
     "gemma": ["default", "linear"],
-    "mistral": ["default"],
+    "mistral": ["default", "yarn"],
     "qwen": ["default", "yarn"],
 }
 OTHER_ROPE = ["linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
@@ -271,7 +271,7 @@ def random_llama(rng) -> dict:
 
 def random_mistral(rng) -> dict:
     """One of the kinds that mistral.py reads; the heads need not share the width evenly."""
-    kind = rng.choice(["mistral", "mixtral", "ministral"])
+    kind = rng.choice(["mistral", "mixtral", "ministral", "ministral3"])
     values = what_all_have(rng) | rotary_sizes(rng, 32, 8)
     values |= drawn(
         rng,
@@ -293,6 +293,11 @@ def random_mistral(rng) -> dict:
             output_router_logits=[ABSENT, False],
         )
     values |= random_rope(rng, "mistral", values)
+    if kind == "ministral3":
+        for key in ("rope_scaling", "rope_parameters"):
+            if values.get(key):
+                values[key] |= drawn(rng, llama_4_scaling_beta=[0.1, 1.5])
+
     # With layer_types, a Mistral is read as a Ministral, of which transformers wants a head_dim.
     types = random_layer_types(rng, values)
     if kind == "ministral":

@@ -1,14 +1,28 @@
 """What the tests know about mistral.py."""
 
-from transformers import MinistralConfig, MistralConfig, MixtralConfig
+from transformers import Ministral3Config, MinistralConfig, MistralConfig, MixtralConfig
 
 import mistral
 from helpers.families.common import Family, Mutation
-from helpers.families.rotary import GROUPED, ROTARY, ROTARY_FAULTS, SMALL, rope, rotary_parts
+from helpers.families.rotary import (
+    GROUPED,
+    ROTARY,
+    ROTARY_FAULTS,
+    SMALL,
+    YARN,
+    YARN_FAULTS,
+    rope,
+    rotary_parts,
+)
 
 
 def mistral_config(model_type="mistral", **sizes):
-    kinds = {"mistral": MistralConfig, "mixtral": MixtralConfig, "ministral": MinistralConfig}
+    kinds = {
+        "mistral": MistralConfig,
+        "mixtral": MixtralConfig,
+        "ministral": MinistralConfig,
+        "ministral3": Ministral3Config,
+    }
     return kinds[model_type](**sizes)
 
 
@@ -37,6 +51,18 @@ MINISTRAL = {
     "sliding_window": 5,
     "num_hidden_layers": 4,
 }
+MINISTRAL3 = {  # YaRN that does not sharpen the scores, and queries that grow every 8 positions
+    "model_type": "ministral3",
+    **rope(
+        "yarn",
+        500.0,
+        factor=4.0,
+        original_max_position_embeddings=8,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+        llama_4_scaling_beta=0.3,
+    ),
+}
 MISTRAL = Family(
     module=mistral,
     hf_config=mistral_config,
@@ -48,6 +74,8 @@ MISTRAL = Family(
         "window of 70": {"sliding_window": 70, "head_dim": 20},
         "large epsilon and theta": {"rms_norm_eps": 1e-2, **rope("default", 1e6)},
         "windows in some layers": {**MINISTRAL, **GROUPED},
+        "queries by position": {**MINISTRAL3, **GROUPED},
+        **YARN,
         "8 experts": {**MIXTRAL, **GROUPED, "num_local_experts": 8},
         "3 experts, window of 7": {**MIXTRAL, "num_local_experts": 3, "sliding_window": 7},
         "both of 2 experts": {**MIXTRAL, "num_local_experts": 2},
@@ -61,7 +89,7 @@ MISTRAL = Family(
             "epsilon=config.rms_norm_eps", "epsilon=1e-6", "large epsilon and theta"
         ),
         "theta of Llama 1": Mutation(
-            "return config.rope_theta **", "return 10000.0 **", "large epsilon and theta"
+            "theta = config.rope_theta", "theta = 10000.0", "large epsilon and theta"
         ),
         "a window one longer": Mutation(
             "q_pos - k_pos < window", "q_pos - k_pos <= window", "window of 5"
@@ -79,6 +107,27 @@ MISTRAL = Family(
             "self.config.sliding_window",
             "windows in some layers",
         ),
+        "queries not by position": Mutation(
+            "q = q * query_scale(self.config, positions - first).astype(q.dtype)",
+            "pass",
+            "queries by position",
+        ),
+        "keys by position": Mutation(
+            "q = q * query_scale(self.config, positions - first).astype(q.dtype)",
+            "k = k * query_scale(self.config, positions - first).astype(q.dtype)",
+            "queries by position",
+        ),
+        "queries grow at once": Mutation("jnp.log(1 + n)", "jnp.log(2 + n)", "queries by position"),
+        "queries grow within a stretch": Mutation(
+            "jnp.maximum(positions, 0) //", "jnp.maximum(positions, 0) /", "queries by position"
+        ),
+        "queries grow every context": Mutation(
+            'jnp.maximum(positions, 0) // scaling["original_max_position_embeddings"]',
+            "jnp.maximum(positions, 0) // config.max_position_embeddings",
+            "queries by position",
+        ),
+        "another beta": Mutation('scaling["llama_4_scaling_beta"]', "0.1", "queries by position"),
+        **YARN_FAULTS,
         "GELU for SiLU": Mutation("jax.nn.silu(self.gate_proj", "jax.nn.gelu(self.gate_proj"),
         "w1 and w3 exchanged": Mutation(
             "jax.nn.silu(self.w1(x))  # [..., F]\n        x = gate * self.w3(x)",

@@ -34,9 +34,11 @@ def rotary_hf_parts(hf, tokens, x):
     window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
     cap = getattr(config, "final_logit_softcapping", None)
     head = hf.lm_head(x)
-    bias = causal_bias(x, window)
+    options = {"position_embeddings": turn, "attention_mask": causal_bias(x, window)}
+    if config.model_type == "ministral3":
+        options["position_ids"] = positions
     return {
-        "attention": layer.self_attn(x, position_embeddings=turn, attention_mask=bias)[0],
+        "attention": layer.self_attn(x, **options)[0],
         "mlp": layer.mlp(x),
         "norm": layer.post_attention_layernorm(x),
         "final norm": hf.model.norm(x),
