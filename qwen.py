@@ -2878,12 +2878,11 @@ def config_to_hf(config: Config) -> dict:
     values = {"architectures": [ARCHITECTURES[config.model_type]], **asdict(config)}
     values["rope_scaling"] = dict(config.rope_scaling) or None
     values["use_sliding_window"] = config.sliding_window is not None
-    values["max_window_layers"] = config.layer_types.count(FULL)
 
-    # A dense Qwen has no keys for experts. One with experts has none for the kinds of its layers.
+    # A dense Qwen has no keys for experts, and one with experts none for the kinds of its layers.
     left_out = ["padded_vocab_size"]
     if config.model_type == "qwen3_moe":
-        left_out += ["layer_types", "max_window_layers"]
+        left_out.append("layer_types")
     else:
         left_out += EXPERTS
     for name in left_out:

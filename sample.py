@@ -3423,6 +3423,7 @@ def parse_command_line() -> argparse.Namespace:
     parser.error = fail
     add_model_flags(parser)
     add_text_flags(parser)
+    add_chat_flags(parser)
     add_sampling_flags(parser)
     add_machine_flags(parser)
     add_output_flags(parser)
@@ -3489,20 +3490,6 @@ def add_text_flags(parser):
         "is one if it is piped",
     )
     text.add_argument(
-        "--chat",
-        action="store_true",
-        help="let a model that was tuned for it answer: prompts, or messages on the terminal "
-        "(Ctrl-C stops an answer, Ctrl-D ends the conversation)",
-    )
-    text.add_argument(
-        "--system", metavar="TEXT", help="with --chat: the system message of the conversation"
-    )
-    text.add_argument(
-        "--no-think",
-        action="store_true",
-        help="with --chat: answer at once, where a model (Qwen3, SmolLM3) would think first",
-    )
-    text.add_argument(
         "--num-samples",
         type=int,
         default=1,
@@ -3521,6 +3508,24 @@ def add_text_flags(parser):
         default=[],
         metavar="TEXT",
         help="stop string: end before this text; may be repeated",
+    )
+
+
+def add_chat_flags(parser):
+    chat = parser.add_argument_group("chat")
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        help="let a model that was tuned for it answer: prompts, or messages on the terminal "
+        "(Ctrl-C stops an answer, Ctrl-D ends the conversation)",
+    )
+    chat.add_argument(
+        "--system", metavar="TEXT", help="with --chat: the system message of the conversation"
+    )
+    chat.add_argument(
+        "--no-think",
+        action="store_true",
+        help="with --chat: answer at once, where a model (Qwen3, SmolLM3) would think first",
     )
 
 

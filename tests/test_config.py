@@ -182,27 +182,6 @@ def test_what_is_not_supported_is_refused_by_name(module, values, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("which", ["whole", "text"])
-@pytest.mark.parametrize("kind", ["gemma3n", "gemma4", "gemma4_unified"])
-def test_gemma_3n_and_4_are_refused_by_name(kind, which, tmp_path):
-    """Multimodal checkpoints, and their text models alone, as transformers writes them.
-
-    They share names of tensors with Gemma 3, but not its architecture.
-    """
-    config = transformers.CONFIG_MAPPING[kind]()
-    if which == "text":
-        config = config.text_config
-    config.save_pretrained(tmp_path)
-    said = f"model_type is '{config.model_type}', but gemma.py supports only"
-
-    with pytest.raises(gemma.InputError, match=said):
-        gemma.Config.from_hf(config.to_dict())
-    with pytest.raises(gemma.InputError, match=said) as error:
-        gemma.load(tmp_path)
-    assert "\n" not in str(error.value)
-    assert config.model_type not in sample.KINDS
-
-
 def test_multipliers_and_layers_without_rope_mean_something_in_their_model_type_alone():
     """A Llama's config.json may have such keys; transformers does not read them."""
     keys = {
@@ -237,9 +216,36 @@ def test_every_so_many_layers_one_has_no_rope(interval):
     assert [config.has_rope(layer) for layer in range(8)] == [x == 1 for x in expected]
 
 
+def test_a_smollm3_may_list_more_layers_than_it_has():
+    """As transformers allows; the others mean nothing."""
+    values = {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [0, 1, 0, 1]}
+    assert llama.Config.from_hf(values).no_rope_layers == (0, 1, 0)
+
+
 def test_a_smollm3_may_name_a_window_that_it_does_not_use():
     values = {"model_type": "smollm3", "sliding_window": 512, "use_sliding_window": False}
     assert llama.Config.from_hf(values) == llama.Config.from_hf({"model_type": "smollm3"})
+
+
+@pytest.mark.parametrize("which", ["whole", "text"])
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4", "gemma4_unified"])
+def test_gemma_3n_and_4_are_refused_by_name(kind, which, tmp_path):
+    """Multimodal checkpoints, and their text models alone, as transformers writes them.
+
+    They share names of tensors with Gemma 3, but not its architecture.
+    """
+    config = transformers.CONFIG_MAPPING[kind]()
+    if which == "text":
+        config = config.text_config
+    config.save_pretrained(tmp_path)
+    said = f"model_type is '{config.model_type}', but gemma.py supports only"
+
+    with pytest.raises(gemma.InputError, match=said):
+        gemma.Config.from_hf(config.to_dict())
+    with pytest.raises(gemma.InputError, match=said) as error:
+        gemma.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert config.model_type not in sample.KINDS
 
 
 def test_gemma_3_caps_no_attention_scores_whatever_its_config_says():

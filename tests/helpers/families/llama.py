@@ -65,7 +65,7 @@ LLAMA = Family(
             **SMOLLM3,
             **YARN["yarn"],
             "num_hidden_layers": 3,
-            "no_rope_layers": [0, 1, 0, 1],  # one more than there are
+            "no_rope_layers": [0, 1, 0],
             "tie_word_embeddings": False,
         },
         "Granite": GRANITE,
