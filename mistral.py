@@ -2828,6 +2828,7 @@ def config_from_hf(values: dict) -> Config:
         values["num_local_experts"] = values["num_experts"]  # transformers takes either name
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
     known = known_fields(values)
+    known["layer_types"] = tuple(values.get("layer_types") or ())
 
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
     rope = values.get("rope_scaling") or values.get("rope_parameters")

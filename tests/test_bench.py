@@ -715,6 +715,7 @@ def test_rows_that_are_no_whole_blocks_have_16_bits(tmp_path):
     [
         (opt, opt.Config.small(layers=1, heads=2, width=32, context=64), "not opt"),
         (mistral, mistral.Config(**SIZES | {"model_type": "mixtral"}), "not mixtral"),
+        (mistral, mistral.Config(**SIZES | {"model_type": "ministral"}), "not ministral"),
         (mistral, mistral.Config(**SIZES, sliding_window=31), "cannot say sliding_window 31"),
         (
             gpt2,

@@ -310,6 +310,8 @@ def test_layer_types_make_a_mistral_a_ministral(tmp_path):
     config = mistral.Config.from_hf(values)
     assert config.model_type == "ministral"
     assert config.layer_types == (mistral.FULL, mistral.SLIDING)
+    config = mistral.Config.from_hf({**values, "layer_types": None})
+    assert config.layer_types == (mistral.SLIDING,) * 2
 
 
 def meaning_of_text(values):

@@ -53,6 +53,7 @@ MINISTRAL = {
 }
 MINISTRAL3 = {  # YaRN that does not sharpen the scores, and queries that grow every 8 positions
     "model_type": "ministral3",
+    "pad_token_id": 11,  # as where it is left out
     **rope(
         "yarn",
         500.0,
