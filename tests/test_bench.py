@@ -770,8 +770,8 @@ def test_llama_cpp_runs_in_turn_with_ours_and_prints_nothing(tmp_path):
 
     folder = ROOT / "tiny/mistral"
     done = run("--task", "decode", "--weights", folder, "--vs", "llama.cpp", code=2)
-    said = "bench.py: --vs llama.cpp is for GPT-2, Llama, Mistral and Gemma, not mixtral"
-    assert done.stderr.splitlines()[-1] == said
+    said = "bench.py: --vs llama.cpp is for GPT-2, Llama, Mistral, Gemma and Qwen without experts, "
+    assert done.stderr.splitlines()[-1] == said + "not mixtral"
 
 
 # --------------------------------------------------------------------------------- the other tasks

@@ -54,7 +54,7 @@ def test_the_parts_of_a_block_stand_where_it_calls_them():
         ("llama", "opt", {"RoPE", "grouped-query", "gated", "SiLU", "no bias"}),
         ("gemma", "llama", {"1 + weight", "scaled embedding", "window", "GELU"}),
         ("mistral", "llama", {"window", "own head"}),
-        ("qwen", "llama", {"QK norm"}),
+        ("qwen", "llama", {"RMSNorm of queries and keys", "heads wider than D / H"}),
         pytest.param(
             *("mixtral", "mistral", {"router", "experts", "weighted sum"}),
             marks=pytest.mark.slow,  # a minute of tracing
