@@ -2913,6 +2913,12 @@ def config_to_hf(config: Config) -> dict:
     values["rope_scaling"] = dict(config.rope_scaling) or None
     values["use_sliding_window"] = config.sliding_window is not None
 
+    # Older versions of transformers read max_window_layers, and no layer_types.
+    full = config.layer_types.count(FULL)
+    full_come_first = FULL not in config.layer_types[full:]
+    if config.sliding_window is not None and full_come_first:
+        values["max_window_layers"] = full
+
     # A dense Qwen has no keys for experts, and one with experts none for the kinds of its layers.
     left_out = ["padded_vocab_size"]
     if config.model_type == "qwen3_moe":
