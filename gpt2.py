@@ -1467,6 +1467,10 @@ def check_fields(config: Config) -> None:
         if not isinstance(value, expected):
             name = getattr(field.type, "__name__", field.type)
             raise InputError(f"config.json: {field.name} is {value!r}, not of type {name}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.json: {field.name} is {value}, not a number")
+        if field.name in POSITIVE and value is not None and value <= 0:
+            raise InputError(f"config.json: {field.name} is {value}, but must be above 0")
         is_size = field.type in (int, int | None) and not field.name.endswith("_token_id")
         least = 0 if field.name in ("n_layer", "num_hidden_layers") else 1
         if is_size and value is not None and value < least:
@@ -1474,6 +1478,16 @@ def check_fields(config: Config) -> None:
 
     if config.padded_vocab_size is not None and config.padded_vocab_size < config.vocab_size:
         raise InputError("padded_vocab_size must not be below vocab_size")
+
+
+POSITIVE = (  # fields of some of the models that are divided by, or raised to a power
+    "rope_theta",
+    "rope_factor",
+    "rope_local_base_freq",
+    "rope_local_factor",
+    "query_pre_attn_scalar",
+    "logits_scaling",
+)
 
 
 def check_even(config: Config, size: str) -> None:

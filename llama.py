@@ -1602,6 +1602,10 @@ def check_fields(config: Config) -> None:
         if not isinstance(value, expected):
             name = getattr(field.type, "__name__", field.type)
             raise InputError(f"config.json: {field.name} is {value!r}, not of type {name}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.json: {field.name} is {value}, not a number")
+        if field.name in POSITIVE and value is not None and value <= 0:
+            raise InputError(f"config.json: {field.name} is {value}, but must be above 0")
         is_size = field.type in (int, int | None) and not field.name.endswith("_token_id")
         least = 0 if field.name in ("n_layer", "num_hidden_layers") else 1
         if is_size and value is not None and value < least:
@@ -1609,6 +1613,16 @@ def check_fields(config: Config) -> None:
 
     if config.padded_vocab_size is not None and config.padded_vocab_size < config.vocab_size:
         raise InputError("padded_vocab_size must not be below vocab_size")
+
+
+POSITIVE = (  # fields of some of the models that are divided by, or raised to a power
+    "rope_theta",
+    "rope_factor",
+    "rope_local_base_freq",
+    "rope_local_factor",
+    "query_pre_attn_scalar",
+    "logits_scaling",
+)
 
 
 def check_even(config: Config, size: str) -> None:
@@ -2590,14 +2604,30 @@ def rope_by_layer(config: Config) -> tuple[int, ...]:
 
 
 def check_rope(rope: dict) -> None:
-    """InputError where RoPE scaling is of a kind that this file does not know, or incomplete."""
+    """InputError where RoPE scaling is of a kind that this file lacks, or has odd values."""
     kind = rope.get("rope_type", "default")
     check_supported("rope_type", kind, ROPE_NEEDS)
     for key in ROPE_NEEDS[kind]:
         if rope.get(key) is None:
             raise InputError(f"config.json: RoPE scaling of type {kind} lacks {key}")
 
+    for key, value in rope.items():
+        if key in ("rope_type", "type") or value is None:
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"config.json: {key} of RoPE is {value!r:.50}, not a number")
+        if key in ROPE_POSITIVE and value <= 0:
+            raise InputError(f"config.json: {key} of RoPE is {value}, but must be above 0")
+        if key in ("beta_fast", "beta_slow") and value < 0:
+            raise InputError(f"config.json: {key} of RoPE is {value}, but must not be below 0")
 
+
+ROPE_POSITIVE = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 ROPE_NEEDS = {  # by rope_type: the keys that it must have
     "default": [],
     "linear": ["factor"],

@@ -1753,6 +1753,10 @@ def check_fields(config: Config) -> None:
         if not isinstance(value, expected):
             name = getattr(field.type, "__name__", field.type)
             raise InputError(f"config.json: {field.name} is {value!r}, not of type {name}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.json: {field.name} is {value}, not a number")
+        if field.name in POSITIVE and value is not None and value <= 0:
+            raise InputError(f"config.json: {field.name} is {value}, but must be above 0")
         is_size = field.type in (int, int | None) and not field.name.endswith("_token_id")
         least = 0 if field.name in ("n_layer", "num_hidden_layers") else 1
         if is_size and value is not None and value < least:
@@ -1760,6 +1764,16 @@ def check_fields(config: Config) -> None:
 
     if config.padded_vocab_size is not None and config.padded_vocab_size < config.vocab_size:
         raise InputError("padded_vocab_size must not be below vocab_size")
+
+
+POSITIVE = (  # fields of some of the models that are divided by, or raised to a power
+    "rope_theta",
+    "rope_factor",
+    "rope_local_base_freq",
+    "rope_local_factor",
+    "query_pre_attn_scalar",
+    "logits_scaling",
+)
 
 
 def check_even(config: Config, size: str) -> None:
@@ -2699,14 +2713,30 @@ ARCHITECTURES = {  # by model_type
 
 
 def check_rope(rope: dict) -> None:
-    """InputError where RoPE scaling is of a kind that this file does not know, or incomplete."""
+    """InputError where RoPE scaling is of a kind that this file lacks, or has odd values."""
     kind = rope.get("rope_type", "default")
     check_supported("rope_type", kind, ROPE_NEEDS)
     for key in ROPE_NEEDS[kind]:
         if rope.get(key) is None:
             raise InputError(f"config.json: RoPE scaling of type {kind} lacks {key}")
 
+    for key, value in rope.items():
+        if key in ("rope_type", "type") or value is None:
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"config.json: {key} of RoPE is {value!r:.50}, not a number")
+        if key in ROPE_POSITIVE and value <= 0:
+            raise InputError(f"config.json: {key} of RoPE is {value}, but must be above 0")
+        if key in ("beta_fast", "beta_slow") and value < 0:
+            raise InputError(f"config.json: {key} of RoPE is {value}, but must not be below 0")
 
+
+ROPE_POSITIVE = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 ROPE_NEEDS = {  # by rope_type: the keys that it must have
     "default": [],
     "yarn": ["factor"],
@@ -2809,7 +2839,11 @@ def config_from_hf(values: dict) -> Config:
         values["num_experts"] = values["num_local_experts"]  # transformers takes either name
     check_supported("hidden_act", values.get("hidden_act", "silu"), ["silu"])
     known = known_fields(values)
-    known["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+    if kind == "qwen3_moe":
+        known["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+    else:
+        # The reference ignores what a dense model's file says of experts.
+        known = {name: value for name, value in known.items() if name not in EXPERTS}
     if kind == "qwen2":
         known["attention_bias"] = False  # the reference ignores it, where a file has it
     if not values["use_sliding_window"]:
@@ -2878,6 +2912,12 @@ def config_to_hf(config: Config) -> dict:
     values = {"architectures": [ARCHITECTURES[config.model_type]], **asdict(config)}
     values["rope_scaling"] = dict(config.rope_scaling) or None
     values["use_sliding_window"] = config.sliding_window is not None
+
+    # Older versions of transformers read max_window_layers, and no layer_types.
+    full = config.layer_types.count(FULL)
+    full_come_first = FULL not in config.layer_types[full:]
+    if config.sliding_window is not None and full_come_first:
+        values["max_window_layers"] = full
 
     # A dense Qwen has no keys for experts, and one with experts none for the kinds of its layers.
     left_out = ["padded_vocab_size"]
@@ -3207,6 +3247,9 @@ def run_sorted(experts: Experts, x, real):
     return y, router_stats[None]
 
 
+ROLLED = 16  # with more experts, the loop over them is a loop of the compiled program, too
+
+
 def run_in_blocks(experts, rows, token, weight, counts, block=128):
     """The loop over the experts in Experts.__call__, a block of an expert's own tokens at a time.
 
@@ -3217,9 +3260,37 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
     out = jnp.zeros(rows.shape, jnp.float32)
     first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
     block = min(len(rows), block)
+    if len(experts) > ROLLED:
+        # 128 experts in each of 48 layers would take an hour to compile one by one.
+        expert_at = stack_experts(experts)
+
+        def step(out, e):
+            expert = partial(expert_at, e)
+            return add_expert(out, expert, rows, token, weight, first[e], counts[e], block), None
+
+        out, _ = jax.lax.scan(step, out, jnp.arange(len(experts)))
+        return out
+
     for e, expert in enumerate(experts):
         out = add_expert(out, expert, rows, token, weight, first[e], counts[e], block)
     return out
+
+
+def stack_experts(experts):
+    """A function (e, rows [..., D]) -> [..., D], expert e of rows, where e may be traced.
+
+    It holds a copy of the weights, [E, ...] for each parameter. XLA makes it once for all steps of
+    a call of `decode`.
+    """
+    graphdef, _ = nnx.split(experts[0])
+    states = [nnx.state(expert) for expert in experts]
+    stacked = jax.tree.map(lambda *parameters: jnp.stack(parameters), *states)
+
+    def expert_at(e, rows):
+        state = jax.tree.map(lambda parameter: parameter[e], stacked)
+        return nnx.merge(graphdef, state)(rows)
+
+    return expert_at
 
 
 def add_expert(out, expert, rows, token, weight, first, count, block: int):

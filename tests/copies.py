@@ -26,7 +26,7 @@ COPIES = [
     (["gpt2", "opt"], ["Cache", "update_layer"]),
     (["gpt2", "opt", "llama"], ["attention_scores", "causal_mask", "has_unbounded_context"]),
     (["llama", "gemma", "mistral", "qwen"], ["attend", "rotate"]),
-    (["llama", "mistral", "qwen"], ["yarn_frequencies", "check_rope"]),
+    (["llama", "mistral", "qwen"], ["yarn_frequencies", "check_rope", "ROPE_POSITIVE"]),
     (["mistral", "qwen"], ["attention_scale"]),
     (["llama", "mistral"], ["rms_norm"]),
     (["sample", "train"], ["random_key"]),
@@ -43,7 +43,7 @@ COPIES = [
         ],
     ),
     (["mistral", "qwen"], ["attention_scores", "on_each_device", "run_chosen", "run_sorted"]),
-    (["mistral", "qwen"], ["is_sparse", "run_in_blocks", "add_expert"]),
+    (["mistral", "qwen"], ["is_sparse", "run_in_blocks", "ROLLED", "stack_experts", "add_expert"]),
     (
         PROGRAMS,
         [

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -58,6 +59,34 @@ def test_a_key_that_is_left_out_means_what_transformers_takes_it_for(kind):
         found = meaning(kind, {**left, "model_type": kind})
         unlike = {key for key in expected if found[key] != expected[key]}
         assert unlike <= OUR_OWN.get(kind, set()), keys
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("module", [llama, mistral, qwen])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"original_max_position_embeddings": 0}, "must be above 0"),
+        ({"original_max_position_embeddings": "32"}, "is '32', not a number"),
+        ({"beta_fast": -1}, "beta_fast of RoPE is -1, but must not be below 0"),
+        ({"attention_factor": "1"}, "attention_factor of RoPE is '1', not a number"),
+        ({"mscale": "1"}, "mscale of RoPE is '1', not a number"),
+        ({"factor": float("inf")}, "factor of RoPE is inf, not a number"),
+        ({"full_attention": {"rope_theta": 100}}, "full_attention of RoPE is"),
+    ],
+)
+def test_yarn_with_an_odd_value_is_refused_before_it_is_computed_with(module, change, said):
+    with pytest.raises(module.InputError, match=re.escape(said)) as error:
+        module.Config.from_hf({"rope_scaling": YARN | change})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("experts", [0, None, 1])
+def test_a_dense_qwen_may_say_anything_of_experts(experts):
+    plain = qwen.Config.from_hf({"model_type": "qwen3"})
+    assert qwen.Config.from_hf({"model_type": "qwen3", "num_experts": experts}) == plain
 
 
 def rope_of_llama(scaling, **values):
@@ -143,6 +172,13 @@ def test_llama3_without_its_original_context_takes_that_of_the_model(values, ori
         (llama, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         (llama, {"rope_scaling": {"rope_type": "yarn"}}, "type yarn lacks factor"),
         (llama, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        (llama, {"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor of RoPE is '4'"),
+        (llama, {"rope_scaling": {"rope_type": "linear", "factor": [4]}}, "factor of RoPE is"),
+        (llama, {"rope_scaling": {"rope_type": "yarn", "factor": -2}}, "-2, but must be above 0"),
+        (llama, {"rope_theta": 0}, "rope_theta is 0, but must be above 0"),
+        (llama, {"rope_theta": float("nan")}, "rope_theta is nan, not a number"),
+        (llama, {"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0, but must be"),
+        (gemma, {"model_type": "gemma", "rope_theta": -1.0}, "rope_theta is -1.0, but must be"),
         (llama, {"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn"}}, "is 'qwen2'"),
         (llama, {"model_type": "granitemoe"}, "model_type is 'granitemoe'"),
         (llama, {"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'"),

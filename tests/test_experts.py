@@ -69,10 +69,13 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
-@pytest.mark.parametrize("form", ["run_in_blocks", "run_ragged"])
+@pytest.mark.parametrize(
+    ("form", "rolled"), [("run_in_blocks", 16), ("run_in_blocks", 1), ("run_ragged", 16)]
+)
 @pytest.mark.parametrize("n", [1, N])
-def test_the_faster_forms_are_the_plain_mixture(module, form, n, monkeypatch):
+def test_the_faster_forms_are_the_plain_mixture(module, form, rolled, n, monkeypatch):
     """Experts as a whole: results, router_stats, and the gradients of both."""
+    monkeypatch.setattr(module, "ROLLED", rolled)
     graphdef, state = nnx.split(module.Experts(MIXTURES[module], rngs=nnx.Rngs(0)))
     x = jnp.array(np.random.default_rng(1).normal(size=(1, n, D)), jnp.float32)
     real = jnp.arange(n)[None] % 3 < 2  # every third token is padding
@@ -160,6 +163,36 @@ def test_no_program_holds_all_tokens_for_all_experts(experts, run, platform):
     for tokens in (N, N * CHOSEN):
         assert f"tensor<{E}x{tokens}x" not in text and f"tensor<{tokens}x{E}x" not in text
     assert ("ragged_dot" in text) == (run is mistral.run_ragged)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_many_experts_are_one_loop_in_the_program(kind, monkeypatch):
+    """It is no longer for 32 experts than for 17; quantized experts run in it, too."""
+
+    def program(experts):
+        config = qwen.Config(
+            "qwen3_moe",
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            moe_intermediate_size=32,
+            num_experts=experts,
+        )
+        model = qwen.Model(config, rngs=nnx.Rngs(0))
+        if kind is not None:
+            qwen.quantize_layers(model, kind)
+        graphdef, state = nnx.split(model)
+        run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+        tokens = np.arange(12).reshape(2, 6)
+        return run(state, tokens), str(jax.make_jaxpr(run)(state, tokens)).count("dot_general")
+
+    logits, operations = program(32)
+    assert operations == program(17)[1]
+    monkeypatch.setattr(qwen, "ROLLED", 32)
+    np.testing.assert_allclose(logits, program(32)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.wide

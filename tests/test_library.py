@@ -584,11 +584,11 @@ def test_a_checkpoint_that_no_file_reads_and_one_that_is_not_there_are_one_line(
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     data = ["--data", "README.md"] if program == "train.py" else []
     task = ["--task", "load"] if program == "bench.py" else []
-    folder = tmp_path / "qwen"
+    folder = tmp_path / "phi"
     shutil.copytree(ROOT / "tiny" / "llama", folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "phi3"}))
     line = one_line(run(program, *data, *task, "--weights", folder), program)
-    assert "is of model_type 'qwen2'; gpt2, opt, llama" in line
+    assert "is of model_type 'phi3'; gpt2, opt, llama" in line
     line = one_line(run(program, *data, *task, "--weights", "runs/typo", **offline), program)
     assert "there is no folder runs/typo" in line
     # As of a shell variable that is not set: it would mean the default.
