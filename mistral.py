@@ -105,7 +105,7 @@ class Config:
         check_supported("model_type", self.model_type, ARCHITECTURES)
         scaling = dict(self.rope_scaling)
         check_rope(scaling)
-        if self.model_type == "ministral3" and "llama_4_scaling_beta" not in scaling:
+        if self.model_type == "ministral3" and scaling.get("llama_4_scaling_beta") is None:
             raise InputError("config.json: a ministral3 needs yarn with llama_4_scaling_beta")
         if self.num_experts_per_tok > self.num_local_experts:
             raise InputError(

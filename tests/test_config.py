@@ -421,6 +421,17 @@ def test_rope_of_a_ministral_3_in_old_and_new_files(values):
             "a ministral3 needs yarn with llama_4_scaling_beta",
         ),
         (
+            {
+                "model_type": "ministral3",
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "llama_4_scaling_beta": None,
+                },
+            },
+            "a ministral3 needs yarn with llama_4_scaling_beta",
+        ),
+        (
             {"model_type": "ministral3", "rope_parameters": {"llama_4_scaling_beta": 0.1}},
             "a ministral3 needs yarn with llama_4_scaling_beta",
         ),
