@@ -605,7 +605,8 @@ IN_LLAMA_CPP = {  # name -> (model file, config; None: the model in tiny/)
         ),
     ),
     "gemma 3": (gemma, gemma.Config(**GEMMA | {"num_hidden_layers": 7}, rope_factor=8.0)),
-    "qwen 2": (qwen, qwen.Config(**SIZES, model_type="qwen2")),
+    # llama.cpp takes biases as wide as the residual stream: D = H * Dh.
+    "qwen 2": (qwen, qwen.Config(**SIZES | {"head_dim": None}, model_type="qwen2")),
     "qwen 3": (qwen, qwen.Config(**SIZES)),
 }
 EVERY_MODEL = [
