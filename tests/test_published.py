@@ -159,13 +159,6 @@ GREEDY = [
             ", green, yellow, orange, purple, brown, black, white, gray.\n\nI'",
         ],
     ),
-    (
-        qwen,
-        "Qwen/Qwen3-0.6B-Base",
-        "float32",
-        ["My favourite condiment is "],
-        ["100% plain, unflavoured, and unadulterated. It is"],
-    ),
 ]
 DOG = [
     464,
@@ -391,6 +384,17 @@ def test_a_granite_gives_the_logits_of_transformers(load):
     """What tests/models/granite of transformers expects, in bfloat16 and within its tolerance."""
     logits = load(llama, "ibm/PowerLM-3b", "bfloat16")(jnp.array([MEANING]))
     np.testing.assert_allclose(logits.mean(axis=-1)[0], POWERLM_MEANS, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.network
+def test_qwen3_writes_what_transformers_tests_say(load):
+    """test_modeling_qwen3.py, test_model_600m_generation."""
+    name = "Qwen/Qwen3-0.6B-Base"
+    model = load(qwen, name, "float32")
+    codec = qwen.tokenizer(name)
+    prompt = codec.encode("My favourite condiment is ")
+    [new] = qwen.generate(model, [prompt], 20, key=0, temperature=0)
+    assert codec.decode(new) == "100% plain, unflavoured, and unadulterated. It is"
 
 
 @pytest.mark.network
