@@ -271,15 +271,15 @@ def scale_low_frequencies(inv_freq, scaling: dict):
 def yarn_frequencies(inv_freq, theta, scaling: dict):
     """YaRN's scaling: divides the low frequencies by the factor, and keeps the high ones.
 
-    As in Llama 3.1, frequencies are high or low by the turns that they make within the original
-    context, beta_fast or more, and beta_slow or fewer. In between, the two forms are blended by the
-    index of the frequency. Peng et al. 2023, "YaRN", section 3.2.
+    A frequency is high if it makes beta_fast turns or more within the original context, and low if
+    it makes beta_slow turns or fewer. In between, the two forms are blended by the index of the
+    frequency. Peng et al. 2023, "YaRN", section 3.2.
     """
     factor = scaling["factor"]
     pairs = len(inv_freq)  # Dh / 2
 
     def index_of(turns):
-        """Where in inv_freq the frequency would stand that makes so many turns; no integer."""
+        """Where in inv_freq the frequency would stand that makes so many turns: not rounded."""
         wanted = 2 * math.pi * turns / scaling["original_max_position_embeddings"]
         return -pairs * math.log(wanted) / math.log(theta)
 
@@ -289,12 +289,12 @@ def yarn_frequencies(inv_freq, theta, scaling: dict):
         last_high = math.floor(last_high)
         first_low = math.ceil(first_low)
     last_high = max(last_high, 0)
-    first_low = min(first_low, 2 * pairs - 1)
+    first_low = min(first_low, 2 * pairs - 1)  # Dh - 1, as in the reference
     if first_low == last_high:
         first_low += 0.001
 
-    scaled = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
-    return scaled * inv_freq / factor + (1 - scaled) * inv_freq
+    ramp = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
+    return ramp * inv_freq / factor + (1 - ramp) * inv_freq
 
 
 def attention_scale(config: Config, has_rope: bool) -> float:
@@ -2622,7 +2622,7 @@ def check_rope(rope: dict) -> None:
             raise InputError(f"config.json: {key} of RoPE is {value}, but must not be below 0")
 
 
-ROPE_POSITIVE = (
+ROPE_POSITIVE = (  # in any kind of scaling
     "factor",
     "original_max_position_embeddings",
     "low_freq_factor",

@@ -135,7 +135,7 @@ class Config:
         With experts it is a Mixtral.
         """
         if experts > 0:
-            changes |= {"model_type": "mixtral", "num_local_experts": experts}
+            changes = {"model_type": "mixtral", "num_local_experts": experts, **changes}
         return cls(
             num_hidden_layers=layers,
             num_attention_heads=heads,
@@ -264,15 +264,15 @@ def rope_frequencies(config: Config):
 def yarn_frequencies(inv_freq, theta, scaling: dict):
     """YaRN's scaling: divides the low frequencies by the factor, and keeps the high ones.
 
-    As in Llama 3.1, frequencies are high or low by the turns that they make within the original
-    context, beta_fast or more, and beta_slow or fewer. In between, the two forms are blended by the
-    index of the frequency. Peng et al. 2023, "YaRN", section 3.2.
+    A frequency is high if it makes beta_fast turns or more within the original context, and low if
+    it makes beta_slow turns or fewer. In between, the two forms are blended by the index of the
+    frequency. Peng et al. 2023, "YaRN", section 3.2.
     """
     factor = scaling["factor"]
     pairs = len(inv_freq)  # Dh / 2
 
     def index_of(turns):
-        """Where in inv_freq the frequency would stand that makes so many turns; no integer."""
+        """Where in inv_freq the frequency would stand that makes so many turns: not rounded."""
         wanted = 2 * math.pi * turns / scaling["original_max_position_embeddings"]
         return -pairs * math.log(wanted) / math.log(theta)
 
@@ -282,12 +282,12 @@ def yarn_frequencies(inv_freq, theta, scaling: dict):
         last_high = math.floor(last_high)
         first_low = math.ceil(first_low)
     last_high = max(last_high, 0)
-    first_low = min(first_low, 2 * pairs - 1)
+    first_low = min(first_low, 2 * pairs - 1)  # Dh - 1, as in the reference
     if first_low == last_high:
         first_low += 0.001
 
-    scaled = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
-    return scaled * inv_freq / factor + (1 - scaled) * inv_freq
+    ramp = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
+    return ramp * inv_freq / factor + (1 - ramp) * inv_freq
 
 
 def attention_scale(config: Config) -> float:
@@ -2742,7 +2742,7 @@ def check_rope(rope: dict) -> None:
             raise InputError(f"config.json: {key} of RoPE is {value}, but must not be below 0")
 
 
-ROPE_POSITIVE = (
+ROPE_POSITIVE = (  # in any kind of scaling
     "factor",
     "original_max_position_embeddings",
     "low_freq_factor",
@@ -3247,8 +3247,11 @@ def run_sorted(experts: Experts, x, real):
     token = order // experts.per_token
     weight = weights.ravel()[order]
 
+    # The ragged form reads the weights of all experts, for however few rows, and not in few bits.
     few = len(rows) <= E
-    if few or jax.default_backend() == "cpu":
+    modules = [module for _, module in nnx.iter_modules(experts)]
+    quantized = any(isinstance(module, QuantizedMatrix) for module in modules)
+    if few or quantized or jax.default_backend() == "cpu":
         y = run_in_blocks(experts.experts, rows, token, weight, counts)  # [N, D]
     else:
         y = run_ragged(experts.experts, rows, token, weight, counts)
@@ -3261,7 +3264,7 @@ def run_sorted(experts: Experts, x, real):
     return y, router_stats[None]
 
 
-ROLLED = 16  # with more experts, the loop over them is a loop of the compiled program, too
+MOST_UNROLLED = 16  # with more experts, the loop over them is a lax.scan
 
 
 def run_in_blocks(experts, rows, token, weight, counts, block=128):
@@ -3269,13 +3272,13 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
 
     rows [N, D] -> [N, D] float32. token and weight [N * per_token]: who made each choice, and its
     weight, sorted by expert. counts [E]: how many choices each expert got. Experts and blocks
-    without tokens are skipped, and their weights are not read.
+    without tokens are skipped.
     """
     out = jnp.zeros(rows.shape, jnp.float32)
     first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
     block = min(len(rows), block)
-    if len(experts) > ROLLED:
-        # 128 experts in each of 48 layers would take an hour to compile one by one.
+    if len(experts) > MOST_UNROLLED:
+        # One by one, 128 experts in each of 48 layers would take hours to compile.
         expert_at = stack_experts(experts)
 
         def step(out, e):
@@ -3293,8 +3296,8 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
 def stack_experts(experts):
     """A function (e, rows [..., D]) -> [..., D], expert e of rows, where e may be traced.
 
-    It holds a copy of the weights, [E, ...] for each parameter. XLA makes it once for all steps of
-    a call of `decode`.
+    It holds a copy of the weights, [E, ...] for each parameter, which each call of a program makes
+    anew: a price for a program that compiles in seconds.
     """
     graphdef, _ = nnx.split(experts[0])
     states = [nnx.state(expert) for expert in experts]

@@ -1,10 +1,12 @@
 """Qwen in one file: read it from top to bottom, run it, copy it.
 
-Qwen is a Llama with small changes from version to version. In Qwen2 and Qwen2.5 the projections to
-queries, keys and values have biases. Qwen3 drops them and norms each head of the queries and keys
-before RoPE (QK norm), and the width of a head no longer depends on D. Qwen3 with experts replaces
-the MLP by a mixture of 128 small ones, of which a router picks eight for each token: 30 billion
-parameters compute as 3 billion do. YaRN extends the context of all of them without training.
+Qwen is a Llama with small changes from version to version, and mistral.py is the nearest file. In
+Qwen2 and Qwen2.5 the projections to queries, keys and values have biases. Qwen3 drops them and
+norms each head of the queries and keys before RoPE (QK norm), and the width of a head no longer
+depends on D. Qwen3 with experts replaces the MLP by a mixture of 128 small ones, in all layers or
+in some. A router picks eight of them for each token: of 30 billion parameters a token uses 3
+billion. The config allows sliding windows in some layers, which no published Qwen switches on. YaRN
+extends the context, as in llama.py.
 
 Papers: Qwen Team 2024, "Qwen2" and "Qwen2.5"; 2025, "Qwen3"; Peng et al. 2023, "YaRN". Reference:
 modeling_qwen2.py, modeling_qwen3.py and modeling_qwen3_moe.py of Hugging Face transformers.
@@ -23,7 +25,7 @@ model file. `Linear` is defined near the end, under Faster forms; until there, r
     pip install gguf                                 # for GGUF files
     pip install transformers sentencepiece protobuf  # for tokenizers older than tokenizer.json
     python qwen.py "Once upon a time"                      # downloads Qwen/Qwen3-0.6B-Base
-    python qwen.py "Once upon a time" path/to/checkpoint   # any of these in Hugging Face's format
+    python qwen.py "Once upon a time" path/to/checkpoint   # any Qwen2, 2.5 or 3
 
 From "Open language models in JAX, one file each". MIT License, copyright (c) 2026 its authors.
 """
@@ -66,7 +68,7 @@ class Config:
     vocab_size: int = 151936  # V
     max_position_embeddings: int = 32768  # context length, RoPE scaling included
     hidden_size: int = 4096  # D
-    intermediate_size: int = 22016  # F
+    intermediate_size: int = 22016  # F of an MLP, in layers without experts
     num_hidden_layers: int = 32  # number of blocks
     num_attention_heads: int = 32  # H
     num_key_value_heads: int | None = 32  # K; None: H
@@ -77,9 +79,9 @@ class Config:
     moe_intermediate_size: int = 768  # F of an expert
     num_experts: int = 128  # E, of a qwen3_moe
     num_experts_per_tok: int = 8
-    norm_topk_prob: bool = True  # whether the weights of the chosen experts sum to 1
-    decoder_sparse_step: int = 1  # every such layer has experts,
-    mlp_only_layers: tuple = ()  # but for these
+    norm_topk_prob: bool = True  # whether the weights of the chosen experts are made to sum to 1
+    decoder_sparse_step: int = 1  # layer i of a qwen3_moe has experts if this divides i + 1
+    mlp_only_layers: tuple = ()  # layers that have an MLP all the same
     router_aux_loss_coef: float = 0.001  # weight of `balance_loss` in training
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1000000.0
@@ -109,7 +111,7 @@ class Config:
                 f"num_experts {self.num_experts}"
             )
 
-        if not self.layer_types:
+        if not self.layer_types or self.model_type == "qwen3_moe":
             kind = FULL if self.sliding_window is None else SLIDING
             object.__setattr__(self, "layer_types", (kind,) * self.num_hidden_layers)
         for kind in self.layer_types:
@@ -133,11 +135,12 @@ class Config:
         # Three matrices of 8 / 3 * D have as many weights as GPT-2's two of 4 * D.
         F = round_up(8 * width / 3, 32)
         if experts > 0:
-            changes |= {
+            changes = {
                 "model_type": "qwen3_moe",
                 "num_experts": experts,
                 "num_experts_per_tok": 2,
                 "moe_intermediate_size": F,
+                **changes,
             }
         return cls(
             num_hidden_layers=layers,
@@ -265,22 +268,22 @@ def rope_frequencies(config: Config):
     inv_freq = theta ** -(np.arange(0, Dh, 2) / Dh)
     if scaling:
         inv_freq = yarn_frequencies(inv_freq, theta, scaling)
-    # Computed in float64 and rounded once, as in llama.py.
+    # Computed in float64 and rounded once.
     return inv_freq.astype(np.float32)
 
 
 def yarn_frequencies(inv_freq, theta, scaling: dict):
     """YaRN's scaling: divides the low frequencies by the factor, and keeps the high ones.
 
-    As in Llama 3.1, frequencies are high or low by the turns that they make within the original
-    context, beta_fast or more, and beta_slow or fewer. In between, the two forms are blended by the
-    index of the frequency. Peng et al. 2023, "YaRN", section 3.2.
+    A frequency is high if it makes beta_fast turns or more within the original context, and low if
+    it makes beta_slow turns or fewer. In between, the two forms are blended by the index of the
+    frequency. Peng et al. 2023, "YaRN", section 3.2.
     """
     factor = scaling["factor"]
     pairs = len(inv_freq)  # Dh / 2
 
     def index_of(turns):
-        """Where in inv_freq the frequency would stand that makes so many turns; no integer."""
+        """Where in inv_freq the frequency would stand that makes so many turns: not rounded."""
         wanted = 2 * math.pi * turns / scaling["original_max_position_embeddings"]
         return -pairs * math.log(wanted) / math.log(theta)
 
@@ -290,12 +293,12 @@ def yarn_frequencies(inv_freq, theta, scaling: dict):
         last_high = math.floor(last_high)
         first_low = math.ceil(first_low)
     last_high = max(last_high, 0)
-    first_low = min(first_low, 2 * pairs - 1)
+    first_low = min(first_low, 2 * pairs - 1)  # Dh - 1, as in the reference
     if first_low == last_high:
         first_low += 0.001
 
-    scaled = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
-    return scaled * inv_freq / factor + (1 - scaled) * inv_freq
+    ramp = np.clip((np.arange(pairs) - last_high) / (first_low - last_high), 0, 1)
+    return ramp * inv_freq / factor + (1 - ramp) * inv_freq
 
 
 def attention_scale(config: Config) -> float:
@@ -331,13 +334,13 @@ class Attention(nnx.Module):
         Dh = config.head_dim
         is_qwen2 = config.model_type == "qwen2"
         linear = {"kernel_init": normal(config.initializer_range), **options}
-        inward = {"use_bias": is_qwen2 or config.attention_bias, **linear}
+        qkv = {"use_bias": is_qwen2 or config.attention_bias, **linear}
 
         self.config = config
         self.sliding = config.layer_types[layer] == SLIDING
-        self.q_proj = Linear(D, H * Dh, **inward)
-        self.k_proj = Linear(D, K * Dh, **inward)
-        self.v_proj = Linear(D, K * Dh, **inward)
+        self.q_proj = Linear(D, H * Dh, **qkv)
+        self.k_proj = Linear(D, K * Dh, **qkv)
+        self.v_proj = Linear(D, K * Dh, **qkv)
         self.o_proj = Linear(H * Dh, D, use_bias=config.attention_bias, **linear)
         if not is_qwen2:
             self.q_norm = rms_norm(config, Dh, **options)
@@ -459,7 +462,7 @@ class Experts(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then the MLP. Each reads a normed copy of the residual stream.
 
-    In a Qwen with experts they take the place of the MLP.
+    In layers with experts, these take the place of the MLP.
     """
 
     def __init__(self, config: Config, layer: int, **options):
@@ -2731,7 +2734,7 @@ def check_rope(rope: dict) -> None:
             raise InputError(f"config.json: {key} of RoPE is {value}, but must not be below 0")
 
 
-ROPE_POSITIVE = (
+ROPE_POSITIVE = (  # in any kind of scaling
     "factor",
     "original_max_position_embeddings",
     "low_freq_factor",
@@ -2757,7 +2760,7 @@ def sizes(D: int, F: int, layers: int, H: int, K: int, Dh: int = 128, **more) ->
 
 
 TIED = {"tie_word_embeddings": True}
-LARGE = {"vocab_size": 152064}
+LARGE = {"vocab_size": 152064}  # from 7B on, the token table has more rows
 LARGER = LARGE | {"rms_norm_eps": 1e-5}
 QWEN2_05B = sizes(D=896, F=4864, layers=24, H=14, K=2, Dh=64, **TIED)
 QWEN2_15B = sizes(D=1536, F=8960, layers=28, H=12, K=2, **TIED)
@@ -2841,15 +2844,15 @@ def config_from_hf(values: dict) -> Config:
     known = known_fields(values)
     if kind == "qwen3_moe":
         known["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+        known["layer_types"] = ()  # the reference ignores them, where a file has them
     else:
+        known["layer_types"] = layer_types_of(values)
         # The reference ignores what a dense model's file says of experts.
-        known = {name: value for name, value in known.items() if name not in EXPERTS}
+        known = {name: value for name, value in known.items() if name not in MOE_FIELDS}
     if kind == "qwen2":
         known["attention_bias"] = False  # the reference ignores it, where a file has it
     if not values["use_sliding_window"]:
         known["sliding_window"] = None  # published files have a number there all the same
-    if kind != "qwen3_moe":
-        known["layer_types"] = layer_types_of(values)
 
     # RoPE: rope_theta and rope_scaling in old files, both in rope_parameters in new ones.
     rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
@@ -2882,7 +2885,7 @@ def layer_types_of(values: dict) -> tuple[str, ...]:
 
 
 # What transformers assumes where a config.json lacks a key.
-EITHER = {
+ABSENT_IN_ALL = {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
@@ -2891,11 +2894,11 @@ EITHER = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-DENSE = EITHER | {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
+DENSE = ABSENT_IN_ALL | {"num_hidden_layers": 32}
 ABSENT = {
     "qwen2": DENSE | {"head_dim": None, "num_key_value_heads": 32},
     "qwen3": DENSE | {"head_dim": 128, "num_key_value_heads": 32},
-    "qwen3_moe": EITHER
+    "qwen3_moe": ABSENT_IN_ALL
     | {
         "hidden_size": 2048,
         "intermediate_size": 6144,
@@ -2924,13 +2927,13 @@ def config_to_hf(config: Config) -> dict:
     if config.model_type == "qwen3_moe":
         left_out.append("layer_types")
     else:
-        left_out += EXPERTS
+        left_out += MOE_FIELDS
     for name in left_out:
         del values[name]
     return values
 
 
-EXPERTS = [  # fields of a qwen3_moe alone
+MOE_FIELDS = [  # of Config, of a qwen3_moe alone
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -2942,7 +2945,7 @@ EXPERTS = [  # fields of a qwen3_moe alone
 
 
 # Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
-# layers.0.self_attn.q_proj.kernel -> model.layers.0.self_attn.q_proj.weight.
+# layers.0.mlp.experts.5.up_proj.kernel -> model.layers.0.mlp.experts.5.up_proj.weight.
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
     (r"(.+)\.kernel", r"model.\1.weight", True),
@@ -3006,11 +3009,11 @@ GGUF_NAMES_OF_ALL = {
     "blk.N.ffn_down.N": "model.layers.N.mlp.experts.N.down_proj",
 }
 GGUF_NAMES = dict.fromkeys(GGUF_KINDS, GGUF_NAMES_OF_ALL)
-GGUF_LAYOUTS = {}  # and what undoes the layouts that differ
+GGUF_LAYOUTS = {}  # and what undoes the layouts that differ: none does
 
 
 def complete_gguf(file: Path, values: dict) -> dict:
-    """Adds what else config.json says. llama.cpp norms the weights of the chosen experts."""
+    """Adds what else config.json says. llama.cpp makes the chosen weights sum to 1."""
     tensors = read_gguf(file).tensors
     return {
         **values,
@@ -3233,8 +3236,11 @@ def run_sorted(experts: Experts, x, real):
     token = order // experts.per_token
     weight = weights.ravel()[order]
 
+    # The ragged form reads the weights of all experts, for however few rows, and not in few bits.
     few = len(rows) <= E
-    if few or jax.default_backend() == "cpu":
+    modules = [module for _, module in nnx.iter_modules(experts)]
+    quantized = any(isinstance(module, QuantizedMatrix) for module in modules)
+    if few or quantized or jax.default_backend() == "cpu":
         y = run_in_blocks(experts.experts, rows, token, weight, counts)  # [N, D]
     else:
         y = run_ragged(experts.experts, rows, token, weight, counts)
@@ -3247,7 +3253,7 @@ def run_sorted(experts: Experts, x, real):
     return y, router_stats[None]
 
 
-ROLLED = 16  # with more experts, the loop over them is a loop of the compiled program, too
+MOST_UNROLLED = 16  # with more experts, the loop over them is a lax.scan
 
 
 def run_in_blocks(experts, rows, token, weight, counts, block=128):
@@ -3255,13 +3261,13 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
 
     rows [N, D] -> [N, D] float32. token and weight [N * per_token]: who made each choice, and its
     weight, sorted by expert. counts [E]: how many choices each expert got. Experts and blocks
-    without tokens are skipped, and their weights are not read.
+    without tokens are skipped.
     """
     out = jnp.zeros(rows.shape, jnp.float32)
     first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
     block = min(len(rows), block)
-    if len(experts) > ROLLED:
-        # 128 experts in each of 48 layers would take an hour to compile one by one.
+    if len(experts) > MOST_UNROLLED:
+        # One by one, 128 experts in each of 48 layers would take hours to compile.
         expert_at = stack_experts(experts)
 
         def step(out, e):
@@ -3279,8 +3285,8 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
 def stack_experts(experts):
     """A function (e, rows [..., D]) -> [..., D], expert e of rows, where e may be traced.
 
-    It holds a copy of the weights, [E, ...] for each parameter. XLA makes it once for all steps of
-    a call of `decode`.
+    It holds a copy of the weights, [E, ...] for each parameter, which each call of a program makes
+    anew: a price for a program that compiles in seconds.
     """
     graphdef, _ = nnx.split(experts[0])
     states = [nnx.state(expert) for expert in experts]

@@ -43,7 +43,10 @@ COPIES = [
         ],
     ),
     (["mistral", "qwen"], ["attention_scores", "on_each_device", "run_chosen", "run_sorted"]),
-    (["mistral", "qwen"], ["is_sparse", "run_in_blocks", "ROLLED", "stack_experts", "add_expert"]),
+    (
+        ["mistral", "qwen"],
+        ["is_sparse", "run_in_blocks", "MOST_UNROLLED", "stack_experts", "add_expert"],
+    ),
     (
         PROGRAMS,
         [

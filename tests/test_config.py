@@ -83,6 +83,24 @@ def test_yarn_with_an_odd_value_is_refused_before_it_is_computed_with(module, ch
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("types", [None, ["full_attention", "sliding_attention"]])
+def test_layer_types_mean_nothing_in_a_qwen_with_experts(types):
+    """All its layers have the window, or none, as in the reference."""
+    values = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "layer_types": types}
+    assert set(qwen.Config.from_hf(values).layer_types) == {"full_attention"}
+    values |= {"use_sliding_window": True, "sliding_window": 5}
+    config = qwen.Config.from_hf(values)
+    assert set(config.layer_types) == {"sliding_attention"}
+    assert qwen.Config.from_hf(config.to_hf()) == config
+
+
+def test_small_takes_further_fields_of_experts():
+    sizes = {"layers": 1, "heads": 2, "width": 32, "context": 16, "experts": 8}
+    for module in (mistral, qwen):
+        assert module.Config.small(**sizes).num_experts_per_tok == 2
+        assert module.Config.small(**sizes, num_experts_per_tok=4).num_experts_per_tok == 4
+
+
 @pytest.mark.parametrize("experts", [0, None, 1])
 def test_a_dense_qwen_may_say_anything_of_experts(experts):
     plain = qwen.Config.from_hf({"model_type": "qwen3"})

@@ -70,12 +70,12 @@ MIXTURES = {
 
 @pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
 @pytest.mark.parametrize(
-    ("form", "rolled"), [("run_in_blocks", 16), ("run_in_blocks", 1), ("run_ragged", 16)]
+    ("form", "unrolled"), [("run_in_blocks", 16), ("run_in_blocks", 1), ("run_ragged", 16)]
 )
 @pytest.mark.parametrize("n", [1, N])
-def test_the_faster_forms_are_the_plain_mixture(module, form, rolled, n, monkeypatch):
+def test_the_faster_forms_are_the_plain_mixture(module, form, unrolled, n, monkeypatch):
     """Experts as a whole: results, router_stats, and the gradients of both."""
-    monkeypatch.setattr(module, "ROLLED", rolled)
+    monkeypatch.setattr(module, "MOST_UNROLLED", unrolled)
     graphdef, state = nnx.split(module.Experts(MIXTURES[module], rngs=nnx.Rngs(0)))
     x = jnp.array(np.random.default_rng(1).normal(size=(1, n, D)), jnp.float32)
     real = jnp.arange(n)[None] % 3 < 2  # every third token is padding
@@ -165,6 +165,23 @@ def test_no_program_holds_all_tokens_for_all_experts(experts, run, platform):
     assert ("ragged_dot" in text) == (run is mistral.run_ragged)
 
 
+@pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])
+def test_quantized_experts_run_on_a_gpu_too(module, kind, monkeypatch):
+    """Where more rows than experts would take the ragged form, which knows no quantized weights."""
+    layer = module.Experts(MIXTURES[module], rngs=nnx.Rngs(0))
+    for expert in layer.experts:
+        for name, linear in list(vars(expert).items()):
+            if isinstance(linear, nnx.Linear):
+                setattr(expert, name, module.QuantizedLinear(linear, kind))
+    x = jnp.array(np.random.default_rng(1).normal(size=(1, N, D)), jnp.float32)
+    real = jnp.ones((1, N), bool)
+    expected, _ = layer(x, real)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found, _ = layer(x, real)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 def test_many_experts_are_one_loop_in_the_program(kind, monkeypatch):
     """It is no longer for 32 experts than for 17; quantized experts run in it, too."""
@@ -191,7 +208,7 @@ def test_many_experts_are_one_loop_in_the_program(kind, monkeypatch):
 
     logits, operations = program(32)
     assert operations == program(17)[1]
-    monkeypatch.setattr(qwen, "ROLLED", 32)
+    monkeypatch.setattr(qwen, "MOST_UNROLLED", 32)
     np.testing.assert_allclose(logits, program(32)[0], rtol=0, atol=1e-5)
 
 
