@@ -122,9 +122,16 @@ def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
     assert ids[0] == END - 1 and ids.count(END - 1) == 2 and ids.count(END) == 1
 
 
-def test_no_think_asks_the_template_for_an_answer_without_thoughts(tmp_path):
+@pytest.mark.parametrize(
+    ("template", "no_thought"),
+    [
+        pytest.param(templates.SWITCHED, "<think>\n\n</think>\n\n", id="Qwen3"),
+        pytest.param(templates.SMOLLM3, "<think>\n\n</think>\n", id="SmolLM3"),
+    ],
+)
+def test_no_think_asks_the_template_for_an_answer_without_thoughts(template, no_thought, tmp_path):
     """As transformers renders it with enable_thinking=False; LETTERS has no < and /."""
-    folder = write_chat(tmp_path, template=templates.SWITCHED)
+    folder = write_chat(tmp_path, template=template)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for think in (True, False):
         codec = sample.ChatTokenizer(llama.tokenizer(folder).backend, folder, None, think)
@@ -134,7 +141,7 @@ def test_no_think_asks_the_template_for_an_answer_without_thoughts(tmp_path):
             tokenize=False,
             enable_thinking=think,
         )
-        assert ("<think>\n\n</think>" in text) == (not think)
+        assert text.endswith(no_thought) == (not think)
         assert codec.encode("Hi") == codec.backend.encode(text, add_special_tokens=False).ids
 
 

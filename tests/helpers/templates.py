@@ -73,6 +73,25 @@ SWITCHED = CHATML.replace(
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
 )
 
+# As in SmolLM3: the switch is on by default, and a word in the system message can set it, too. The
+# system message begins with today's date and has no end; the template marks the answers itself.
+SMOLLM3 = (
+    "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{% set has_system = messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] if has_system else 'You are SmolLM.' %}"
+    "{% if '/no_think' in system %}{% set enable_thinking = false %}"
+    "{% elif '/think' in system %}{% set enable_thinking = true %}{% endif %}"
+    "{{ '<|im_start|>system\n' + strftime_now('%d %B %Y') + '\n' }}"
+    "{{ ('/think' if enable_thinking else '/no_think') + '\n\n' }}"
+    "{{ system.replace('/no_think', '').replace('/think', '').rstrip() + '\n\n' }}"
+    "{% set thought = '' if enable_thinking else '<think>\n\n</think>\n' %}"
+    "{% set turns = messages[1:] if has_system else messages %}{% for m in turns %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ thought + m['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
+    "{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + thought }}{% endif %}"
+)
+
 # An answer is begun at the end of every text.
 ALWAYS_BEGUN = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
 
