@@ -2526,7 +2526,8 @@ def complete_gguf(file: Path, values: dict) -> dict:
 
 # ------------------------------------------ Many devices ------------------------------------------
 
-# How each dimension of a parameter is split over a mesh with the axes "fsdp" and "tensor".
+# How each dimension of a parameter is split over a mesh with the axes "fsdp" and "tensor". The
+# outputs of c_attn are queries, keys and values in one, so they are split as they come.
 SHARDING = [
     (r"wte\.embedding", ("tensor", "fsdp")),
     (r"wpe\.embedding", (None, "fsdp")),
@@ -2541,8 +2542,7 @@ def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
     A dimension is split over an axis of the mesh if the axis divides it. The outputs of k_proj and
-    v_proj are split only between whole KV heads. (This has no effect in GPT-2, whose c_attn makes
-    queries, keys and values at once.)
+    v_proj are split only between whole KV heads.
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 

@@ -3001,8 +3001,7 @@ def sharding(mesh, config: Config, path: str, shape):
     """The jax.sharding.NamedSharding of the parameter at `path`.
 
     A dimension is split over an axis of the mesh if the axis divides it. The outputs of k_proj and
-    v_proj are split only between whole KV heads. (This has no effect in GPT-2, whose c_attn makes
-    queries, keys and values at once.)
+    v_proj are split only between whole KV heads.
     """
     axes = next(axes for pattern, axes in SHARDING if re.fullmatch(pattern, path))
 
