@@ -3329,7 +3329,8 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
     E = len(counts)
     first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
     block = min(len(rows), block)
-    in_place = len(rows) < IN_PLACE or is_quantized(experts)
+    is_float32 = all(param.dtype == jnp.float32 for param in jax.tree.leaves(experts))
+    in_place = len(rows) < IN_PLACE or not is_float32
 
     def step(out, of_expert):
         expert, first, count = of_expert
@@ -3337,7 +3338,7 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
             expert = expert_at(experts, expert)
         return add_expert(out, expert, rows, token, weight, first, count, block), None
 
-    # Where nothing is read in place, the scan copies each expert out of the stack. For many rows
+    # Where nothing is read in place, the scan copies each expert out of the stack. With many rows
     # that hardly matters, and training needs it: the scan stacks the gradients of the experts.
     each = jnp.arange(E) if in_place else experts
     out = jnp.zeros(rows.shape, jnp.float32)
@@ -3354,7 +3355,7 @@ def add_expert(out, expert, rows, token, weight, first, count, block: int):
         choice = jnp.clip(first + i_in_expert, max=len(token) - 1)
         share = jnp.where(i_in_expert < count, weight[choice], 0)[:, None]
         y = expert(rows[token[choice]])
-        y = jnp.where(share == 0, 0, y) * share  # 0 times infinity would be NaN
+        y = share * jnp.where(share == 0, 0, y)  # 0 times infinity would be NaN
         return out.at[token[choice]].add(y)
 
     def skip(out, i):
@@ -3405,28 +3406,47 @@ def dot_in_place(e, layer, x):
     if isinstance(layer, QuantizedLinear):
         return layer.kernel.dot(x, e).astype(layer.dtype)
 
-    kernel = layer.kernel  # [E, D, F]; experts have no biases
+    kernel = layer.kernel[...]  # [E, D, F]; experts have no biases
     _, D, F = kernel.shape
-    x = x.astype(layer.dtype)
     is_split = "tensor" in jax.sharding.get_abstract_mesh().shape  # a tile would be on one device
     if is_split or jax.default_backend() != "cpu":
-        return x @ kernel[e].astype(layer.dtype)
+        return x.astype(layer.dtype) @ kernel[e].astype(layer.dtype)
 
-    tiles = 1
-    while D % tiles != 0 or D // tiles * F > EXPERT_TILE:
-        tiles += 1
-    tile = D // tiles
+    tile = min(D, max(1, EXPERT_TILE // F))
+    while D % tile != 0:
+        tile -= 1
 
     def add_tile(i, y):
         row = i * tile
-        part = jax.lax.dynamic_slice(kernel[...], (e, row, 0), (1, tile, F))[0]
         columns = jax.lax.dynamic_slice_in_dim(x, row, tile, axis=1)
-        product = jnp.matmul(columns, part.astype(x.dtype), preferred_element_type=jnp.float32)
-        return y + product
+        return y + columns.astype(jnp.float32) @ rows_of(kernel, e, row, tile)
 
     y = jnp.zeros((len(x), F), jnp.float32)
-    y = jax.lax.fori_loop(0, tiles, add_tile, y)
-    return y.astype(x.dtype)
+    y = jax.lax.fori_loop(0, D // tile, add_tile, y)
+    return y.astype(layer.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def rows_of(kernel, e, row, count: int):
+    """Some rows of matrix e of a kernel [E, D, F], in float32: [count, F].
+
+    XLA on a CPU would widen the whole kernel from bfloat16 first, but it slices integers. The rule
+    for gradients below is that of an ordinary slice, as integers have none.
+    """
+    start = (e, row, 0)
+    size = (1, count, kernel.shape[2])
+    if kernel.dtype != jnp.bfloat16:
+        return jax.lax.dynamic_slice(kernel, start, size)[0].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
+    return from_bits(jax.lax.dynamic_slice(bits, start, size)[0])
+
+
+@rows_of.defjvp
+def rows_of_tangent(count: int, primals, tangents):
+    """The change of `rows_of` by that of the kernel."""
+    kernel, e, row = primals
+    change = jax.lax.dynamic_slice(tangents[0], (e, row, 0), (1, count, kernel.shape[2]))
+    return rows_of(kernel, e, row, count), change[0].astype(jnp.float32)
 
 
 # ----------------- Quantized weights and KV cache: the same in every model file -------------------

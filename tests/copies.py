@@ -48,7 +48,7 @@ COPIES = [
         [
             *("IN_PLACE", "EXPERT_TILE", "is_sparse", "is_quantized", "run_one_by_one"),
             *("run_in_blocks", "add_expert", "run_ragged", "expert_at", "with_products"),
-            "dot_in_place",
+            *("dot_in_place", "rows_of", "rows_of_tangent"),
         ],
     ),
     (

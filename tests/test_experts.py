@@ -281,6 +281,38 @@ def test_many_experts_are_no_more_arrays_and_no_longer_program_than_few(kind, ro
     assert abs(few[2] - many[2]) < 0.02 * few[2]
 
 
+@pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
+def test_each_expert_is_drawn_by_itself_and_a_skeleton_traces_one_for_a_layer(module, monkeypatch):
+    stack = module.Experts(MIXTURES[module], rngs=nnx.Rngs(0)).experts
+    kernels = [param[...] for param in jax.tree.leaves(nnx.state(stack))]
+    starts = {np.asarray(matrix).tobytes() for kernel in kernels for matrix in kernel}
+    assert len(starts) == 3 * E
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel.std(axis=(1, 2)), 0.3, rtol=0.15)
+
+    made = []
+    kind = type(stack)
+    init = kind.__init__
+    monkeypatch.setattr(kind, "__init__", lambda self, *a, **k: made.append(init(self, *a, **k)))
+    config = module.replace(MIXTURES[module], num_hidden_layers=3, layer_types=())
+    module.skeleton(config)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
+def test_a_stack_has_a_name_for_each_expert(module):
+    config = module.replace(MIXTURES[module], num_hidden_layers=1, layer_types=())
+    found = {}
+    for path, param, template, transposed in module.named_parameters(module.skeleton(config)[1]):
+        if "experts" in path:
+            found[path] = module.names_of(template, param)
+            assert transposed
+    assert len(found) == 3
+    for path, names in found.items():
+        stem, _, kind = path.removesuffix(".kernel").rpartition(".")
+        assert names == [f"model.{stem}.{e}.{kind}.weight" for e in range(E)]
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize(
     ("family", "name"),
