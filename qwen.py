@@ -3430,9 +3430,10 @@ def dot_in_place(e, layer, x):
 def rows_of(kernel, e, row, count: int):
     """Some rows of matrix e of a kernel [E, D, F], in float32: [count, F].
 
-    XLA on a CPU would widen the whole kernel from bfloat16 first, but it slices integers. The rule
-    for gradients below is that of an ordinary slice, as integers have none.
+    XLA on a CPU would widen the whole kernel from half precision first. It slices bfloat16 as
+    integers. Integers have no gradients: those of an ordinary slice are in the rule below.
     """
+    kernel, row = jax.lax.optimization_barrier((kernel, row))  # or it would leave the loop
     start = (e, row, 0)
     size = (1, count, kernel.shape[2])
     if kernel.dtype != jnp.bfloat16:

@@ -86,14 +86,15 @@ def call(layer, n):
     return loss(state, x)
 
 
-def assert_plain(found, module, layer, n, monkeypatch):
+def assert_plain(found, module, layer, n, monkeypatch, tolerance=1e-5):
     """The results, router_stats and gradients (if there are any) are those of the plain form."""
     with monkeypatch.context() as patch:
         patch.setattr(module, "is_sparse", lambda experts: False)
         patch.setattr(module, "run_sorted", None)  # must not be called
         plain = call(layer, n)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+        one, other = np.float32(one), np.float32(other)
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
 
 @pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
@@ -121,6 +122,18 @@ def test_128_experts_are_the_plain_mixture(n, kind, monkeypatch):
     if kind is not None:
         quantize(qwen, layer, kind)
     assert_plain(call(layer, n), qwen, layer, n, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("n", [1, 8, N])
+def test_half_precision_is_that_of_the_plain_mixture(n, dtype, monkeypatch):
+    """A bfloat16 has 8 digits, after which each form rounds elsewhere. Gradients reach all weights,
+    although matrices in bfloat16 are read as integers."""
+    options = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    layer = mistral.Experts(MIXTURES[mistral], rngs=nnx.Rngs(0), **options)
+    found = call(layer, n)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[1]))
+    assert_plain(found, mistral, layer, n, monkeypatch, tolerance=0.03)
 
 
 @pytest.mark.parametrize("module", MIXTURES, ids=lambda module: module.__name__)
