@@ -1136,6 +1136,9 @@ DOWNLOADS = [  # files to download besides the weights
 ]
 
 
+EXPERT = "{expert}"  # stands for the number of an expert in the name of a stack of them
+
+
 class Preset(NamedTuple):
     """A checkpoint that is published on the Hugging Face Hub."""
 
@@ -1175,22 +1178,29 @@ def load(
 
     # The parameters as the files have them, and as the model will have them: quantized, perhaps.
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    _, expected = skeleton(config, read_quantization(folder), **options)
+    expected = skeleton(config, read_quantization(folder), **options)[1]
     check_names(folder, expected, stored)
     graphdef, state = skeleton(config, quantize, **options)
     params = {join(parts): param for parts, param in nnx.to_flat_state(state)}
 
     # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(expected), key=lambda row: -row[1].size)
-    for path, param, name, transposed in by_size:
-        tensor = read_tensor(folder, name, stored[name], param, path, transposed)
-        if name in adapters:
-            tensor = adapters[name](tensor)  # in float32
-        tensor = tensor.astype(param.dtype, copy=False)
+    for path, param, template, transposed in by_size:
+        parts = []  # what one tensor becomes, or that of each expert
+        for name in names_of(template, param):
+            tensor = read_tensor(folder, name, stored[name], param, path, transposed)
+            if name in adapters:
+                tensor = adapters[name](tensor)  # in float32
+            tensor = tensor.astype(param.dtype, copy=False)
 
-        values = {path: tensor}
-        if path not in params:
-            values = quantize_tensor(path, tensor, quantize)
+            values = {path: tensor}
+            if path not in params:
+                values = quantize_tensor(path, tensor, quantize)
+            parts.append(values)
+
+        values = parts[0]
+        if EXPERT in template:
+            values = jax.tree.map(lambda *each: np.stack(each), *parts)  # [E, ...]
         place(params, values, mesh, config)
     return nnx.merge(graphdef, state)
 
@@ -1209,8 +1219,9 @@ def read_tensor(folder: Path, name: str, read, param, path: str, transposed: boo
     tensor = read()
     if transposed:
         tensor = tensor.T
-    if tensor.shape != param.shape:
-        raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
+    shape = param.shape[-2:]  # without the first axis of a stack of experts
+    if tensor.shape != shape:
+        raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {shape}")
     both_float = all(jnp.issubdtype(each.dtype, jnp.floating) for each in (tensor, param))
     if not both_float and tensor.dtype != param.dtype:
         raise InputError(f"{folder}: {name} is {tensor.dtype}: quantized weights are not supported")
@@ -1237,13 +1248,15 @@ def save(model, folder, tokenizer=None) -> None:
     OSError: the folder cannot be made, such as FileExistsError where `folder` is a file.
     """
     tensors = {}
-    for path, param, name, transposed in named_parameters(nnx.state(model)):
-        tensor = np.asarray(param[...])
-        if transposed:
-            tensor = tensor.T
-        if path in VOCABULARY:
-            tensor = tensor[: model.config.vocab_size]  # without a padded vocabulary
-        tensors[name] = np.ascontiguousarray(tensor)
+    for path, param, template, transposed in named_parameters(nnx.state(model)):
+        value = np.asarray(param[...])
+        values = value if EXPERT in template else [value]
+        for name, tensor in zip(names_of(template, param), values, strict=True):
+            if transposed:
+                tensor = tensor.T
+            if path in VOCABULARY:
+                tensor = tensor[: model.config.vocab_size]  # without a padded vocabulary
+            tensors[name] = np.ascontiguousarray(tensor)
 
     dtypes = [tensor.dtype for tensor in tensors.values()]
     dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
@@ -1276,7 +1289,8 @@ def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) of each parameter.
 
     The name comes from the first row of CHECKPOINT, in each model's own section, whose pattern
-    matches the path. What matches none, such as an adapter of LoRA, is not in checkpoints.
+    matches the path. What matches none, such as an adapter of LoRA, is not in checkpoints. The name
+    of a stack of experts contains EXPERT: see `names_of`.
     """
     for parts, param in nnx.to_flat_state(state):
         if parts[-1] in PARTS:
@@ -1288,6 +1302,16 @@ def named_parameters(state):
         name, transposed = name_in_checkpoint(join(parts))
         if name is not None:
             yield join(parts), param, name, transposed
+
+
+def names_of(template: str, param) -> list[str]:
+    """The names of a parameter's tensors in a checkpoint: one, or one for each expert of a stack.
+
+    template: a name from `named_parameters`. A stack has a first axis E, and its tensors have not.
+    """
+    if EXPERT not in template:
+        return [template]
+    return [template.replace(EXPERT, str(e)) for e in range(param.shape[0])]
 
 
 def join(parts) -> str:
@@ -1325,7 +1349,9 @@ def find_head(config: Config, stored: dict, adapters: dict) -> tuple[Config, dic
 
 def check_names(folder: Path, state, stored: dict) -> None:
     """InputError where the checkpoint lacks tensors of the model, or has others."""
-    wanted = {name for _, _, name, _ in named_parameters(state)}
+    wanted = set()
+    for _, param, template, _ in named_parameters(state):
+        wanted.update(names_of(template, param))
     missing = wanted - stored.keys()
     extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
     for problem, names in [("lacks", missing), ("has unexpected", extra)]:
@@ -3057,6 +3083,8 @@ PARTS = ("codes", "row_scale", "group_scale")  # the parameters of a QuantizedMa
 class QuantizedMatrix(nnx.Module):
     """A matrix [F, D] that is held in few bits: F outputs, each a row of D inputs.
 
+    It may also be a stack of the matrices of E experts: each part then has a first axis E.
+
     int8: a weight is code * row_scale, codes [F, D] from -127 to 127, row_scale [F, 1] in float32.
     int4: a weight is code * group_scale * row_scale, and a code is from -8 to 7. row_scale [F, 1]
     is the root mean square of a row. GROUP neighbouring rows share a scale in each column:
@@ -3070,7 +3098,7 @@ class QuantizedMatrix(nnx.Module):
     """
 
     def __init__(self, w, kind: str):
-        """w [F, D] in any floating-point type; kind: one of QUANTIZED."""
+        """w [F, D], or [E, F, D], in any floating-point type; kind: one of QUANTIZED."""
         parts = quantize_matrix(w, kind)
         self.codes = nnx.Param(parts["codes"])
         self.row_scale = nnx.data(None)
@@ -3092,23 +3120,26 @@ class QuantizedMatrix(nnx.Module):
             w = w * self.row_scale[rows]
         return w
 
-    def dot(self, x):
-        """x [..., D] -> x times the transposed matrix, [..., F] in float32."""
+    def dot(self, x, e=None):
+        """x [..., D] -> x times the transposed matrix, [..., F] in float32. e: which of a stack."""
         vectors = x.reshape(-1, x.shape[-1])  # [N, D]
-        codes = self.codes[...]
+        which = ... if e is None else e  # of each part: all of it, or what belongs to expert e
         group_scale = None
         if self.group_scale is not None:
-            group_scale = from_bits(self.group_scale[...])
+            group_scale = from_bits(self.group_scale[which])
 
         if jax.default_backend() == "cpu":
-            y = dot_in_tiles(vectors.astype(jnp.float32), codes, group_scale)
+            stack = self.codes[...] if e is not None else self.codes[None]  # [E, F, D]
+            index = e if e is not None else 0
+            y = dot_in_tiles(vectors.astype(jnp.float32), stack, index, group_scale)
         else:
-            w = jnp.concatenate(without_row_scale(codes, group_scale), axis=-1).astype(x.dtype)
+            blocks = without_row_scale(self.codes[which], group_scale)
+            w = jnp.concatenate(blocks, axis=-1).astype(x.dtype)
             y = jnp.matmul(vectors, w.T, preferred_element_type=jnp.float32)
 
         # The scale of a row is that of an output, so it can wait until after the sum.
         if self.row_scale is not None:
-            y = y * self.row_scale[...].T
+            y = y * self.row_scale[which].T
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -3116,7 +3147,7 @@ class QuantizedLinear(nnx.Module):
     """nnx.Linear with a quantized kernel, whose rows are the outputs: [F, D]."""
 
     def __init__(self, linear: nnx.Linear, kind: str):
-        self.kernel = QuantizedMatrix(linear.kernel[...].T, kind)
+        self.kernel = QuantizedMatrix(linear.kernel[...].swapaxes(-1, -2), kind)
         self.bias = linear.bias
         self.dtype = linear.dtype
 
@@ -3176,6 +3207,9 @@ def quantized_head(model, x):
 @partial(jax.jit, static_argnames="kind")
 def quantize_matrix(w, kind: str) -> dict:
     """The parts of a QuantizedMatrix by name: the codes nearest to w [F, D], and their scales."""
+    if w.ndim == 3:
+        return jax.lax.map(partial(quantize_matrix, kind=kind), w)  # one expert after the other
+
     F, D = w.shape
     if kind == "bfloat16":
         return {"codes": as_bits(w)}
@@ -3249,7 +3283,7 @@ def quantize_tensor(path: str, tensor, kind: str) -> dict:
     """The parts of the QuantizedMatrix for the parameter at `path`: their paths and values."""
     rows = tensor
     if path.endswith(".kernel"):
-        rows = tensor.T  # [F, D]
+        rows = tensor.swapaxes(-1, -2)  # [F, D], or [E, F, D]
     parts = quantize_matrix(rows, kind_at(path, kind))
     return {f"{path}.{part}": value for part, value in parts.items()}
 
@@ -3262,11 +3296,12 @@ def sharding_of_part(mesh, config: Config, path: str, shape):
     if matrix.endswith(".embedding"):
         return sharding(mesh, config, matrix, shape)
 
-    of_kernel = sharding(mesh, config, matrix, shape[::-1])
-    spec = list(of_kernel.spec[::-1])
-    if spec[0] is not None and shape[0] % mesh.shape[spec[0]] != 0:
-        spec[0] = None  # there are fewer groups of rows than heads, say
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    *stack, rows, columns = shape  # [F, D], or of experts [E, F, D]
+    of_kernel = sharding(mesh, config, matrix, (*stack, columns, rows))
+    *spec, inputs, outputs = of_kernel.spec
+    if outputs is not None and rows % mesh.shape[outputs] != 0:
+        outputs = None  # there are fewer groups of rows than heads, say
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec, outputs, inputs))
 
 
 def unpacked(codes) -> list:
@@ -3295,17 +3330,18 @@ def times_groups(w, factors):
     return (groups * factors[:, None]).reshape(w.shape)
 
 
-def dot_in_tiles(x, codes, group_scale):
+def dot_in_tiles(x, codes, e, group_scale):
     """x [N, D] times the transposed weights, row_scale left out -> [N, F], for XLA on a CPU.
 
-    codes [F, D], or in int4 [F, D / 2]; group_scale None, or in int4 [F / GROUP, D] in float32.
+    The weights are matrix e of a stack: codes [E, F, D], or in int4 [E, F, D / 2]; group_scale is
+    None, or in int4 that of the matrix, [F / GROUP, D] in float32.
     XLA would write the whole matrix to memory in float32 before the product. In a loop over tiles
     of some rows each, a tile is widened within the CPU's cache.
     """
     N, D = x.shape
-    F, columns = codes.shape
+    _, F, columns = codes.shape
     if N == 1:
-        return dot_with_vector(x[0], codes, group_scale)
+        return dot_with_vector(x[0], codes, e, group_scale)
 
     tile, tiles = tiles_of(F, D, group_scale)
     halves = x.reshape(N, -1, columns).swapaxes(0, 1)  # [1, N, D], or of int4 [2, N, D / 2]
@@ -3313,7 +3349,7 @@ def dot_in_tiles(x, codes, group_scale):
 
     def multiply_tile(i, y):
         row = jnp.minimum(i * tile, F - tile)  # the last tile may overlap another
-        part = jax.lax.dynamic_slice_in_dim(codes, row, tile)
+        part = jax.lax.dynamic_slice(codes, (e, row, 0), (1, tile, columns))[0]
         scale = group_scale
         if group_scale is not None:
             scale = jax.lax.dynamic_slice_in_dim(group_scale, row // GROUP, tile // GROUP)
@@ -3334,12 +3370,12 @@ def dot_in_tiles(x, codes, group_scale):
     return y
 
 
-def dot_with_vector(x, codes, group_scale):
+def dot_with_vector(x, codes, e, group_scale):
     """`dot_in_tiles` of one x: [D] -> [1, F].
 
     A tile is only as wide as a piece of the vector: see `pieces_of_vector`.
     """
-    F, columns = codes.shape
+    _, F, columns = codes.shape
     tile, tiles = tiles_of(F, x.size, group_scale)
     pieces = pieces_of_vector(columns)
     width = columns // pieces
@@ -3351,7 +3387,7 @@ def dot_with_vector(x, codes, group_scale):
         piece = i % pieces  # those of the same rows in turn: rows are then read from end to end
         column = piece * width
         row = jnp.minimum(i // pieces * tile, F - tile)
-        part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
+        part = jax.lax.dynamic_slice(codes, (e, row, column), (1, tile, width))[0]
 
         if group_scale is None:
             vector = jax.lax.dynamic_slice_in_dim(x, column, width)

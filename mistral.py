@@ -409,7 +409,13 @@ class Experts(nnx.Module):
 
         self.per_token = config.num_experts_per_tok
         self.gate = Linear(D, E, use_bias=False, kernel_init=init, **options)
-        self.experts = nnx.List([Expert(config, **options) for _ in range(E)])
+
+        # All experts are one Expert, whose parameters have a first axis E: kernels of [E, D, F].
+        def make_expert(key):
+            return Expert(config, **{**options, "rngs": nnx.Rngs(params=key)})
+
+        keys = jax.random.split(options["rngs"].params(), E)
+        self.experts = nnx.vmap(make_expert)(keys)
 
     @jax.named_scope("block_sparse_moe")
     def __call__(self, x, real):
@@ -427,15 +433,21 @@ class Experts(nnx.Module):
         real = real.reshape(-1, 1)  # [N, 1]
         weights, chosen, probs = self.route(rows)
 
-        # Each token's weighted sum over its experts; those that it did not choose have weight 0.
-        y = jnp.zeros(rows.shape, jnp.float32)
-        counts = []
-        for e, expert in enumerate(self.experts):
-            share = jnp.where(chosen == e, weights, 0).sum(axis=-1, keepdims=True)  # [N, 1]
-            y = y + share * expert(rows)
-            counts.append(jnp.sum((chosen == e) & real))
+        # Every expert runs for every token.
+        run_each = jax.vmap(Expert.__call__, in_axes=(0, None))  # over the E experts
+        y = run_each(self.experts, rows)  # [E, N, D]
 
-        router_stats = jnp.stack([jnp.array(counts), jnp.where(real, probs, 0).sum(axis=0)])
+        # How much of each expert a token takes: 0 of those that it did not choose.
+        is_chosen = jax.nn.one_hot(chosen, probs.shape[-1])  # [N, per_token, E]
+        share = (is_chosen * weights[..., None]).sum(axis=1)  # [N, E]
+
+        # The weighted sum. What nobody takes is set to 0 first: 0 times infinity would be NaN.
+        share = share.T[..., None]  # [E, N, 1]
+        y = jnp.where(share == 0, 0, y)
+        y = (share * y).sum(axis=0)  # [N, D] in float32
+
+        counts = (is_chosen.sum(axis=1) * real).sum(axis=0)  # [E]: real tokens
+        router_stats = jnp.stack([counts, jnp.where(real, probs, 0).sum(axis=0)])
         return y.astype(x.dtype).reshape(x.shape), router_stats
 
     def route(self, rows):
@@ -1267,6 +1279,9 @@ DOWNLOADS = [  # files to download besides the weights
 ]
 
 
+EXPERT = "{expert}"  # stands for the number of an expert in the name of a stack of them
+
+
 class Preset(NamedTuple):
     """A checkpoint that is published on the Hugging Face Hub."""
 
@@ -1306,22 +1321,29 @@ def load(
 
     # The parameters as the files have them, and as the model will have them: quantized, perhaps.
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    _, expected = skeleton(config, read_quantization(folder), **options)
+    expected = skeleton(config, read_quantization(folder), **options)[1]
     check_names(folder, expected, stored)
     graphdef, state = skeleton(config, quantize, **options)
     params = {join(parts): param for parts, param in nnx.to_flat_state(state)}
 
     # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(expected), key=lambda row: -row[1].size)
-    for path, param, name, transposed in by_size:
-        tensor = read_tensor(folder, name, stored[name], param, path, transposed)
-        if name in adapters:
-            tensor = adapters[name](tensor)  # in float32
-        tensor = tensor.astype(param.dtype, copy=False)
+    for path, param, template, transposed in by_size:
+        parts = []  # what one tensor becomes, or that of each expert
+        for name in names_of(template, param):
+            tensor = read_tensor(folder, name, stored[name], param, path, transposed)
+            if name in adapters:
+                tensor = adapters[name](tensor)  # in float32
+            tensor = tensor.astype(param.dtype, copy=False)
 
-        values = {path: tensor}
-        if path not in params:
-            values = quantize_tensor(path, tensor, quantize)
+            values = {path: tensor}
+            if path not in params:
+                values = quantize_tensor(path, tensor, quantize)
+            parts.append(values)
+
+        values = parts[0]
+        if EXPERT in template:
+            values = jax.tree.map(lambda *each: np.stack(each), *parts)  # [E, ...]
         place(params, values, mesh, config)
     return nnx.merge(graphdef, state)
 
@@ -1340,8 +1362,9 @@ def read_tensor(folder: Path, name: str, read, param, path: str, transposed: boo
     tensor = read()
     if transposed:
         tensor = tensor.T
-    if tensor.shape != param.shape:
-        raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {param.shape}")
+    shape = param.shape[-2:]  # without the first axis of a stack of experts
+    if tensor.shape != shape:
+        raise InputError(f"{folder}: {name} makes {path} {tensor.shape}, not {shape}")
     both_float = all(jnp.issubdtype(each.dtype, jnp.floating) for each in (tensor, param))
     if not both_float and tensor.dtype != param.dtype:
         raise InputError(f"{folder}: {name} is {tensor.dtype}: quantized weights are not supported")
@@ -1368,13 +1391,15 @@ def save(model, folder, tokenizer=None) -> None:
     OSError: the folder cannot be made, such as FileExistsError where `folder` is a file.
     """
     tensors = {}
-    for path, param, name, transposed in named_parameters(nnx.state(model)):
-        tensor = np.asarray(param[...])
-        if transposed:
-            tensor = tensor.T
-        if path in VOCABULARY:
-            tensor = tensor[: model.config.vocab_size]  # without a padded vocabulary
-        tensors[name] = np.ascontiguousarray(tensor)
+    for path, param, template, transposed in named_parameters(nnx.state(model)):
+        value = np.asarray(param[...])
+        values = value if EXPERT in template else [value]
+        for name, tensor in zip(names_of(template, param), values, strict=True):
+            if transposed:
+                tensor = tensor.T
+            if path in VOCABULARY:
+                tensor = tensor[: model.config.vocab_size]  # without a padded vocabulary
+            tensors[name] = np.ascontiguousarray(tensor)
 
     dtypes = [tensor.dtype for tensor in tensors.values()]
     dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
@@ -1407,7 +1432,8 @@ def named_parameters(state):
     """Yields (path, parameter, name in the checkpoint, transposed there) of each parameter.
 
     The name comes from the first row of CHECKPOINT, in each model's own section, whose pattern
-    matches the path. What matches none, such as an adapter of LoRA, is not in checkpoints.
+    matches the path. What matches none, such as an adapter of LoRA, is not in checkpoints. The name
+    of a stack of experts contains EXPERT: see `names_of`.
     """
     for parts, param in nnx.to_flat_state(state):
         if parts[-1] in PARTS:
@@ -1419,6 +1445,16 @@ def named_parameters(state):
         name, transposed = name_in_checkpoint(join(parts))
         if name is not None:
             yield join(parts), param, name, transposed
+
+
+def names_of(template: str, param) -> list[str]:
+    """The names of a parameter's tensors in a checkpoint: one, or one for each expert of a stack.
+
+    template: a name from `named_parameters`. A stack has a first axis E, and its tensors have not.
+    """
+    if EXPERT not in template:
+        return [template]
+    return [template.replace(EXPERT, str(e)) for e in range(param.shape[0])]
 
 
 def join(parts) -> str:
@@ -1456,7 +1492,9 @@ def find_head(config: Config, stored: dict, adapters: dict) -> tuple[Config, dic
 
 def check_names(folder: Path, state, stored: dict) -> None:
     """InputError where the checkpoint lacks tensors of the model, or has others."""
-    wanted = {name for _, _, name, _ in named_parameters(state)}
+    wanted = set()
+    for _, param, template, _ in named_parameters(state):
+        wanted.update(names_of(template, param))
     missing = wanted - stored.keys()
     extra = {name for name in stored.keys() - wanted if not re.fullmatch(IGNORED, name)}
     for problem, names in [("lacks", missing), ("has unexpected", extra)]:
@@ -2941,9 +2979,11 @@ def config_to_hf(config: Config) -> dict:
 
 
 # Parameter path -> its name in a checkpoint, and whether it is transposed there. For example,
-# layers.0.self_attn.q_proj.kernel -> model.layers.0.self_attn.q_proj.weight.
+# layers.0.self_attn.q_proj.kernel -> model.layers.0.self_attn.q_proj.weight. A stack of experts has
+# a name with {expert}, for the number of each.
 CHECKPOINT = [
     (r"lm_head\.kernel", "lm_head.weight", True),
+    (r"(.+)\.experts\.(.+)\.kernel", r"model.\1.experts.{expert}.\2.weight", True),
     (r"(.+)\.kernel", r"model.\1.weight", True),
     (r"(.+)\.(embedding|scale)", r"model.\1.weight", False),
 ]
@@ -3040,8 +3080,10 @@ def complete_gguf(file: Path, values: dict) -> dict:
 # How each dimension of a parameter is split over a mesh with the axes "fsdp" and "tensor".
 SHARDING = [
     (r"embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r"(.+\.(q_proj|k_proj|v_proj|gate_proj|up_proj|w1|w3)|lm_head)\.kernel", ("fsdp", "tensor")),
-    (r".+\.(o_proj|down_proj|w2)\.kernel", ("tensor", "fsdp")),
+    (r"(.+\.(q_proj|k_proj|v_proj|gate_proj|up_proj)|lm_head)\.kernel", ("fsdp", "tensor")),
+    (r".+\.(o_proj|down_proj)\.kernel", ("tensor", "fsdp")),
+    (r".+\.experts\.(w1|w3)\.kernel", (None, "fsdp", "tensor")),  # of all experts
+    (r".+\.experts\.w2\.kernel", (None, "tensor", "fsdp")),
     (r".+", ()),
 ]
 
@@ -3202,13 +3244,22 @@ def in_chunks(x, axis: int, size: int, fill=0):
 
 # ---------------------------------- Faster forms of the experts -----------------------------------
 # Experts.__call__ runs every expert for every token. Here an expert runs only for the tokens that
-# chose it, in one of two forms. A CPU uses `run_in_blocks`; a GPU or TPU uses it for small batches
-# and `run_ragged` for others, so keep both there.
+# chose it, in one of three forms. Few choices, as in generation, are taken one after the other. For
+# more of them a CPU uses `run_in_blocks`, and a GPU or TPU `run_ragged`, but not for quantized
+# experts: delete what you do not need.
+
+IN_PLACE = 64  # for fewer rows, a CPU reads the matrices of an expert without copying them
+EXPERT_TILE = 2**19  # weights that it then reads at a time: a part that stays in its cache
 
 
 def is_sparse(experts: Experts) -> bool:
     """Whether tokens choose only some of the experts: the plain form multiplies the others by 0."""
-    return experts.per_token < len(experts.experts)
+    return experts.per_token < experts.gate.out_features
+
+
+def is_quantized(experts) -> bool:
+    """Whether the matrices of the experts are held in few bits."""
+    return any(isinstance(layer, QuantizedLinear) for layer in vars(experts).values())
 
 
 def run_chosen(experts: Experts, x, real):
@@ -3240,18 +3291,17 @@ def run_sorted(experts: Experts, x, real):
     weights, chosen, probs = experts.route(rows)
 
     # Choice i was made by token i // per_token.
-    E = len(experts.experts)
+    E = probs.shape[-1]
     counts = jnp.zeros(E, int).at[chosen.ravel()].add(1)  # [E]
     order = jnp.argsort(chosen.ravel())  # [N * per_token]
     token = order // experts.per_token
     weight = weights.ravel()[order]
 
-    # The ragged form reads the weights of all experts, for however few rows, and not in few bits.
-    few = len(rows) <= E
-    modules = [module for _, module in nnx.iter_modules(experts)]
-    quantized = any(isinstance(module, QuantizedMatrix) for module in modules)
-    if few or quantized or jax.default_backend() == "cpu":
-        y = run_in_blocks(experts.experts, rows, token, weight, counts)  # [N, D]
+    # The ragged form reads the weights of all experts, and not in few bits.
+    if len(token) < E:
+        y = run_one_by_one(experts.experts, rows, token, weight, counts)  # [N, D]
+    elif is_quantized(experts.experts) or jax.default_backend() == "cpu":
+        y = run_in_blocks(experts.experts, rows, token, weight, counts)
     else:
         y = run_ragged(experts.experts, rows, token, weight, counts)
     y = y.astype(x.dtype).reshape(x.shape)
@@ -3263,50 +3313,47 @@ def run_sorted(experts: Experts, x, real):
     return y, router_stats[None]
 
 
-MOST_UNROLLED = 16  # with more experts, the loop over them is a lax.scan
+def run_one_by_one(experts, rows, token, weight, counts):
+    """The weighted sum of Experts.__call__, a choice at a time: rows [N, D] -> [N, D] in float32.
+
+    experts: the stack of all. token and weight [N * per_token]: who made each choice, and its
+    weight, sorted by expert. counts [E]: how many choices each expert got.
+    """
+    E = len(counts)
+    chosen = jnp.repeat(jnp.arange(E), counts, total_repeat_length=len(token))
+
+    def add_choice(i, out):
+        expert = expert_at(experts, chosen[i])
+        y = expert(rows[token[i]][None])  # [1, D]
+        return out.at[token[i]].add(y[0] * weight[i])
+
+    out = jnp.zeros(rows.shape, jnp.float32)
+    return jax.lax.fori_loop(0, len(token), add_choice, out)
 
 
 def run_in_blocks(experts, rows, token, weight, counts, block=128):
-    """The loop over the experts in Experts.__call__, a block of an expert's own tokens at a time.
+    """`run_one_by_one`, but a loop over the experts, with a block of an expert's tokens at a time.
 
-    rows [N, D] -> [N, D] float32. token and weight [N * per_token]: who made each choice, and its
-    weight, sorted by expert. counts [E]: how many choices each expert got. Experts and blocks
-    without tokens are skipped.
+    Experts and blocks without tokens are skipped.
     """
-    out = jnp.zeros(rows.shape, jnp.float32)
+    E = len(counts)
     first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
     block = min(len(rows), block)
-    if len(experts) > MOST_UNROLLED:
-        # One by one, 128 experts in each of 48 layers would take hours to compile.
-        expert_at = stack_experts(experts)
+    is_float32 = all(param.dtype == jnp.float32 for param in jax.tree.leaves(experts))
+    in_place = len(rows) < IN_PLACE or not is_float32
 
-        def step(out, e):
-            expert = partial(expert_at, e)
-            return add_expert(out, expert, rows, token, weight, first[e], counts[e], block), None
+    def step(out, of_expert):
+        expert, first, count = of_expert
+        if in_place:
+            expert = expert_at(experts, expert)
+        return add_expert(out, expert, rows, token, weight, first, count, block), None
 
-        out, _ = jax.lax.scan(step, out, jnp.arange(len(experts)))
-        return out
-
-    for e, expert in enumerate(experts):
-        out = add_expert(out, expert, rows, token, weight, first[e], counts[e], block)
+    # Where nothing is read in place, the scan copies each expert out of the stack. With many rows
+    # that hardly matters, and training needs it: the scan stacks the gradients of the experts.
+    each = jnp.arange(E) if in_place else experts
+    out = jnp.zeros(rows.shape, jnp.float32)
+    out, _ = jax.lax.scan(step, out, (each, first, counts))
     return out
-
-
-def stack_experts(experts):
-    """A function (e, rows [..., D]) -> [..., D], expert e of rows, where e may be traced.
-
-    It holds a copy of the weights, [E, ...] for each parameter, which each call of a program makes
-    anew: a price for a program that compiles in seconds.
-    """
-    graphdef, _ = nnx.split(experts[0])
-    states = [nnx.state(expert) for expert in experts]
-    stacked = jax.tree.map(lambda *parameters: jnp.stack(parameters), *states)
-
-    def expert_at(e, rows):
-        state = jax.tree.map(lambda parameter: parameter[e], stacked)
-        return nnx.merge(graphdef, state)(rows)
-
-    return expert_at
 
 
 def add_expert(out, expert, rows, token, weight, first, count, block: int):
@@ -3317,7 +3364,8 @@ def add_expert(out, expert, rows, token, weight, first, count, block: int):
         i_in_expert = i * block + jnp.arange(block)  # which of the expert's choices
         choice = jnp.clip(first + i_in_expert, max=len(token) - 1)
         share = jnp.where(i_in_expert < count, weight[choice], 0)[:, None]
-        y = expert(rows[token[choice]]) * share
+        y = expert(rows[token[choice]])
+        y = share * jnp.where(share == 0, 0, y)  # 0 times infinity would be NaN
         return out.at[token[choice]].add(y)
 
     def skip(out, i):
@@ -3332,17 +3380,82 @@ def add_expert(out, expert, rows, token, weight, first, count, block: int):
 
 
 def run_ragged(experts, rows, token, weight, counts):
-    """`run_in_blocks` as three ragged products: reads all experts, whether chosen or not."""
+    """`run_one_by_one` as three ragged products: reads all experts, whether chosen or not."""
 
-    def stacked(name):
-        kernels = [getattr(expert, name).kernel[...].astype(rows.dtype) for expert in experts]
-        return jnp.stack(kernels)
+    def dot(layer, x):
+        """x [N * per_token, D], sorted by expert, each row times the matrix of its expert."""
+        return jax.lax.ragged_dot(x, layer.kernel[...].astype(x.dtype), counts)
 
-    x = rows[token]  # [N * per_token, D], sorted by expert
-    gate = jax.lax.ragged_dot(x, stacked("w1"), counts)
-    up = jax.lax.ragged_dot(x, stacked("w3"), counts)
-    y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, stacked("w2"), counts)
+    y = run_expert(experts, dot, rows[token])
     return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
+
+
+def expert_at(experts, e):
+    """Expert e of the stack, as a function of rows [N, D]; e may be traced."""
+    return partial(run_expert, experts, partial(dot_in_place, e))
+
+
+def run_expert(experts, dot, x):
+    """The MLP of an expert: x [N, D] -> [N, D]. dot(layer, x) multiplies by the expert's matrix.
+
+    experts: the stack, so that a layer has the matrices of all experts.
+    """
+    gate = jax.nn.silu(dot(experts.w1, x))  # [N, F]
+    x = gate * dot(experts.w3, x)
+    return dot(experts.w2, x)  # [N, D]
+
+
+def dot_in_place(e, layer, x):
+    """x [N, D] times matrix e of a layer of the stack -> [N, F].
+
+    XLA on a CPU would copy the matrix before the product. In a loop over tiles of some rows each, a
+    tile is copied within the CPU's cache.
+    """
+    if isinstance(layer, QuantizedLinear):
+        return layer.kernel.dot(x, e).astype(layer.dtype)
+
+    kernel = layer.kernel[...]  # [E, D, F]; experts have no biases
+    _, D, F = kernel.shape
+    is_split = "tensor" in jax.sharding.get_abstract_mesh().shape  # a tile would be on one device
+    if is_split or jax.default_backend() != "cpu":
+        return x.astype(layer.dtype) @ kernel[e].astype(layer.dtype)
+
+    tile = min(D, max(1, EXPERT_TILE // F))
+    while D % tile != 0:
+        tile -= 1
+
+    def add_tile(i, y):
+        row = i * tile
+        columns = jax.lax.dynamic_slice_in_dim(x, row, tile, axis=1)
+        return y + columns.astype(jnp.float32) @ rows_of(kernel, e, row, tile)
+
+    y = jnp.zeros((len(x), F), jnp.float32)
+    y = jax.lax.fori_loop(0, D // tile, add_tile, y)
+    return y.astype(layer.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def rows_of(kernel, e, row, count: int):
+    """Some rows of matrix e of a kernel [E, D, F], in float32: [count, F].
+
+    XLA on a CPU would widen the whole kernel from half precision first. It slices bfloat16 as
+    integers. Integers have no gradients: those of an ordinary slice are in the rule below.
+    """
+    kernel, row = jax.lax.optimization_barrier((kernel, row))  # or it would leave the loop
+    start = (e, row, 0)
+    size = (1, count, kernel.shape[2])
+    if kernel.dtype != jnp.bfloat16:
+        return jax.lax.dynamic_slice(kernel, start, size)[0].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
+    return from_bits(jax.lax.dynamic_slice(bits, start, size)[0])
+
+
+@rows_of.defjvp
+def rows_of_tangent(count: int, primals, tangents):
+    """The change of `rows_of` by that of the kernel."""
+    kernel, e, row = primals
+    change = jax.lax.dynamic_slice(tangents[0], (e, row, 0), (1, count, kernel.shape[2]))
+    return rows_of(kernel, e, row, count), change[0].astype(jnp.float32)
 
 
 # ----------------- Quantized weights and KV cache: the same in every model file -------------------
@@ -3361,6 +3474,8 @@ PARTS = ("codes", "row_scale", "group_scale")  # the parameters of a QuantizedMa
 class QuantizedMatrix(nnx.Module):
     """A matrix [F, D] that is held in few bits: F outputs, each a row of D inputs.
 
+    It may also be a stack of the matrices of E experts: each part then has a first axis E.
+
     int8: a weight is code * row_scale, codes [F, D] from -127 to 127, row_scale [F, 1] in float32.
     int4: a weight is code * group_scale * row_scale, and a code is from -8 to 7. row_scale [F, 1]
     is the root mean square of a row. GROUP neighbouring rows share a scale in each column:
@@ -3374,7 +3489,7 @@ class QuantizedMatrix(nnx.Module):
     """
 
     def __init__(self, w, kind: str):
-        """w [F, D] in any floating-point type; kind: one of QUANTIZED."""
+        """w [F, D], or [E, F, D], in any floating-point type; kind: one of QUANTIZED."""
         parts = quantize_matrix(w, kind)
         self.codes = nnx.Param(parts["codes"])
         self.row_scale = nnx.data(None)
@@ -3396,23 +3511,26 @@ class QuantizedMatrix(nnx.Module):
             w = w * self.row_scale[rows]
         return w
 
-    def dot(self, x):
-        """x [..., D] -> x times the transposed matrix, [..., F] in float32."""
+    def dot(self, x, e=None):
+        """x [..., D] -> x times the transposed matrix, [..., F] in float32. e: which of a stack."""
         vectors = x.reshape(-1, x.shape[-1])  # [N, D]
-        codes = self.codes[...]
+        which = ... if e is None else e  # of each part: all of it, or what belongs to expert e
         group_scale = None
         if self.group_scale is not None:
-            group_scale = from_bits(self.group_scale[...])
+            group_scale = from_bits(self.group_scale[which])
 
         if jax.default_backend() == "cpu":
-            y = dot_in_tiles(vectors.astype(jnp.float32), codes, group_scale)
+            stack = self.codes[...] if e is not None else self.codes[None]  # [E, F, D]
+            index = e if e is not None else 0
+            y = dot_in_tiles(vectors.astype(jnp.float32), stack, index, group_scale)
         else:
-            w = jnp.concatenate(without_row_scale(codes, group_scale), axis=-1).astype(x.dtype)
+            blocks = without_row_scale(self.codes[which], group_scale)
+            w = jnp.concatenate(blocks, axis=-1).astype(x.dtype)
             y = jnp.matmul(vectors, w.T, preferred_element_type=jnp.float32)
 
         # The scale of a row is that of an output, so it can wait until after the sum.
         if self.row_scale is not None:
-            y = y * self.row_scale[...].T
+            y = y * self.row_scale[which].T
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -3420,7 +3538,7 @@ class QuantizedLinear(nnx.Module):
     """nnx.Linear with a quantized kernel, whose rows are the outputs: [F, D]."""
 
     def __init__(self, linear: nnx.Linear, kind: str):
-        self.kernel = QuantizedMatrix(linear.kernel[...].T, kind)
+        self.kernel = QuantizedMatrix(linear.kernel[...].swapaxes(-1, -2), kind)
         self.bias = linear.bias
         self.dtype = linear.dtype
 
@@ -3480,6 +3598,9 @@ def quantized_head(model, x):
 @partial(jax.jit, static_argnames="kind")
 def quantize_matrix(w, kind: str) -> dict:
     """The parts of a QuantizedMatrix by name: the codes nearest to w [F, D], and their scales."""
+    if w.ndim == 3:
+        return jax.lax.map(partial(quantize_matrix, kind=kind), w)  # one expert after the other
+
     F, D = w.shape
     if kind == "bfloat16":
         return {"codes": as_bits(w)}
@@ -3553,7 +3674,7 @@ def quantize_tensor(path: str, tensor, kind: str) -> dict:
     """The parts of the QuantizedMatrix for the parameter at `path`: their paths and values."""
     rows = tensor
     if path.endswith(".kernel"):
-        rows = tensor.T  # [F, D]
+        rows = tensor.swapaxes(-1, -2)  # [F, D], or [E, F, D]
     parts = quantize_matrix(rows, kind_at(path, kind))
     return {f"{path}.{part}": value for part, value in parts.items()}
 
@@ -3566,11 +3687,12 @@ def sharding_of_part(mesh, config: Config, path: str, shape):
     if matrix.endswith(".embedding"):
         return sharding(mesh, config, matrix, shape)
 
-    of_kernel = sharding(mesh, config, matrix, shape[::-1])
-    spec = list(of_kernel.spec[::-1])
-    if spec[0] is not None and shape[0] % mesh.shape[spec[0]] != 0:
-        spec[0] = None  # there are fewer groups of rows than heads, say
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    *stack, rows, columns = shape  # [F, D], or of experts [E, F, D]
+    of_kernel = sharding(mesh, config, matrix, (*stack, columns, rows))
+    *spec, inputs, outputs = of_kernel.spec
+    if outputs is not None and rows % mesh.shape[outputs] != 0:
+        outputs = None  # there are fewer groups of rows than heads, say
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec, outputs, inputs))
 
 
 def unpacked(codes) -> list:
@@ -3599,17 +3721,18 @@ def times_groups(w, factors):
     return (groups * factors[:, None]).reshape(w.shape)
 
 
-def dot_in_tiles(x, codes, group_scale):
+def dot_in_tiles(x, codes, e, group_scale):
     """x [N, D] times the transposed weights, row_scale left out -> [N, F], for XLA on a CPU.
 
-    codes [F, D], or in int4 [F, D / 2]; group_scale None, or in int4 [F / GROUP, D] in float32.
+    The weights are matrix e of a stack: codes [E, F, D], or in int4 [E, F, D / 2]; group_scale is
+    None, or in int4 that of the matrix, [F / GROUP, D] in float32.
     XLA would write the whole matrix to memory in float32 before the product. In a loop over tiles
     of some rows each, a tile is widened within the CPU's cache.
     """
     N, D = x.shape
-    F, columns = codes.shape
+    _, F, columns = codes.shape
     if N == 1:
-        return dot_with_vector(x[0], codes, group_scale)
+        return dot_with_vector(x[0], codes, e, group_scale)
 
     tile, tiles = tiles_of(F, D, group_scale)
     halves = x.reshape(N, -1, columns).swapaxes(0, 1)  # [1, N, D], or of int4 [2, N, D / 2]
@@ -3617,7 +3740,7 @@ def dot_in_tiles(x, codes, group_scale):
 
     def multiply_tile(i, y):
         row = jnp.minimum(i * tile, F - tile)  # the last tile may overlap another
-        part = jax.lax.dynamic_slice_in_dim(codes, row, tile)
+        part = jax.lax.dynamic_slice(codes, (e, row, 0), (1, tile, columns))[0]
         scale = group_scale
         if group_scale is not None:
             scale = jax.lax.dynamic_slice_in_dim(group_scale, row // GROUP, tile // GROUP)
@@ -3638,12 +3761,12 @@ def dot_in_tiles(x, codes, group_scale):
     return y
 
 
-def dot_with_vector(x, codes, group_scale):
+def dot_with_vector(x, codes, e, group_scale):
     """`dot_in_tiles` of one x: [D] -> [1, F].
 
     A tile is only as wide as a piece of the vector: see `pieces_of_vector`.
     """
-    F, columns = codes.shape
+    _, F, columns = codes.shape
     tile, tiles = tiles_of(F, x.size, group_scale)
     pieces = pieces_of_vector(columns)
     width = columns // pieces
@@ -3655,7 +3778,7 @@ def dot_with_vector(x, codes, group_scale):
         piece = i % pieces  # those of the same rows in turn: rows are then read from end to end
         column = piece * width
         row = jnp.minimum(i // pieces * tile, F - tile)
-        part = jax.lax.dynamic_slice(codes, (row, column), (tile, width))
+        part = jax.lax.dynamic_slice(codes, (e, row, column), (1, tile, width))[0]
 
         if group_scale is None:
             vector = jax.lax.dynamic_slice_in_dim(x, column, width)

@@ -1073,13 +1073,14 @@ def decay_mask(params):
 def muon_dimensions(params):
     """Which parameters Muon updates: matrices between hidden layers. AdamW updates the others.
 
-    The token and position tables and the head are no such matrices (Jordan et al. 2024).
+    The token and position tables and the head are no such matrices (Jordan et al. 2024). Of a stack
+    of experts, [E, in, out], each matrix is orthogonalized by itself.
     """
 
     def of_param(path, p):
         outer = re.search("embedding|lm_head", str(path))
-        if p.ndim == 2 and not outer:
-            return optax.contrib.MuonDimensionNumbers()
+        if p.ndim >= 2 and not outer:
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
         return None
 
     return jax.tree.map_with_path(of_param, params)
@@ -1188,11 +1189,14 @@ def check_groups(args, group: tuple[int, int], params) -> None:
     """Stops where the inputs of a matrix do not split into groups of m."""
     _, m = group
     for path, p in jax.tree.leaves_with_path(params):
-        if is_matrix_of_block(path) and p.shape[0] % m != 0:
+        if not is_matrix_of_block(path):
+            continue
+        inputs = p.shape[-2]
+        if inputs % m != 0:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             name = name.removesuffix(".kernel.value")
             fail(
-                f"--prune {args.prune}: the {p.shape[0]} inputs of {name} do not split into "
+                f"--prune {args.prune}: the {inputs} inputs of {name} do not split into "
                 f"groups of {m}: choose a pattern whose second number divides them, or a share"
             )
 
@@ -1244,8 +1248,8 @@ def prune_when_due(run: Run) -> None:
 
 
 def counts_of(share: float, params):
-    """How many weights of each parameter this share is."""
-    return jax.tree.map(lambda p: round(share * p.size), params)
+    """How many weights of each matrix this share is; of a stack of experts, of each expert's."""
+    return jax.tree.map(lambda p: round(share * math.prod(p.shape[-2:])), params)
 
 
 def compile_pruning(target: str | None, state: dict) -> Callable:
@@ -1269,9 +1273,13 @@ def compile_pruning(target: str | None, state: dict) -> Callable:
 def prune(group: tuple[int, int] | None, kernel, count):
     """A matrix [in, out] with the `count` smallest weights 0: magnitude pruning.
 
-    group: (n, m), where n of each m consecutive inputs of an output must stay in the end. Then only
-    the m - n smallest of these may be pruned.
+    Of a stack of experts, [E, in, out], each matrix by itself. group: (n, m), where n of each m
+    consecutive inputs of an output must stay in the end. Then only the m - n smallest of these may
+    be pruned.
     """
+    if kernel.ndim == 3:
+        return jax.lax.map(lambda matrix: prune(group, matrix, count), kernel)
+
     magnitude = jnp.abs(kernel)
     if group:
         n, m = group
@@ -2657,7 +2665,7 @@ def find_targets(model_file, model, layers: dict, targets: str) -> dict:
     names = {}
     for path in layers:
         # Their kernels are read directly, bypassing an adapter.
-        if path[-1] not in ("lm_head", "w1", "w2", "w3"):
+        if path[-1] != "lm_head" and "experts" not in path:
             kernel = ".".join(map(str, [*path, "kernel"]))
             names[path] = stored[kernel].removesuffix(".weight")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -69,31 +70,65 @@ class Event:
 
 
 def trace(model_file, config):
-    """Calls a model on five tokens -> (the model, without weights; its events in their order)."""
+    """Calls a model on five tokens -> (the model, without weights; its events in their order).
+
+    Of a stack of experts, the model that is returned has the first one.
+    """
     events = []
 
     def run():
         model = model_file.Model(config, rngs=nnx.Rngs(0))
-        with watched(model_file, model, events):
+        # Experts in their plain form, which calls the stack of them once.
+        plain = patch.object(model_file, "is_sparse", return_value=False, create=True)
+        with watched(model_file, model, events), plain:
             model.hidden(jnp.zeros((1, 5), int))
 
     jax.eval_shape(run)  # computes nothing, so that the largest model takes no memory
-    return nnx.eval_shape(lambda: model_file.Model(config, rngs=nnx.Rngs(0))), events
+    model = nnx.eval_shape(lambda: model_file.Model(config, rngs=nnx.Rngs(0)))
+    for _, module in list(nnx.iter_modules(model)):
+        if hasattr(module, "experts"):
+            module.experts = jax.eval_shape(first_of_stack, module.experts)
+    return model, events
+
+
+def first_of_stack(experts):
+    return jax.tree.map(lambda param: param[0], experts)
+
+
+class Paths(dict):
+    """The path of each module, by its id."""
+
+    def __init__(self):
+        super().__init__()
+        self.modules = []  # kept, so that no other module gets the id of one
+
+    def add(self, module, *prefix: str):
+        """Adds a module and all within it."""
+        self.modules.append(module)
+        for path, part in nnx.iter_modules(module):
+            self[id(part)] = ".".join(map(str, [*prefix, *path]))
 
 
 @contextlib.contextmanager
 def watched(model_file, model, events: list):
     """Within it, all calls of modules of the model, of `rotate` and of `attend` become events."""
-    paths = {}
-    for path, module in nnx.iter_modules(model):
-        paths[id(module)] = ".".join(map(str, path))
+    paths = Paths()
+    paths.add(model)
+    running = []  # names of the calls that have not returned yet
+
+    def path_of(module) -> str:
+        if id(module) not in paths:  # the stack of experts, which jax.vmap copies
+            paths.add(module, running[-1], "experts")
+        return paths[id(module)]
 
     def noted(function, name_of):
         def call(*args, **options):
             name, inputs = name_of(args)
             event = Event(name, inputs[0], options, inputs)
             events.append(event)
+            running.append(name)
             result = function(*args, **options)
+            running.pop()
             event.result = result[0] if isinstance(result, tuple) else result
             return result
 
@@ -103,7 +138,7 @@ def watched(model_file, model, events: list):
     for kind in {type(module) for _, module in nnx.iter_modules(model)}:
         is_called = any("__call__" in vars(base) for base in kind.__mro__[:-1])  # unlike a list
         if is_called and kind not in (type(model), nnx.Dropout):
-            saved.append((kind, "__call__", lambda args: (paths[id(args[0])], args[1:])))
+            saved.append((kind, "__call__", lambda args: (path_of(args[0]), args[1:])))
     for name in ("rotate", "attend"):
         if hasattr(model_file, name):
             saved.append((model_file, name, lambda args, name=name: (name, args)))
@@ -245,10 +280,10 @@ def columns_of(model, events, path: str, role: str) -> list[list[Box]]:
     if any(".experts." in name for name in names):
         router = next(name for name in names if name.endswith(".gate"))
         chosen = module_at(model, path).per_token
-        number = len(module_at(model, path).experts)
+        number = module_at(model, router).out_features
         facts = (("router: softmax", "router"), (f"{chosen} of {number} experts", "experts"))
-        expert = [name for name in names if ".experts.0." in name]
-        columns = mlp_columns(model, expert, f"{path}.experts.0")
+        expert = [name for name in names if ".experts." in name]
+        columns = mlp_columns(model, expert, f"{path}.experts")
         [output] = columns[-1]
         weighted = ("weighted sum", "weighted sum")
         columns[-1] = [Box(output.name, (*output.facts, weighted))]
@@ -308,7 +343,7 @@ def mlp_columns(model, names: list[str], path: str) -> list[list[Box]]:
     mlp = module_at(model, path)
     activation = activation_of(mlp, module_at(model, inputs[0]).kernel.shape[0])
     gated = len(inputs) == 2
-    is_expert = ".experts." in path
+    is_expert = path.endswith(".experts")
     kind = "gated" if gated else "plain"
     if is_expert:
         kind = f"{kind} expert"

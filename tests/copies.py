@@ -45,7 +45,11 @@ COPIES = [
     (["mistral", "qwen"], ["attention_scores", "on_each_device", "run_chosen", "run_sorted"]),
     (
         ["mistral", "qwen"],
-        ["is_sparse", "run_in_blocks", "MOST_UNROLLED", "stack_experts", "add_expert"],
+        [
+            *("IN_PLACE", "EXPERT_TILE", "is_sparse", "is_quantized", "run_one_by_one"),
+            *("run_in_blocks", "add_expert", "run_ragged", "expert_at"),
+            *("dot_in_place", "rows_of", "rows_of_tangent"),
+        ],
     ),
     (
         PROGRAMS,

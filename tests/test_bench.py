@@ -113,6 +113,16 @@ def test_random_weights_have_the_shapes_and_types_that_were_asked_for():
     assert (np.asarray(model.ln_f.scale[...]) == 1).all()
 
 
+def test_random_experts_are_quantized_too():
+    sizes = {"layers": 1, "heads": 2, "width": 64, "context": 32, "experts": 4}
+    config = mistral.Config.small(**sizes, vocab_size=100)
+    model = bench.random_model(mistral, config, "float32", "float32", quantize="int4")
+    kernel = model.layers[0].block_sparse_moe.experts.w1.kernel
+    assert kernel.codes.shape == (4, 192, 32) and kernel.group_scale.shape == (4, 6, 64)
+    assert abs(float(kernel.row_scale[...].mean()) - 0.02) < 1e-3
+    assert np.isfinite(model(np.arange(6)[None])).all()
+
+
 def ours_with(axes=None, **options):
     """bench.py's side of a comparison, with the tiny GPT-2 in float32."""
     options = {

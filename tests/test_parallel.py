@@ -183,9 +183,9 @@ LAYER = {
     "llama": (9, 7, {"all-reduce": 7}),
     "gemma": (13, 7, {"all-reduce": 8}),
     "mistral": (9, 7, {"all-reduce": 7}),
-    "mistral, 4 experts": (19, 16, {"all-reduce": 20}),
+    "mistral, 4 experts": (10, 7, {"all-reduce": 8}),
     "qwen": (11, 7, {"all-reduce": 9}),
-    "qwen, 4 experts": (21, 16, {"all-reduce": 22}),
+    "qwen, 4 experts": (12, 7, {"all-reduce": 10}),
 }
 
 

@@ -129,6 +129,20 @@ def test_one_of_four_means_that_one_stays():
     assert ((pruned.reshape(2, 4, 6) != 0).sum(axis=1) == 1).all()
 
 
+@pytest.mark.parametrize("prune", ["0.5", "2:4"])
+def test_of_a_stack_of_experts_each_matrix_is_pruned_by_itself(prune):
+    """One of much smaller weights loses no more of them than the others."""
+    share, group = train.read_pruning(prune)
+    stack = (
+        jax.random.normal(jax.random.key(0), (3, 8, 6)) * jnp.float32([1, 1e-3, 1])[:, None, None]
+    )
+    count = train.counts_of(share, stack)
+    assert count == 24
+    pruned = train.prune(group, stack, count)
+    for matrix, alone in zip(pruned, stack, strict=True):
+        np.testing.assert_array_equal(matrix, train.prune(group, alone, count))
+
+
 @pytest.mark.parametrize("kind", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("count", [0, 1, 999, 5000, 9999])
 def test_as_many_are_smallest_as_asked_for_even_where_many_are_equal(kind, count):

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import gpt2
 import llama
 import mistral
+import qwen
 
 KINDS = ["int8", "int4", "bfloat16"]
 TOKENS = [[5, 7, 9, 11, 3, 2, 8]]
@@ -38,7 +39,10 @@ def dequantized(module, quantized, folder):
         for part in path:
             plain = plain[part] if isinstance(part, int) else getattr(plain, part)
         if isinstance(layer, module.QuantizedLinear):
-            plain.kernel.set_value(layer.kernel.widened().T)
+            is_stack = layer.kernel.codes.ndim == 3
+            widened = module.QuantizedMatrix.widened
+            w = (jax.vmap(widened) if is_stack else widened)(layer.kernel)
+            plain.kernel.set_value(w.swapaxes(-1, -2))
         if isinstance(layer, module.QuantizedEmbed):
             plain.embedding.set_value(layer.embedding.widened())
     return model
@@ -206,7 +210,41 @@ def test_the_router_of_a_mixtral_keeps_its_digits():
     model = mistral.load(ROOT / "tiny/mistral", quantize="int4")
     experts = model.layers[0].block_sparse_moe
     assert isinstance(experts.gate, nnx.Linear)
-    assert isinstance(experts.experts[0].w1, mistral.QuantizedLinear)
+    assert isinstance(experts.experts.w1, mistral.QuantizedLinear)
+
+
+def small_mixture(module):
+    sizes = {"layers": 1, "heads": 2, "width": 64, "context": 32, "experts": 5}
+    return module.Model(module.Config.small(**sizes, vocab_size=100), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("module", [mistral, qwen], ids=lambda module: module.__name__)
+def test_experts_are_quantized_alike_one_by_one_and_as_a_stack(module, kind, tmp_path):
+    """`quantize_layers` has the stack, `load` one expert after the other; files hold each alone."""
+    model = small_mixture(module)
+    module.save(model, tmp_path / "whole")
+    module.quantize_layers(model, kind)
+    module.save(model, tmp_path / "stack")
+    module.save(module.load(tmp_path / "whole", quantize=kind), tmp_path / "one by one")
+    one, other = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("stack", "one by one")
+    )
+    assert one.keys() == other.keys()
+    assert sum(".experts.4." in name and name.endswith(".codes") for name in one) == 3
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_the_product_with_a_matrix_of_a_stack_is_that_with_the_matrix_alone(kind, rows):
+    w = random_matrix(3 * 96, 40).reshape(3, 96, 40)
+    x = random_matrix(rows, 40, seed=1)
+    stack = qwen.QuantizedMatrix(w, kind)
+    for e in range(3):
+        alone = qwen.QuantizedMatrix(w[e], kind)
+        assert_close(jax.jit(stack.dot)(x, e), alone.dot(x))
 
 
 def size_of(state) -> int:

@@ -295,6 +295,16 @@ def test_muon_updates_both_matrices_of_an_adapter(monkeypatch):
         assert singular.min() > 0.3 * singular.max() > 0
 
 
+def test_muon_orthogonalizes_each_matrix_of_a_stack_of_experts_by_itself():
+    rng = np.random.default_rng(0)
+    stack = jnp.float32(rng.normal(size=(3, 16, 24)))
+    gradients = jnp.float32(rng.normal(size=(3, 16, 24)))
+    together = one_update({"stack": stack}, "muon", {"stack": gradients})["stack"]
+    alone = one_update([*stack], "muon", [*gradients])
+    # The gradients of all are clipped to the same norm in both.
+    np.testing.assert_allclose(together, jnp.stack(alone), rtol=0, atol=1e-6)
+
+
 def test_dropout_is_drawn_anew_in_each_step_and_is_off_in_evaluation():
     step, state = some_step(small_model(embd_pdrop=0.5))
     later = state | {"step": state["step"] + 1}

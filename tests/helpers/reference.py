@@ -195,11 +195,12 @@ def our_values(case, what, module):
         return -chosen.mean()
 
     if what == "gradients":
-        found = module.named_parameters(jit(jax.grad(loss))(state))
-        values = {
-            name: np.asarray(gradient[...]).T if turned else gradient[...]
-            for _, gradient, name, turned in found
-        }
+        values = {}
+        for _, gradient, template, turned in module.named_parameters(jit(jax.grad(loss))(state)):
+            value = np.asarray(gradient[...])
+            names = module.names_of(template, gradient)
+            for name, tensor in zip(names, value if len(names) > 1 else [value], strict=True):
+                values[name] = tensor.T if turned else tensor
     else:
         values = {"parts": parts, "stream": stream}[what](state)
     return {name: np.asarray(value, np.float64) for name, value in values.items()}
