@@ -514,6 +514,7 @@ def shown_first(tmp_path, rows):
     return done.stdout
 
 
+@pytest.mark.wide
 def test_a_prompt_as_text_and_as_message_are_not_taken_for_each_other(tmp_path):
     """Their messages are the same, and what was encoded before is kept under a checksum."""
     row = {"prompt": "1+1=", "completion": "2"}

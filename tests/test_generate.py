@@ -291,6 +291,7 @@ def test_64_prompt_lengths_below_512_compile_at_most_8_programs(family, tmp_path
     assert programs([3, 77, 511]) == []
 
 
+@pytest.mark.core_gpt2_only
 @every_filter
 def test_logits_that_are_no_numbers_end_it_with_one_line(family, options):
     """Damaged weights, or float16 overflowing: a NaN is the likeliest of all to argmax, and token

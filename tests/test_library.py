@@ -566,6 +566,7 @@ def test_without_model_sample_py_takes_the_one_of_the_checkpoint(name):
     assert result.stdout == expected.stdout
 
 
+@pytest.mark.wide
 def test_without_model_train_py_and_bench_py_take_it_too(tmp_path):
     tiny = ROOT / "tiny" / "opt"
     text = tmp_path / "text.txt"

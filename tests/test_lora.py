@@ -152,6 +152,7 @@ def test_the_last_line_is_a_command_that_reads_what_was_written(tuned):
     assert tuned.stdout.endswith(f"python sample.py --weights {tuned.adapter}\n")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("tuned", ["gpt2"], indirect=True)
 def test_training_goes_on_from_an_adapter_as_from_the_merged_checkpoint(tuned, run, tmp_path):
     """All weights, or a new adapter that is merged: the first losses are the same."""

@@ -390,6 +390,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(runs, train_several,
             assert (tmp_path / str(step) / file).read_bytes() == (runs.groups / file).read_bytes()
 
 
+@pytest.mark.wide
 def test_the_weights_of_the_lowest_loss_are_looked_for_among_those_that_are_sparse_enough(
     runs, train_several, tmp_path
 ):

@@ -533,6 +533,7 @@ def test_resuming_a_finished_run_changes_no_weight_and_no_row(text_file, whole, 
 CONSTANT = ["--lr", "1e-3", "--min-lr", "1e-3", "--warmup", "0"]
 
 
+@pytest.mark.wide
 def test_a_finished_run_with_more_steps_is_the_longer_run_bit_for_bit(text_file, tmp_path):
     """The rate is constant, so that both follow the same schedule."""
     flags = ["--data", text_file, *CONSTANT]
@@ -594,6 +595,7 @@ def test_a_setting_that_was_only_left_out_is_not_taken_for_a_change(text_file, c
     assert "--steps" not in error and "--warmup" not in error
 
 
+@pytest.mark.wide
 def test_a_diverged_run_goes_on_from_its_newest_checkpoint_with_a_lower_rate(text_file, tmp_path):
     flags = ["--data", text_file, "--ema", 0, "--out", tmp_path]
     finish(*flags, *CONSTANT, "--steps", 20)
