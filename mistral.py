@@ -414,6 +414,7 @@ class Experts(nnx.Module):
         def make_expert(key):
             return Expert(config, **{**options, "rngs": nnx.Rngs(params=key)})
 
+        # Each is initialised from a key of its own: otherwise they would all begin alike.
         keys = jax.random.split(options["rngs"].params(), E)
         self.experts = nnx.vmap(make_expert)(keys)
 
@@ -3244,9 +3245,9 @@ def in_chunks(x, axis: int, size: int, fill=0):
 
 # ---------------------------------- Faster forms of the experts -----------------------------------
 # Experts.__call__ runs every expert for every token. Here an expert runs only for the tokens that
-# chose it, in one of three forms. Few choices, as in generation, are taken one after the other. For
-# more of them a CPU uses `run_in_blocks`, and a GPU or TPU `run_ragged`, but not for quantized
-# experts: delete what you do not need.
+# chose it, in one of three forms. Where there are fewer choices than experts, as in generation, it
+# is `run_one_by_one`; otherwise `run_ragged` on a GPU or TPU, and `run_in_blocks` on a CPU and for
+# quantized experts. The plain form runs where `is_sparse` returns False.
 
 IN_PLACE = 64  # for fewer rows, a CPU reads the matrices of an expert without copying them
 EXPERT_TILE = 2**19  # weights that it then reads at a time: a part that stays in its cache
@@ -3324,8 +3325,9 @@ def run_one_by_one(experts, rows, token, weight, counts):
 
     def add_choice(i, out):
         expert = expert_at(experts, chosen[i])
-        y = expert(rows[token[i]][None])  # [1, D]
-        return out.at[token[i]].add(y[0] * weight[i])
+        [y] = expert(rows[token[i]][None])  # [D]
+        y = weight[i] * jnp.where(weight[i] == 0, 0, y)  # 0 times infinity would be NaN
+        return out.at[token[i]].add(y)
 
     out = jnp.zeros(rows.shape, jnp.float32)
     return jax.lax.fori_loop(0, len(token), add_choice, out)
@@ -3339,14 +3341,14 @@ def run_in_blocks(experts, rows, token, weight, counts, block=128):
     E = len(counts)
     first = jnp.cumsum(counts) - counts  # [E]: where the choices of each expert begin
     block = min(len(rows), block)
+    # Of experts in fewer bits, XLA would widen the whole stack to copy one.
     is_float32 = all(param.dtype == jnp.float32 for param in jax.tree.leaves(experts))
     in_place = len(rows) < IN_PLACE or not is_float32
 
     def step(out, of_expert):
-        expert, first, count = of_expert
-        if in_place:
-            expert = expert_at(experts, expert)
-        return add_expert(out, expert, rows, token, weight, first, count, block), None
+        which, begin, count = of_expert
+        expert = expert_at(experts, which) if in_place else which
+        return add_expert(out, expert, rows, token, weight, begin, count, block), None
 
     # Where nothing is read in place, the scan copies each expert out of the stack. With many rows
     # that hardly matters, and training needs it: the scan stacks the gradients of the experts.
@@ -3374,6 +3376,7 @@ def add_expert(out, expert, rows, token, weight, first, count, block: int):
     def step(out, i):
         return jax.lax.cond(i * block < count, add_block, skip, out, i), None
 
+    # A token chooses an expert once at most, so there are no more choices than rows.
     blocks = jnp.arange(math.ceil(len(rows) / block))
     out, _ = jax.lax.scan(step, out, blocks)
     return out
@@ -3387,7 +3390,9 @@ def run_ragged(experts, rows, token, weight, counts):
         return jax.lax.ragged_dot(x, layer.kernel[...].astype(x.dtype), counts)
 
     y = run_expert(experts, dot, rows[token])
-    return jnp.zeros(rows.shape, jnp.float32).at[token].add(y * weight[:, None])
+    share = weight[:, None]
+    y = share * jnp.where(share == 0, 0, y)  # 0 times infinity would be NaN
+    return jnp.zeros(rows.shape, jnp.float32).at[token].add(y)
 
 
 def expert_at(experts, e):
@@ -3441,7 +3446,8 @@ def rows_of(kernel, e, row, count: int):
     XLA on a CPU would widen the whole kernel from half precision first. It slices bfloat16 as
     integers. Integers have no gradients: those of an ordinary slice are in the rule below.
     """
-    kernel, row = jax.lax.optimization_barrier((kernel, row))  # or it would leave the loop
+    # Otherwise XLA would move the widening to before the loop, and widen the whole kernel.
+    kernel, row = jax.lax.optimization_barrier((kernel, row))
     start = (e, row, 0)
     size = (1, count, kernel.shape[2])
     if kernel.dtype != jnp.bfloat16:

@@ -158,6 +158,20 @@ def test_an_expert_that_overflows_spoils_only_the_tokens_that_chose_it(module, n
         assert not np.isfinite(found[0][spoiled]).any()
 
 
+@pytest.mark.parametrize("run", [mistral.run_one_by_one, mistral.run_in_blocks])
+def test_an_expert_with_a_weight_of_0_adds_nothing_even_if_it_overflows(run):
+    """A router's softmax may make the weight of a chosen expert 0 exactly. Not for `run_ragged`,
+    as ragged_dot on a CPU multiplies all rows with all matrices."""
+    experts = mistral.Experts(MIXTURES[mistral], rngs=nnx.Rngs(0)).experts
+    rows, token, weight, counts = choices(N)
+    weight = weight.at[-counts[-1] :].set(0)  # those of the last expert
+    expected = run(experts, rows, token, weight, counts)
+    for name in ("w1", "w3", "w2"):
+        kernel = getattr(experts, name).kernel
+        kernel.set_value(kernel[...].at[-1].set(jnp.inf))
+    np.testing.assert_array_equal(run(experts, rows, token, weight, counts), expected)
+
+
 @pytest.mark.parametrize("experts", [1, 2, 4])
 def test_the_plain_mixture_runs_where_all_experts_are_chosen(experts):
     config = mistral.Config(
