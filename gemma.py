@@ -1178,7 +1178,7 @@ def load(
 
     # The parameters as the files have them, and as the model will have them: quantized, perhaps.
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    expected = skeleton(config, read_quantization(folder), **options)[1]
+    _, expected = skeleton(config, read_quantization(folder), **options)
     check_names(folder, expected, stored)
     graphdef, state = skeleton(config, quantize, **options)
     params = {join(parts): param for parts, param in nnx.to_flat_state(state)}
