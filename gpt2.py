@@ -1021,7 +1021,7 @@ def load(
     # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(expected), key=lambda row: -row[1].size)
     for path, param, template, transposed in by_size:
-        parts = []  # what one tensor becomes, or that of each expert
+        pieces = []  # what one tensor becomes, or that of each expert
         for name in names_of(template, param):
             tensor = read_tensor(folder, name, stored[name], param, path, transposed)
             if name in adapters:
@@ -1031,11 +1031,12 @@ def load(
             values = {path: tensor}
             if path not in params:
                 values = quantize_tensor(path, tensor, quantize)
-            parts.append(values)
+            pieces.append(values)
 
-        values = parts[0]
+        values = pieces[0]
         if EXPERT in template:
-            values = jax.tree.map(lambda *each: np.stack(each), *parts)  # [E, ...]
+            # Stacks of [E, ...], one for the kernel or for each part of a quantized one.
+            values = {key: np.stack([piece[key] for piece in pieces]) for key in values}
         place(params, values, mesh, config)
     return nnx.merge(graphdef, state)
 

@@ -25,7 +25,7 @@ model file. `Linear` is defined near the end, under Faster forms; until there, r
     pip install gguf                                 # for GGUF files
     pip install transformers sentencepiece protobuf  # for tokenizers older than tokenizer.json
     python qwen.py "Once upon a time"                      # downloads Qwen/Qwen3-0.6B-Base
-    python qwen.py "Once upon a time" path/to/checkpoint   # any Qwen2, 2.5 or 3
+    python qwen.py "Once upon a time" path/to/checkpoint   # any dense Qwen2 or 2.5, any Qwen3
 
 From "Open language models in JAX, one file each". MIT License, copyright (c) 2026 its authors.
 """
@@ -111,6 +111,7 @@ class Config:
                 f"num_experts {self.num_experts}"
             )
 
+        # A qwen3_moe has layers of one kind, whatever its config.json says, as in the reference.
         if not self.layer_types or self.model_type == "qwen3_moe":
             kind = FULL if self.sliding_window is None else SLIDING
             object.__setattr__(self, "layer_types", (kind,) * self.num_hidden_layers)
@@ -450,7 +451,7 @@ class Experts(nnx.Module):
         is_chosen = jax.nn.one_hot(chosen, probs.shape[-1])  # [N, per_token, E]
         share = (is_chosen * weights[..., None]).sum(axis=1)  # [N, E]
 
-        # The weighted sum. What nobody takes is set to 0 first: 0 times infinity would be NaN.
+        # The weighted sum. What a token does not take becomes 0 first: 0 times infinity is NaN.
         share = share.T[..., None]  # [E, N, 1]
         y = jnp.where(share == 0, 0, y)
         y = (share * y).sum(axis=0)  # [N, D] in float32
@@ -1323,7 +1324,7 @@ def load(
     # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(expected), key=lambda row: -row[1].size)
     for path, param, template, transposed in by_size:
-        parts = []  # what one tensor becomes, or that of each expert
+        pieces = []  # what one tensor becomes, or that of each expert
         for name in names_of(template, param):
             tensor = read_tensor(folder, name, stored[name], param, path, transposed)
             if name in adapters:
@@ -1333,11 +1334,12 @@ def load(
             values = {path: tensor}
             if path not in params:
                 values = quantize_tensor(path, tensor, quantize)
-            parts.append(values)
+            pieces.append(values)
 
-        values = parts[0]
+        values = pieces[0]
         if EXPERT in template:
-            values = jax.tree.map(lambda *each: np.stack(each), *parts)  # [E, ...]
+            # Stacks of [E, ...], one for the kernel or for each part of a quantized one.
+            values = {key: np.stack([piece[key] for piece in pieces]) for key in values}
         place(params, values, mesh, config)
     return nnx.merge(graphdef, state)
 
