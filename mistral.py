@@ -1322,7 +1322,7 @@ def load(
 
     # The parameters as the files have them, and as the model will have them: quantized, perhaps.
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    _, expected = skeleton(config, read_quantization(folder), **options)
+    expected = skeleton(config, read_quantization(folder), **options)[1]
     check_names(folder, expected, stored)
     graphdef, state = skeleton(config, quantize, **options)
     params = {join(parts): param for parts, param in nnx.to_flat_state(state)}
@@ -1330,7 +1330,7 @@ def load(
     # Largest first: a conversion holds two temporary copies, so do it while memory is free.
     by_size = sorted(named_parameters(expected), key=lambda row: -row[1].size)
     for path, param, template, transposed in by_size:
-        pieces = []  # what one tensor becomes, or that of each expert
+        parts = []  # what one tensor becomes, or that of each expert
         for name in names_of(template, param):
             tensor = read_tensor(folder, name, stored[name], param, path, transposed)
             if name in adapters:
@@ -1340,12 +1340,11 @@ def load(
             values = {path: tensor}
             if path not in params:
                 values = quantize_tensor(path, tensor, quantize)
-            pieces.append(values)
+            parts.append(values)
 
-        values = pieces[0]
+        values = parts[0]
         if EXPERT in template:
-            # Stacks of [E, ...], one for the kernel or for each part of a quantized one.
-            values = {key: np.stack([piece[key] for piece in pieces]) for key in values}
+            values = jax.tree.map(lambda *each: np.stack(each), *parts)  # [E, ...]
         place(params, values, mesh, config)
     return nnx.merge(graphdef, state)
 
